@@ -1,0 +1,73 @@
+"""aiter_fusion: hand-tuned fused FP8 kernels in any PyTorch model, and a true report of what was fused.
+
+::
+
+    torch.compile(model, backend="aiter_fusion")
+
+Importing this package imports neither ``triton`` nor ``aiter`` nor Inductor and touches no GPU; the names below load
+what they need when first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import Backend, FusionError, explain, reports, reset
+    from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
+    from .report import FusionReport, Site
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Backend": "backend",
+    "FusionError": "backend",
+    "explain": "backend",
+    "reports": "backend",
+    "reset": "backend",
+    "if_aiter_supported": "platform",
+    "is_aiter_found": "platform",
+    "is_aiter_found_and_supported": "platform",
+    "FusionReport": "report",
+    "Site": "report",
+}
+__all__ = [
+    "Backend",
+    "FusionError",
+    "FusionReport",
+    "Site",
+    "explain",
+    "if_aiter_supported",
+    "is_aiter_found",
+    "is_aiter_found_and_supported",
+    "reports",
+    "reset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_ops() -> None:
+    """Register the fused ops, so that graphs saved with them load.
+
+    ``TORCH_LOGS=+aiter_fusion`` makes torch import this package while torch itself is being imported; then the ops are
+    registered when the backend is first used.
+    """
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        import_module(".ops", __name__)
+
+
+_register_ops()

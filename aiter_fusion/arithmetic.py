@@ -1,0 +1,102 @@
+"""Scalar arithmetic as text: the steps between a row's maximum, its scale and the quantised values.
+
+Models spell one quantiser in dozens of ways: the maximum divided by 448 in bf16 or in fp32, a floor before or
+after the division, a reciprocal and a product instead of a division. Each spelling rounds differently. A *program*
+writes down the one that was found, as steps separated by spaces, and a fused op that is given the program repeats
+it bit for bit::
+
+    "div=448.0 float32"                      torchao:  (amax / 448) in bf16, then fp32
+    "float32 clamp_min=1e-12 div=448.0"      by hand:  a floor in fp32, then the division
+    "float32 div_scale clamp_min=-448.0 clamp_max=448.0"      values divided by the scale, then saturated
+
+A step is a name with an optional number. Names of dtypes convert; ``div_scale`` and ``mul_scale`` combine the value
+with the scale; every other name is the ATen operation called so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "reciprocal": aten.reciprocal.default,
+    "log2": aten.log2.default,
+    "exp2": aten.exp2.default,
+    "ceil": aten.ceil.default,
+    "floor": aten.floor.default,
+}
+WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mul": aten.mul.Tensor,
+    "div": aten.div.Tensor,
+    "clamp_min": aten.clamp_min.default,
+    "clamp_max": aten.clamp_max.default,
+}
+WITH_SCALE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mul_scale": aten.mul.Tensor,
+    "div_scale": aten.div.Tensor,
+}
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def step(name: str, number: float | None = None) -> str:
+    """The text of one step, e.g. ``step("div", 448.0) == "div=448.0"``; ``repr`` keeps every bit of the number."""
+    return name if number is None else f"{name}={number!r}"
+
+
+def cast(dtype: torch.dtype) -> str:
+    """The step that converts to ``dtype``; a KeyError if programs have no such dtype."""
+    name = str(dtype).removeprefix("torch.")
+    DTYPES[name]
+    return name
+
+
+@lru_cache(maxsize=None)
+def parse(program: str) -> tuple[tuple[str, float | None], ...]:
+    """The steps of a program as (name, number) pairs; a ValueError names a step that does not exist."""
+    steps = []
+    for text in program.split():
+        name, _, number = text.partition("=")
+        takes_number = name in WITH_NUMBER
+        if takes_number != bool(number) or not (
+            takes_number or name in UNARY or name in WITH_SCALE or name in DTYPES
+        ):
+            known = ", ".join([*UNARY, *(f"{n}=<number>" for n in WITH_NUMBER), *WITH_SCALE, *DTYPES])
+            raise ValueError(f"unknown step {text!r} in program {program!r}; steps are: {known}")
+        steps.append((name, float(number) if number else None))
+    return tuple(steps)
+
+
+def run(program: str, value: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Apply a program to ``value``; ``scale`` is what ``mul_scale`` and ``div_scale`` combine it with."""
+    for name, number in parse(program):
+        if name in DTYPES:
+            value = value.to(DTYPES[name])
+        elif name in UNARY:
+            value = UNARY[name](value)
+        elif number is not None:
+            value = WITH_NUMBER[name](value, number)
+        else:
+            assert scale is not None, f"{name} needs a scale"
+            value = WITH_SCALE[name](value, scale)
+    return value
+
+
+def result_dtype(program: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a program's result for a value of ``dtype``, where no step combines it with a wider scale."""
+    for name, _ in parse(program):
+        dtype = DTYPES.get(name, dtype)
+    return dtype
+
+
+def is_inverse(program: str) -> bool:
+    """Whether the program's result falls when the maximum grows: a quantisation scale, not a dequantisation one."""
+    return sum(name == "reciprocal" for name, _ in parse(program)) % 2 == 1

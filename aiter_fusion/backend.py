@@ -1,0 +1,172 @@
+"""The torch.compile backend: Inductor with one more pass, and a report of what that pass did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+
+from . import config, ops, platform, report  # noqa: F401  (importing ops registers them)
+from .passes.manager import compose
+from .providers import PROVIDERS
+
+SLOT = "post_grad_custom_pre_pass"
+
+
+class FusionError(RuntimeError):
+    """``strict`` or ``expect`` was not satisfied; the message has the report."""
+
+
+class Backend:
+    """An object for ``torch.compile(backend=...)``.
+
+    Args:
+        level: 0 to 3, see ``aiter_fusion.config.LEVELS``; None: ``AITER_FUSION_LEVEL``, else 3.
+        provider: ``auto``, ``aiter``, ``triton`` or ``reference``; None: ``AITER_FUSION_PROVIDER``, else ``auto``,
+            which is ``aiter`` then ``triton`` on an accelerator and ``reference`` on a CPU.
+        numerics: ``exact`` demands the graph's sequence of roundings, ``kernel`` allows a kernel's own; None
+            follows the level.
+        strict: raise if a site is skipped, or if matching raises.
+        expect: counts of replaced sites by family in every compiled graph; raise on any other count.
+        verify: at compile time, compare every fused op with the nodes it replaces, on random data.
+        disable, enable: names of families; these win over the level.
+
+    Raises:
+        ValueError: an option has no such value.
+        RuntimeError: PyTorch is too old, or the provider asked for by name cannot run here (with the reason).
+    """
+
+    def __init__(
+        self,
+        level: int | None = None,
+        provider: str | None = None,
+        numerics: str | None = None,
+        strict: bool = False,
+        expect: Mapping[str, int] | None = None,
+        verify: bool = False,
+        disable: str | Iterable[str] = (),
+        enable: str | Iterable[str] = (),
+    ) -> None:
+        platform.require_torch(torch.__version__)
+        self.options = config.options(
+            level=level,
+            provider=provider,
+            numerics=numerics,
+            strict=strict,
+            expect=expect,
+            verify=verify,
+            disable=disable,
+            enable=enable,
+        )
+        if self.options.provider != "auto":
+            missing = PROVIDERS[self.options.provider].missing()
+            if missing is not None:
+                raise RuntimeError(f"provider={self.options.provider!r} cannot run here: {missing}")
+        self.__name__ = "aiter_fusion"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile a graph as Inductor does; ``mode`` and ``options`` are Inductor's."""
+        if options:
+            ours, inductor, option_mode = config.split(options, list_options())
+            if ours:
+                raise ValueError(f"give {', '.join(ours)} to aiter_fusion.Backend(...), not to options=")
+            return self._compile(gm, example_inputs, option_mode or mode, inductor)
+        return self._compile(gm, example_inputs, mode, {})
+
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]
+    ) -> Callable[..., Any]:
+        report.configure_logging()
+        patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
+        if self.options.does_nothing:
+            compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
+            self._check(report.keep(report.FusionReport(note="level 0: plain Inductor")))
+            return compiled  # type: ignore[return-value]
+        existing = patches.get(SLOT, getattr(inductor_config, SLOT))
+        patches[SLOT] = compose(existing, self.options)
+        before = dict(counters["inductor"])
+        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+        made = report.collect(counters["inductor"], before)
+        if made is not None:
+            self._check(made)
+        return compiled  # type: ignore[return-value]
+
+    def _check(self, made: report.FusionReport) -> None:
+        if any(site.provider == "reference" for site in made.sites) and self.options.provider == "auto":
+            _warn_once()
+        if self.options.strict and made.skipped:
+            raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
+        if self.options.expect is not None:
+            wrong = {f: n for f, n in self.options.expect if made.replaced.get(f, 0) != n}
+            if wrong:
+                raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        report.logger.warning(
+            "aiter_fusion: on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than "
+            "Inductor's own code"
+        )
+
+
+def aiter_fusion(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What ``torch.compile(backend="aiter_fusion", options={...})`` calls.
+
+    Options are those of ``Backend``, those of Inductor's config, and ``mode``.
+
+    Raises:
+        ValueError: a key is none of these (the message names the nearest valid one), or has no such value.
+    """
+    ours, inductor, option_mode = config.split(options or {}, list_options())
+    return Backend(**ours)._compile(gm, example_inputs, option_mode or mode, inductor)
+
+
+def explain(
+    model: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> report.FusionReport:
+    """Compile ``model``, run it once, and return one report for all graphs that this compiled.
+
+    Grad mode is the caller's: under grad mode, a model with parameters that require grad compiles training graphs,
+    which are left alone, and the report says so.
+
+    Args:
+        model: a module or function; args, kwargs: what to call it with; options: those of ``Backend``.
+    """
+    known = len(report.reports())
+    torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
+    return report.merge(report.reports()[known:])
+
+
+def reports() -> list[report.FusionReport]:
+    """One report for each graph compiled in this process, oldest first; also for graphs that came from the cache."""
+    return report.reports()
+
+
+def reset() -> None:
+    """Forget the reports. Compiled code and caches stay (``torch._dynamo.reset()`` is for those)."""
+    report.reset()

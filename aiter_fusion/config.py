@@ -1,0 +1,144 @@
+"""What the user wants: options, levels and the environment's preferences, checked in one place."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
+NOT_YET = ("all_reduce_rms_norm", "fp8_linear")
+PROVIDER_NAMES = ("auto", "aiter", "triton", "reference")
+NUMERICS = ("exact", "kernel")
+LEVELS = {
+    0: "nothing: plain Inductor",
+    1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
+    2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
+    3: "also all-reduce fusions and FP8 linear layers (not in this version)",
+}
+DEFAULT_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one backend, as documented at ``aiter_fusion.Backend``; hashable and picklable."""
+
+    level: int = DEFAULT_LEVEL
+    provider: str = "auto"
+    numerics: str | None = None
+    strict: bool = False
+    expect: tuple[tuple[str, int], ...] | None = None
+    verify: bool = False
+    disable: frozenset[str] = frozenset()
+    enable: frozenset[str] = frozenset()
+
+    @property
+    def allows_kernel_numerics(self) -> bool:
+        """Whether a provider may round differently from the graph."""
+        return self.numerics == "kernel" if self.numerics is not None else self.level >= 2
+
+    def why_not(self, family: str, needed: int) -> str | None:
+        """Why a fusion of this family that needs this level is not wanted, or None if it is."""
+        if family in self.disable:
+            return f"disabled: {family} is in 'disable'"
+        if family in self.enable or self.level >= needed:
+            return None
+        return f"level: needs level {needed}, this is level {self.level}"
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether no fusion can happen, so that the passes need not run."""
+        return self.level == 0 and not self.enable
+
+
+NAMES = tuple(field.name for field in fields(Options))
+
+
+def options(
+    *,
+    level: int | None = None,
+    provider: str | None = None,
+    numerics: str | None = None,
+    strict: bool = False,
+    expect: Mapping[str, int] | None = None,
+    verify: bool = False,
+    disable: str | Iterable[str] = (),
+    enable: str | Iterable[str] = (),
+) -> Options:
+    """Check the options and fill in what the environment prefers.
+
+    None means "not said": then ``AITER_FUSION_LEVEL`` and ``AITER_FUSION_PROVIDER`` decide, else level 3 and
+    ``auto``. ``AITER_FUSION_DISABLE`` (names separated by commas) applies to families that ``enable`` does not name.
+
+    Raises:
+        ValueError: an option has no such value; the message names the valid ones.
+    """
+    level_source, provider_source = "level", "provider"
+    if level is None and (text := os.environ.get("AITER_FUSION_LEVEL")):
+        level_source = "AITER_FUSION_LEVEL"
+        level = int(text) if text.strip().isdigit() else text  # type: ignore[assignment]
+    level = DEFAULT_LEVEL if level is None else level
+    if type(level) is not int or level not in LEVELS:
+        raise ValueError(f"{level_source}={level!r}: levels are " + ", ".join(f"{n} ({t})" for n, t in LEVELS.items()))
+    if provider is None and (text := os.environ.get("AITER_FUSION_PROVIDER")):
+        provider_source, provider = "AITER_FUSION_PROVIDER", text
+    provider = provider or "auto"
+    if provider not in PROVIDER_NAMES:
+        raise ValueError(_unknown(f"{provider_source}={provider!r}: no such provider", provider, PROVIDER_NAMES))
+    if numerics is not None and numerics not in NUMERICS:
+        raise ValueError(_unknown(f"numerics={numerics!r}: no such numerics", numerics, NUMERICS))
+    for name, value in (("strict", strict), ("verify", verify)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: must be True or False")
+    enabled = _families("enable", enable)
+    for family in sorted(enabled & set(NOT_YET)):
+        raise ValueError(f"enable: {family} is not in this version of aiter_fusion yet; remove it from 'enable'")
+    disabled = _families("disable", disable)
+    if both := enabled & disabled:
+        raise ValueError(f"{', '.join(sorted(both))} in both 'enable' and 'disable'; keep one")
+    preferred = [name.strip() for name in os.environ.get("AITER_FUSION_DISABLE", "").split(",") if name.strip()]
+    disabled |= _families("AITER_FUSION_DISABLE", preferred) - enabled
+    expected = None
+    if expect is not None:
+        _families("expect", expect)
+        if not all(type(count) is int and count >= 0 for count in expect.values()):
+            raise ValueError(f"expect={dict(expect)!r}: counts are whole numbers")
+        expected = tuple(sorted(expect.items()))
+    return Options(level, provider, numerics, strict, expected, verify, disabled, enabled)
+
+
+def split(given: Mapping[str, Any], inductor_keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Split ``torch.compile``'s options into ours, Inductor's and ``mode``.
+
+    Raises:
+        ValueError: a key is neither; the message names the nearest that is.
+    """
+    known = set(inductor_keys)
+    ours, inductor, mode = {}, {}, None
+    for key, value in given.items():
+        if key in NAMES:
+            ours[key] = value
+        elif key == "mode":
+            mode = value
+        elif key.replace("-", "_") in known:
+            inductor[key.replace("-", "_")] = value
+        else:
+            raise ValueError(_unknown(f"unknown option {key!r}", key, [*NAMES, "mode", *known], show=NAMES))
+    return ours, inductor, mode
+
+
+def _families(option: str, names: str | Iterable[str]) -> frozenset[str]:
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
+        if name not in FAMILIES:
+            raise ValueError(_unknown(f"{option}: no fusion is called {name!r}", str(name), FAMILIES))
+    return frozenset(given)
+
+
+def _unknown(problem: str, name: str, valid: Iterable[str], show: Iterable[str] | None = None) -> str:
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{problem}{hint} Valid: {', '.join(show if show is not None else valid)}."

@@ -1,0 +1,113 @@
+"""What a fused op is: one declaration from which schema, fake, dispatch, samples and tolerance follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "aiter_fusion"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Implementation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a provider whose numerics are ``kernel`` may be from the reference on finite, non-zero rows.
+
+    codes:  FP8 codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
+            2.4 to 3.5 % of the elements by one code and none by two (512 x 4096, torchao per row).
+    scale:  relative difference of the scale: two roundings to bf16 (2**-8 each) of the values below the maximum.
+    """
+
+    codes: int = 1
+    scale: float = 1e-2
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One overload of a fused op.
+
+    family:     the op's name, ``torch.ops.aiter_fusion.<family>``.
+    features:   what distinguishes this overload: extra inputs and extra outputs.
+    arguments:  name -> schema type, in order.
+    outputs:    names of the outputs, in order; all are tensors.
+    reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
+    shape:      allocates the outputs and nothing else: the fake implementation and kernels' allocator.
+    samples:    argument sets for tests, with hostile rows.
+    """
+
+    family: str
+    features: frozenset[str]
+    arguments: Mapping[str, str]
+    outputs: tuple[str, ...]
+    reference: Callable[..., dict[str, Tensor]]
+    shape: Callable[..., dict[str, Tensor]]
+    samples: Callable[[], Iterator[dict[str, Any]]]
+    tolerance: Tolerance = Tolerance()
+
+    @property
+    def overload_name(self) -> str:
+        """``default`` or the features joined, e.g. ``add_value``."""
+        return "_".join(sorted(self.features)) or "default"
+
+    @property
+    def name(self) -> str:
+        """The qualified name, e.g. ``aiter_fusion::rms_norm_quant.add``."""
+        suffix = f".{self.overload_name}" if self.features else ""
+        return f"{NAMESPACE}::{self.family}{suffix}"
+
+    @property
+    def target(self) -> torch._ops.OpOverload:
+        """What a graph calls."""
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), self.family), self.overload_name)
+
+    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The outputs as the op returns them: one tensor alone, several as a tuple."""
+        ordered = tuple(outputs[name] for name in self.outputs)
+        return ordered if len(ordered) > 1 else ordered[0]
+
+
+# Every declared op by family and features.
+OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
+
+
+def find(family: str, features: frozenset[str]) -> FusedOp | None:
+    """The overload of a family with exactly those of ``features`` that the family distinguishes, if there is one."""
+    overloads = OPS[family]
+    distinguished = frozenset().union(*overloads)
+    return overloads.get(features & distinguished)
+
+
+def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Implementation]) -> FusedOp:
+    """Register a declaration with PyTorch.
+
+    ``implementation(op, provider)`` gives the callable that runs a call; the provider's name is the last argument of
+    every op, chosen when the graph is compiled.
+    """
+    names = [*declaration.arguments, "provider"]
+    arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
+    returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
+    suffix = f".{declaration.overload_name}" if declaration.features else ""
+    qualified = f"{declaration.family}{suffix}"
+    _LIBRARY.define(
+        f'{qualified}({arguments}, str provider="reference") -> ({returns})',
+        tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    )
+
+    def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        provider = args[len(names) - 1] if len(args) == len(names) else "reference"
+        run = implementation(declaration, provider)
+        return declaration.pack(run(**dict(zip(names[:-1], args))))
+
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        return declaration.pack(declaration.shape(**dict(zip(names[:-1], args))))
+
+    _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
+    OPS.setdefault(declaration.family, {})[declaration.features] = declaration
+    return declaration

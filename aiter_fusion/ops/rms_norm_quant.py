@@ -1,0 +1,102 @@
+"""RMSNorm and FP8 quantisation, with and without the residual addition before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..op import FusedOp
+from . import fp8_quant
+
+F32 = torch.float32
+
+NORM = {
+    "weight": "Tensor?",
+    "eps": "float",
+    "offset": "float?",
+    "cast_first": "bool",
+    "dtype": "ScalarType",
+}
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float | None, cast_first: bool, dtype: torch.dtype
+) -> Tensor:
+    """``y = x32 * rsqrt(mean(x32**2, -1) + eps)``, weighted and rounded in the order that the arguments say.
+
+    x ``[..., H]`` of any floating dtype, x32 its float32; weight ``[H]`` or None; eps is added to the mean square.
+    cast_first: ``weight * y.to(dtype)`` (the result is of the promoted dtype), else ``(y * weight).to(dtype)``.
+    offset: the weight is ``weight.float() + offset`` (Gemma stores ``weight - 1``).
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    x32 = x.to(F32)
+    y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    if cast_first:
+        y = y.to(dtype)
+    if weight is not None:
+        y = y * (weight if offset is None else weight.to(F32) + offset)
+    return y if cast_first else y.to(dtype)
+
+
+def _value_dtype(weight: Tensor | None, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(weight.dtype, dtype) if cast_first and weight is not None else dtype
+
+
+def _declaration(features: frozenset[str]) -> FusedOp:
+    add = "add" in features
+
+    def reference(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
+        summed = x if residual is None else residual + x
+        norm = {name: arguments.pop(name) for name in NORM}
+        value = rms_norm(summed, **norm).contiguous()
+        return {
+            **fp8_quant.reference(value, **arguments),
+            "value": value,
+            "residual_out": summed.contiguous(),
+        }
+
+    def shape(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
+        norm = {name: arguments.pop(name) for name in NORM}
+        value = x.new_empty(x.shape, dtype=_value_dtype(norm["weight"], norm["cast_first"], norm["dtype"]))
+        return {
+            **fp8_quant.shape(value, **arguments),
+            "value": value,
+            "residual_out": x.new_empty(x.shape),
+        }
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for seed, (sizes, dtype) in enumerate(
+            [((9, 64), torch.bfloat16), ((2, 4, 64), torch.float16), ((1, 64), F32), ((0, 64), torch.bfloat16), ((64,), F32)]
+        ):
+            rows = torch.Size(sizes[:-1]).numel()
+            x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
+            weight = fp8_quant.hostile_rows(1, 64, dtype, seed + 100)[0]
+            tensors = {"x": x} | ({"residual": x.flip(-1).contiguous()} if add else {})
+            norms = [
+                {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype},
+                {"weight": weight.to(F32), "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
+                {"weight": None, "eps": 1e-6, "offset": None, "cast_first": False, "dtype": dtype},
+            ]
+            for norm in norms:
+                for quant in fp8_quant.sample_arguments(features, 64):
+                    yield tensors | norm | quant
+
+    return FusedOp(
+        family="rms_norm_quant",
+        features=features,
+        arguments={"x": "Tensor"}
+        | ({"residual": "Tensor"} if add else {})
+        | NORM
+        | fp8_quant.arguments(features),
+        outputs=(*fp8_quant.outputs(features), *(("residual_out",) if add else ())),
+        reference=reference,
+        shape=shape,
+        samples=samples,
+    )
+
+
+fp8_quant.declare_all(("add", "static", "value"), _declaration)

@@ -1,0 +1,136 @@
+"""The pass that Inductor calls: recognise, plan, verify, rewrite; timed, reported, and known to the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+
+from .. import platform, report
+from ..config import Options
+from ..patterns.fusions import FORMS, FUSIONS
+from . import verify
+from .plan import Planned, plan
+from .recognise import Recognised, recognise
+from .rewrite import rewrite
+
+logger = logging.getLogger("aiter_fusion")
+
+UserPass = CustomGraphPass | Callable[[fx.Graph], None]
+
+
+@dataclass(frozen=True)
+class PassManager(CustomInferenceAwareGraphPass):
+    """The one pass in ``post_grad_custom_pre_pass``: the user's own passes that were there, then the fusions.
+
+    A graph in which nothing is replaced is left exactly as it was.
+    """
+
+    options: Options
+    before: tuple[UserPass, ...] = ()
+
+    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+        for user_pass in self.before:
+            if isinstance(user_pass, CustomInferenceAwareGraphPass):
+                user_pass(graph, is_inference)
+            else:
+                user_pass(graph)  # type: ignore[call-arg]
+        report.passed(self.run(graph, is_inference), counters["inductor"])
+
+    def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
+        """Rewrite a graph and say what was done.
+
+        Raises:
+            Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.Mismatch``.
+        """
+        start = time.perf_counter()
+        note = "" if is_inference else "training graph, left alone"
+        try:
+            recognised = recognise(graph, FORMS)
+        except Exception as error:  # noqa: BLE001 (contained before the graph is touched, logged and reported)
+            if self.options.strict:
+                raise
+            logger.warning("aiter_fusion: matching failed; the graph is left as it was", exc_info=True)
+            recognised, note = Recognised(), f"matching failed: {type(error).__name__}: {error}"
+        planned: Planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+        if self.options.verify:
+            for made, site in zip(planned.plans, planned.taken):
+                verify.check(made, f"{site.family} {site.variant} at {site.where or 'the top level'}")
+        if planned.plans:
+            rewrite(graph, planned.plans)
+        return report.FusionReport(
+            sites=tuple(planned.sites),
+            records=len(recognised.records) + len(recognised.unknown),
+            milliseconds=(time.perf_counter() - start) * 1e3,
+            note=note,
+        )
+
+    def uuid(self) -> Any | None:
+        """Everything that the result depends on besides the graph; None (no caching) if a user's pass has none."""
+        theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
+        if not all(theirs):
+            return None
+        return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), environment(), tuple(theirs))
+
+
+def _canonical(options: Options) -> tuple[Any, ...]:
+    """The options in an order that does not depend on the hash seed of the process."""
+    return (
+        options.level,
+        options.provider,
+        options.numerics,
+        options.strict,
+        options.verify,
+        sorted(options.disable),
+        sorted(options.enable),
+    )
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """A hash of the sources of all three packages (``passes`` and ``patterns`` may be links, which rglob skips)."""
+    import aiter_fusion.passes
+    import aiter_fusion.patterns
+
+    digest = hashlib.sha256()
+    for package in (aiter_fusion, aiter_fusion.passes, aiter_fusion.patterns):
+        folder = Path(next(iter(package.__path__))).resolve()
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder)}".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def environment() -> tuple[Any, ...]:
+    """Versions, architecture and process group: what decides which providers can run. Neither rank nor path."""
+    import torch.distributed as dist
+
+    in_group = dist.is_available() and dist.is_initialized()
+    return (
+        torch.__version__,
+        platform.aiter_version(),
+        platform.triton_version(),
+        platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
+        (dist.get_world_size(), dist.get_backend()) if in_group else None,
+    )
+
+
+def compose(existing: UserPass | Sequence[UserPass] | None, options: Options) -> PassManager:
+    """The pass for a slot that may already hold the user's own (one, or a list from torch 2.13 on)."""
+    if existing is None:
+        before: tuple[UserPass, ...] = ()
+    elif isinstance(existing, (list, tuple)):
+        before = tuple(existing)
+    else:
+        before = (existing,)  # type: ignore[assignment]
+    return PassManager(options, before)

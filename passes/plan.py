@@ -1,0 +1,343 @@
+"""Decide, site by site, what becomes a fused op: read-only, and complete before the graph is touched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..config import Options
+from ..op import FusedOp, find
+from ..patterns.language import Fusion, same_shape, same_size
+from ..providers import PROVIDERS, Provider, candidates
+from ..report import BARE, REPLACED, SKIPPED, Site
+from .recognise import Recognised, Record
+
+logger = logging.getLogger("aiter_fusion")
+
+
+class Refused(Exception):  # noqa: N818 (not an error: the normal way for a site to stay as it is)
+    """A site stays as it is; the message is a reason code, a colon, and the particulars."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """In the target of a reshape: the size of dimension ``dim`` of the tensor that is reshaped."""
+
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One fused op to insert.
+
+    arguments: the op's arguments in order; nodes where they are values of the graph.
+    fakes:     its outputs by name, as fake tensors.
+    replaced:  for each node that the op replaces, the output that takes its place, and the sizes to reshape that
+               to, or None where it has the node's shape.
+    nodes:     all nodes of the records; those without users are erased afterwards.
+    """
+
+    op: FusedOp
+    provider: Provider
+    arguments: Mapping[str, Any]
+    fakes: Mapping[str, Tensor]
+    replaced: Mapping[fx.Node, tuple[str, tuple[int | Size, ...] | None]]
+    nodes: frozenset[fx.Node]
+
+
+@dataclass
+class Planned:
+    """The sites of a graph and the plans of those to replace, both in graph order; ``plans[i]`` is for ``taken[i]``."""
+
+    sites: list[Site] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    taken: list[Site] = field(default_factory=list)
+
+
+@dataclass
+class _Draft:
+    """A site while it is being decided."""
+
+    records: list[Record]
+    family: str
+    variant: str
+    reason: str
+    status: str
+    plan: Plan | None = None
+
+
+def plan(graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool) -> Planned:
+    """Sites for all records, with a plan for each that a provider accepts. The first fusion that is possible wins."""
+    writes = list(_writes(graph))
+    fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
+    value_of = {record.root: record for record in recognised.records}
+    accounted: dict[Record, _Draft] = {}
+    claimed: set[Record] = set()
+    drafts: list[_Draft] = []
+
+    for group in _groups(recognised.records, {fusion.chain[-1] for fusion in fusions}):
+        draft = None
+        misfit = None
+        for fusion in fusions:
+            chain = _chain(group[0], fusion, value_of)
+            if chain is None:
+                continue
+            misfit = fusion.fits(group[0].attributes, chain[-1].root)
+            if misfit is not None:
+                continue
+            records = [*chain, *group]
+            features = frozenset().union(*(record.features for record in records))
+            try:
+                if claimed.intersection(chain):
+                    raise Refused(f"starved: {chain[-1].root.name} is already part of another site")
+                made, features = _attempt(fusion, chain, group, features, options, training, writes)
+                reason, status = "", REPLACED
+            except Refused as refusal:
+                made, reason, status = None, str(refusal), SKIPPED
+            except Exception as error:  # noqa: BLE001 (contained here, before the graph is touched, and reported)
+                if options.strict:
+                    raise
+                logger.warning("aiter_fusion: planning %s failed", group[0].root.name, exc_info=True)
+                made, reason, status = None, f"error: {type(error).__name__}: {error}", SKIPPED
+            if made is not None or draft is None:
+                variant = fusion.variant(features, group[0].attributes, chain[-1].root)
+                draft = _Draft(records, fusion.family, variant, reason, status, made)
+            if made is not None:
+                claimed.update(records)
+                break
+        if draft is None:
+            source = group[0].inputs["x"]
+            reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
+            draft = _Draft(list(group), group[0].kind, group[0].form, f"producer: {reason}", BARE)
+        draft.records = [record for record in draft.records if record not in accounted]
+        accounted.update(dict.fromkeys(draft.records, draft))
+        drafts.append(draft)
+
+    for record in recognised.records:
+        if record not in accounted and record.serves is None:
+            draft = _Draft([record], record.kind, record.form, "unquantised: no FP8 quantiser reads it", BARE)
+            accounted[record] = draft
+            drafts.append(draft)
+    for record in recognised.records:
+        if record not in accounted:
+            served = next(r for r in recognised.records if r.kind == record.serves and r.inputs["x"] is record.root)
+            accounted[served].records.append(record)
+
+    placed = [(max(record.root for record in d.records), _site(d), d.plan) for d in drafts if d.records]
+    placed += [
+        (node, Site("fp8_quant", "unknown", "", "", BARE, f"unknown: {reason}", where(node)), None)
+        for node, reason in recognised.unknown
+    ]
+    placed.sort(key=lambda entry: entry[0])
+    planned = Planned()
+    for _, site, made in placed:
+        planned.sites.append(site)
+        if made is not None:
+            planned.plans.append(made)
+            planned.taken.append(site)
+    return planned
+
+
+def _site(draft: _Draft) -> Site:
+    producers = [record for record in draft.records if "x" not in record.inputs or record.kind != draft.records[-1].kind]
+    head = (producers or draft.records)[-1]
+    return Site(
+        family=draft.family,
+        variant=draft.variant,
+        op=draft.plan.op.name if draft.plan else "",
+        provider=draft.plan.provider.name if draft.plan else "",
+        status=draft.status,
+        reason=draft.reason,
+        where=where(head.root),
+        records=len(draft.records),
+    )
+
+
+def where(node: fx.Node) -> str:
+    """The module that a node comes from, e.g. ``model.layers.0.input_layernorm``; empty outside modules."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+
+
+def _groups(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:
+    """Records that end a chain, those that compute the same thing from the same value together."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        if record.kind in kinds:
+            literals = tuple(sorted((k, str(v)) for k, v in record.attributes.items()))
+            key = (record.kind, tuple(sorted(record.inputs.items(), key=str)), literals, record.features)
+            groups.setdefault(key, []).append(record)
+    return list(groups.values())
+
+
+def _chain(tail: Record, fusion: Fusion, value_of: Mapping[fx.Node, Record]) -> list[Record] | None:
+    """The records before ``tail``, each the input ``x`` of the next, if their kinds are those of the fusion."""
+    chain, last = [], tail
+    for kind in reversed(fusion.chain[:-1]):
+        source = value_of.get(last.inputs["x"]) if "x" in last.inputs else None
+        if source is None or source.kind != kind:
+            return None
+        chain.insert(0, source)
+        last = source
+    return chain if tail.kind == fusion.chain[-1] else None
+
+
+def _attempt(
+    fusion: Fusion,
+    chain: list[Record],
+    group: list[Record],
+    features: frozenset[str],
+    options: Options,
+    training: bool,
+    writes: list[tuple[fx.Node, set[int] | None]],
+) -> tuple[Plan, frozenset[str]]:
+    """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
+    records = [*chain, *group]
+    nodes = frozenset().union(*(record.nodes for record in records))
+    outputs = {node: name for record in records for name, node in record.outputs.items()}
+    base = find(fusion.family, features)
+    if base is None:
+        raise Refused(f"overload: {fusion.family} has none for {', '.join(sorted(features))}")
+    dead = _dead(nodes, {node for node, name in outputs.items() if name in base.outputs})
+    extra = frozenset(name for node, name in outputs.items() if node not in dead)
+    features = features | extra
+    op = find(fusion.family, features)
+    replaced = {node: name for node, name in outputs.items() if op is not None and name in op.outputs}
+    if op is None or extra - set(op.outputs):
+        raise Refused(f"overload: no overload of {fusion.family} also returns {', '.join(sorted(extra))}")
+
+    needed = max((fusion.levels.get(feature, 1) for feature in features), default=1)
+    reason = options.why_not(fusion.family, needed)
+    if reason is not None:
+        raise Refused(reason)
+    if training:
+        raise Refused("training: fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
+
+    arguments = _arguments(op, records)
+    inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
+    _check_order(inputs, replaced, dead)
+    _check_writes(inputs, nodes, writes)
+    known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
+    provider = _provider(op, known, options)
+    fakes = op.shape(**known)
+    fitted = {node: (name, _fit(node, name, fakes[name])) for node, name in replaced.items()}
+    return Plan(op, provider, arguments, fakes, fitted, nodes), features
+
+
+def _dead(nodes: frozenset[fx.Node], replaced: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that nothing reads any more once ``replaced`` have been replaced."""
+    dead = set(replaced)
+    for node in sorted(nodes, reverse=True):
+        if all(user in dead for user in node.users):
+            dead.add(node)
+    return dead
+
+
+def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
+    """The op's arguments, by name from the records' inputs and attributes; earlier records win."""
+    known: dict[str, Any] = {}
+    for record in reversed(records):
+        known |= {**record.attributes, **record.inputs}
+    missing = [name for name, kind in op.arguments.items() if name not in known and not kind.endswith("?")]
+    if missing:
+        raise TypeError(f"no record gives {op.name} its arguments {', '.join(missing)}")
+    return {name: known.get(name) for name in op.arguments}
+
+
+def _check_order(inputs: set[fx.Node], replaced: Iterable[fx.Node], dead: set[fx.Node]) -> None:
+    """The op goes after its last input; nothing may read an output before that."""
+    last = max(inputs)
+    for node in replaced:
+        for user in node.users:
+            if user not in dead and not last < user:
+                raise Refused(f"order: {user.name} reads {node.name} before {last.name} exists")
+
+
+def _check_writes(
+    inputs: set[fx.Node], nodes: frozenset[fx.Node], writes: list[tuple[fx.Node, set[int] | None]]
+) -> None:
+    """Nothing may write to what the op reads (or to what lies inside it) between the nodes that become one."""
+    first, last = min(nodes), max(nodes)
+    touched = {_storage(node) for node in inputs | nodes}
+    for writer, storages in writes:
+        if first < writer < last and (storages is None or storages & touched):
+            raise Refused(f"mutation: {writer.name} ({writer.target}) writes to a tensor of this site")
+
+
+def _writes(graph: fx.Graph) -> Iterable[tuple[fx.Node, set[int] | None]]:
+    """Nodes that write to tensors, with the storages written to; None where that cannot be told."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            if not schema.is_mutable:
+                continue
+            written: set[int] | None = set()
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                    values = value if isinstance(value, (list, tuple)) else [value]
+                    written |= {_storage(v) for v in values if isinstance(v, fx.Node)}
+            yield node, None if 0 in written else written
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            yield node, {_storage(n) for n in node.all_input_nodes}
+
+
+def _storage(node: fx.Node) -> int:
+    """The identity of the storage that a node's tensor lives in; 0 where it has none."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
+
+
+def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provider:
+    """The first provider that accepts the call."""
+    device = next(value.device for value in known.values() if isinstance(value, Tensor))
+    asked = candidates(options.provider, device.type)
+    if not asked:
+        why = "; ".join(f"{p.name}: {p.missing()}" for p in PROVIDERS.values() if p.missing())
+        raise Refused(f"no_kernel: none for {device.type} ({why})")
+    refusals = []
+    for provider in asked:
+        if not provider.exact and not options.allows_kernel_numerics:
+            refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
+        elif (reason := provider.refuse(op, known)) is not None:
+            refusals.append(f"provider: {provider.name}: {reason}")
+        else:
+            return provider
+    raise Refused(refusals[0])
+
+
+def _fit(node: fx.Node, name: str, have: Tensor) -> tuple[int | Size, ...] | None:
+    """The sizes to reshape an output to so that it can take the place of ``node``, or None if it can as it is."""
+    want = node.meta["val"]
+    for what in ("dtype", "device"):
+        if getattr(want, what) != getattr(have, what):
+            raise Refused(f"layout: {node.name} has {what} {getattr(want, what)}, {name} {getattr(have, what)}")
+    expected = 1
+    for size, stride in zip(reversed(want.shape), reversed(want.stride())):
+        if not same_size(size, 1) and not same_size(stride, expected):
+            raise Refused(f"layout: {node.name} has strides {tuple(want.stride())}; {name} is contiguous")
+        expected = expected * size
+    if same_shape(want.shape, have.shape):
+        return None
+    if not same_size(want.numel(), have.numel()):
+        raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
+    sizes: list[int | Size] = []
+    for size in want.shape:
+        same = next((d for d, s in enumerate(have.shape) if same_size(s, size)), None)
+        if isinstance(size, int):
+            sizes.append(size)
+        elif same is not None:
+            sizes.append(Size(same))
+        elif -1 not in sizes:
+            sizes.append(-1)
+        else:
+            raise Refused(f"layout: the sizes {list(want.shape)} of {node.name} cannot be had from {list(have.shape)}")
+    return tuple(sizes)

@@ -1,0 +1,141 @@
+"""Gated activations: ``act(gate) * up``, from two tensors or from the halves of one.
+
+Each activation is written as Inductor decomposes it, since its rounding is part of the contract; the names are the
+values of the ops' argument ``act``.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import torch
+from torch import fx
+
+from .language import (
+    FLOATS,
+    Attr,
+    Call,
+    Completion,
+    Const,
+    Form,
+    Found,
+    OneOf,
+    Pattern,
+    Var,
+    With,
+    add,
+    aten,
+    convert_to,
+    dtype,
+    in_float32,
+    is_last_dim,
+    mul,
+    same_shape,
+    same_size,
+    shape,
+)
+
+F32 = torch.float32
+
+
+def _is_half(node: fx.Node, size: object) -> bool:
+    """``size`` (of a split) is half of the last dimension."""
+    width = shape(node.args[0])[-1]  # type: ignore[arg-type]
+    sizes = size if isinstance(size, (list, tuple)) else [size, size]
+    return len(sizes) == 2 and all(isinstance(s, int) and same_size(2 * s, width) for s in sizes)
+
+
+def _starts_at(half: int):
+    def test(node: fx.Node, start: object) -> bool:
+        width = shape(node.args[0])[-1]  # type: ignore[arg-type]
+        return isinstance(start, int) and same_size(2 * start, half * width)
+
+    return test
+
+
+def _ends_at(half: int):
+    def test(node: fx.Node, end: object) -> bool:
+        width = shape(node.args[0])[-1]  # type: ignore[arg-type]
+        if half == 1 and end == torch.iinfo(torch.int64).max:  # "to the end"
+            return True
+        return isinstance(end, int) and same_size(2 * end, (half + 1) * width)
+
+    return test
+
+
+def _half(half: int) -> Pattern:
+    """The first or second half of the columns of ``gate_up``, by split, split_with_sizes, chunk or slice."""
+    packed, last = Var("gate_up"), Attr("", is_last_dim)
+    split = Call(
+        (aten.split.Tensor, aten.split_with_sizes.default),
+        (packed, Attr("", _is_half), last),
+    )
+    cut = Call(
+        (aten.slice.Tensor,),
+        (packed, last, Attr("", _starts_at(half)), Attr("", _ends_at(half))),
+    )
+    return OneOf((Call((getitem,), (split, Const(half))), cut))
+
+
+ACTIVATIONS = {
+    # x / (1 + exp(-x)): torch's decomposition of silu
+    "silu": lambda x: Call(
+        (aten.div.Tensor,), (x, add(Call((aten.exp.default,), (Call((aten.neg.default,), (x,)),)), Const(1)))
+    ),
+    # x * sigmoid(x): written by hand
+    "swish": lambda x: mul(x, Call((aten.sigmoid.default,), (x,))),
+    # 0.5 x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))
+    "gelu_tanh": lambda x: mul(
+        mul(x, Const(0.5)),
+        add(
+            Call(
+                (aten.tanh.default,),
+                (mul(add(x, mul(mul(mul(x, x), x), Const(0.044715))), Const(0.7978845608028654)),),
+            ),
+            Const(1),
+        ),
+    ),
+    # 0.5 x * (1 + erf(x / sqrt(2)))
+    "gelu": lambda x: mul(
+        mul(x, Const(0.5)),
+        add(Call((aten.erf.default,), (mul(x, Const(0.7071067811865476)),)), Const(1)),
+    ),
+}
+
+# Where gate and up come from: the two halves of one tensor in either order, else two tensors.
+LAYOUTS: tuple[tuple[dict[str, object], Pattern, Pattern], ...] = (
+    ({"gate_first": True}, _half(0), _half(1)),
+    ({"gate_first": False}, _half(1), _half(0)),
+    ({}, Var("gate"), Var("up")),
+)
+
+
+def _pattern(act: str) -> Pattern:
+    """Both orders of rounding, from all layouts."""
+    options = []
+    for attributes, gate, up in LAYOUTS:
+        activated = ACTIVATIONS[act](in_float32(gate))
+        rounded = With(
+            mul(convert_to(activated, "dtype", FLOATS), up), attributes | {"act": act, "cast_first": True}
+        )
+        product = mul(activated, in_float32(up), dtype=F32)
+        late = OneOf((convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
+        options += [rounded, With(late, attributes | {"act": act, "cast_first": False})]
+    return OneOf(tuple(options))
+
+
+def _complete(root: fx.Node, found: Found) -> Completion | str:
+    packed = found.inputs.get("gate_up")
+    tensors = [packed] if packed is not None else [found.inputs["gate"], found.inputs["up"]]
+    if any(dtype(t) not in FLOATS for t in tensors) or len({dtype(t) for t in tensors}) != 1:
+        return "gate and up are not of one floating-point dtype"
+    if not all(same_shape(shape(t)[:-1], shape(root)[:-1]) for t in tensors):
+        return "gate and up are broadcast"
+    if packed is None and not all(same_size(shape(t)[-1], shape(root)[-1]) for t in tensors):
+        return "gate and up are broadcast"
+    return Completion(found.attributes, frozenset() if packed is None else frozenset({"packed"}))
+
+
+FORMS = tuple(
+    Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS
+)

@@ -1,0 +1,173 @@
+"""FP8 quantisers: ``q = cast(clamp(x / scale))`` with the scale from the maximum of a block, or given.
+
+A block is the set of elements that share a scale: consecutive elements of a row (a whole row is per token), or the
+whole tensor (``block`` 0). The arithmetic between maximum, scale and values differs from model to model and is
+captured as programs (``aiter_fusion/arithmetic.py``), not enumerated.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import torch
+from torch import fx
+
+from ..arithmetic import cast, is_inverse, parse
+from .language import (
+    FP8,
+    Attr,
+    Branch,
+    Call,
+    Completion,
+    Form,
+    Found,
+    Named,
+    OneOf,
+    Pattern,
+    Steps,
+    Var,
+    Views,
+    With,
+    anything,
+    aten,
+    convert_to,
+    dtype,
+    in_float32,
+    same_shape,
+    same_size,
+    shape,
+)
+
+X = Views(Var("x"))
+FIRST = Attr("", lambda node, index: index == 0)
+
+# The maximum of |x| over the block. Conversions before it are exact for a maximum, in either direction.
+ABSOLUTE = Named("blocks", in_float32(Call((aten.abs.default,), (in_float32(X),))))
+MAXIMUM = Named(
+    "maximum",
+    OneOf(
+        (
+            Call((aten.amax.default,), (ABSOLUTE, anything("dims"), anything())),
+            Call((aten.max.default,), (ABSOLUTE,)),
+            Call((getitem,), (Call((aten.max.dim,), (ABSOLUTE, anything("dims"), anything())), FIRST)),
+        )
+    ),
+)
+# What the values are divided by or multiplied with: one factor for each block ...
+FACTOR = Named("factor", Steps("factor_steps", MAXIMUM))
+# ... or one for each element, spread over the block (torchao's block-wise quantiser)
+SPREAD = Views(Named("spread", Call((aten.expand.default,), (FACTOR, anything()))))
+
+
+def _quantised(multiplier: Pattern) -> Pattern:
+    """The values combined with the multiplier, what follows, and the cast."""
+    elements, multiplier = Named("elements", in_float32(X)), Named("multiplier", multiplier)
+    combined = OneOf(
+        (
+            With(Call((aten.div.Tensor,), (elements, multiplier)), {"combine": "div_scale"}),
+            With(Call((aten.mul.Tensor,), (elements, multiplier), commute=True), {"combine": "mul_scale"}),
+        )
+    )
+    return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", FP8)
+
+
+def _block(found: Found) -> int | str:
+    """How many consecutive elements share a maximum (0: all of them), or why it is neither."""
+    sizes = shape(found.named["blocks"])
+    dims = found.attributes.get("dims", [])  # none named: all
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    reduced = {d % len(sizes) for d in dims} or set(range(len(sizes)))
+    wide = {d for d in range(len(sizes)) if not same_size(sizes[d], 1)}
+    last = len(sizes) - 1
+    if last in reduced and reduced & wide <= {last}:
+        return sizes[last] if isinstance(sizes[last], int) else "the size of a block is symbolic"
+    if wide <= reduced:
+        return 0
+    return f"{found.named['maximum'].name} is a maximum over dimensions {sorted(reduced)} of {list(sizes)}"
+
+
+def _aligned(found: Found, block: int) -> bool:
+    """Whether every element meets the factor of its own block."""
+    elements, multiplier = shape(found.named["elements"]), shape(found.named["multiplier"])
+    if not same_shape(shape(found.named["combined"]), elements):
+        return False
+    if block == 0:
+        return all(same_size(s, 1) for s in multiplier)
+    if "spread" in found.named:
+        factor = shape(found.named["factor"])
+        return (
+            same_shape(shape(found.named["spread"]), (*factor[:-1], block))
+            and same_shape(multiplier, elements)
+            and same_size(factor[-1], 1)
+            and same_size(elements[-1] % block, 0)
+        )
+    return same_shape(multiplier, (*elements[:-1], 1)) and same_size(elements[-1], block)
+
+
+def _value_steps(found: Found) -> str:
+    """The program of the values. Type promotion by the factor is a conversion of the values."""
+    x, combined = dtype(found.inputs["x"]), dtype(found.named["combined"])
+    converted = [] if x == combined else [cast(combined)]
+    return " ".join([*converted, found.attributes["combine"], *found.attributes["after"]])
+
+
+def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
+    block = _block(found)
+    if isinstance(block, str):
+        return block
+    if not _aligned(found, block):
+        return f"{found.named['combined'].name} does not give each element the scale of its own block"
+    factor_steps = " ".join(found.attributes["factor_steps"])
+    return Completion(
+        {
+            "block": block,
+            "scale_steps": factor_steps,  # where no scale leaves the quantiser
+            "factor_steps": factor_steps,
+            "value_steps": _value_steps(found),
+            "quant_dtype": found.attributes["quant_dtype"],
+        }
+    )
+
+
+def _complete_static(root: fx.Node, found: Found) -> Completion | str:
+    scale = found.inputs["scale"]
+    if not all(same_size(s, 1) for s in shape(scale)):
+        return f"the scale {scale.name} is not one number, nor computed from the maximum in known steps"
+    if dtype(scale) is not torch.float32:
+        return f"the scale {scale.name} is {dtype(scale)}, not float32"
+    if not _aligned(found, 0):
+        return f"{found.named['combined'].name} changes the shape"
+    return Completion(
+        {
+            "block": 0,
+            "factor_steps": " ".join(found.attributes["factor_steps"]),
+            "value_steps": _value_steps(found),
+            "quant_dtype": found.attributes["quant_dtype"],
+        },
+        features=frozenset({"static"}),
+    )
+
+
+def _is_scale(node: fx.Node, steps: str) -> bool:
+    """A dequantisation scale: float32, and the maximum times a constant up to bounds and rounding."""
+    scaled = any(name in ("mul", "div") for name, _ in parse(steps))
+    return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
+
+
+FORMS = (
+    Form(
+        "fp8_quant",
+        "dynamic",
+        _quantised(OneOf((FACTOR, SPREAD))),
+        output="q",
+        complete=_complete_dynamic,
+        branches=(Branch("scale", source="maximum", steps="scale_steps", test=_is_scale),),
+    ),
+    Form(
+        "fp8_quant",
+        "static",
+        _quantised(Named("factor", Steps("factor_steps", Var("scale")))),
+        output="q",
+        complete=_complete_static,
+    ),
+)

@@ -1,0 +1,51 @@
+"""Which chains of records become which fused op. Longer chains are tried first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from . import act_mul, fp8_quant, rms_norm
+from .language import Form, Fusion, same_size, shape
+
+# Features that need a level above 1: outputs that the graph still reads besides q and scale, Gemma's weight, static
+# scales.
+LEVELS = {"value": 2, "offset": 2, "static": 2}
+
+
+def blocks_fit_rows(attributes: Mapping[str, Any], value: fx.Node) -> str | None:
+    """A block of the quantiser must not span several rows of the value that it reads."""
+    block, width = attributes["block"], shape(value)[-1]
+    if block == 0 or same_size(width % block, 0):
+        return None
+    return f"scales are for blocks of {block}, which its rows of {width} do not divide into"
+
+
+def variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
+    """E.g. ``add+token``, ``packed+group128+value``, ``static``."""
+    block = attributes["block"]
+    if "static" in features:
+        granularity = "static"
+    elif block == 0:
+        granularity = "tensor"
+    else:
+        granularity = "token" if same_size(shape(value)[-1], block) else f"group{block}"
+    before = [name for name in ("add", "packed", "offset") if name in features]
+    after = [name for name in ("value",) if name in features]
+    return "+".join([*before, granularity, *after])
+
+
+def _quantised(family: str, *chain: str) -> Fusion:
+    return Fusion(family, (*chain, "fp8_quant"), variant, LEVELS, blocks_fit_rows)
+
+
+FUSIONS: tuple[Fusion, ...] = (
+    _quantised("rms_norm_quant", "residual_add", "rms_norm"),
+    _quantised("rms_norm_quant", "rms_norm"),
+    _quantised("act_mul_quant", "act_mul"),
+)
+
+# Earlier forms win where two explain the same node.
+FORMS: tuple[Form, ...] = (*rms_norm.FORMS, *act_mul.FORMS, *fp8_quant.FORMS, *rms_norm.RESIDUAL_FORMS)

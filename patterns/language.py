@@ -1,0 +1,286 @@
+"""The vocabulary of patterns: plain data, matched by ``passes/matcher.py``.
+
+A pattern describes a value in an FX graph by the call that computes it. Matching is strict: every argument that a
+pattern does not mention must have its schema's default value, so ``add(x, r, alpha=2)`` is not ``add(x, r)``.
+How many users a value has never matters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+Target = Callable[..., Any]
+
+
+class Pattern:
+    """Anything that can stand for a value: the classes below."""
+
+
+@dataclass(frozen=True)
+class Var(Pattern):
+    """Any tensor, captured as the input ``name``; a second occurrence must be the same node."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Const(Pattern):
+    """A literal. Numbers are compared after rounding to float32, in which every kernel applies them."""
+
+    value: float | bool
+
+
+@dataclass(frozen=True)
+class Attr(Pattern):
+    """A literal captured as the attribute ``name`` (or not at all, if empty), if ``test(consumer, value)`` holds."""
+
+    name: str
+    test: Callable[[fx.Node, Any], bool]
+
+
+@dataclass(frozen=True)
+class Call(Pattern):
+    """A call of one of ``targets`` with these arguments in schema order.
+
+    ``commute`` also tries the first two arguments exchanged; ``dtype`` is demanded of the result.
+    """
+
+    targets: tuple[Target, ...]
+    args: tuple[Pattern, ...]
+    commute: bool = False
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class OneOf(Pattern):
+    """Alternatives, tried in order."""
+
+    options: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
+class With(Pattern):
+    """``of``, and these attributes where it matched."""
+
+    of: Pattern
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Named(Pattern):
+    """``of``, and the matched node kept as ``name`` for the form's ``complete``."""
+
+    name: str
+    of: Pattern
+
+
+@dataclass(frozen=True)
+class Views(Pattern):
+    """``of`` behind any number of views that keep the row-major order of elements (``VIEWS``)."""
+
+    of: Pattern
+
+
+@dataclass(frozen=True)
+class Steps(Pattern):
+    """``of`` followed by any number of scalar operations (``STEPS``) and views.
+
+    The longest walk is tried first. The operations are captured as the attribute ``name``, in order, as text.
+    """
+
+    name: str
+    of: Pattern
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pattern captured: input tensors, named nodes, attributes, and the nodes it walked over."""
+
+    inputs: Mapping[str, fx.Node] = field(default_factory=dict)
+    named: Mapping[str, fx.Node] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A match that holds: the record's attributes (arguments of fused ops) and features."""
+
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A second output, looked for forward from the node named ``source`` through scalar operations and views.
+
+    It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts; the
+    operations up to it become the attribute ``steps``.
+    """
+
+    output: str
+    source: str
+    steps: str
+    test: Callable[[fx.Node, str], bool]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to spell a computation.
+
+    kind:      what it computes; fusions are chains of kinds.
+    name:      which spelling, for reports.
+    pattern:   the value that it computes.
+    output:    the name of that value among the record's outputs.
+    complete:  conditions that a pattern cannot express. It returns the record's attributes, or a sentence saying why
+               the match does not hold, which the report shows for values that no form explains.
+    branches:  further outputs that leave the pattern on the way.
+    serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
+    """
+
+    kind: str
+    name: str
+    pattern: Pattern
+    output: str
+    complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
+    branches: tuple[Branch, ...] = ()
+    serves: str | None = None
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A chain of kinds that one fused op computes, each the input ``x`` of the next.
+
+    family:  the name in reports, options and ``torch.ops.aiter_fusion``.
+    levels:  the optimisation level from which a feature of the site (an overload, a variant) is taken; others need 1.
+    fits:    a condition on the last record and the value that it reads: a sentence saying why the chain does not
+             hold, or None.
+    variant: names the site within its family, from the features and the attributes of its records.
+    """
+
+    family: str
+    chain: tuple[str, ...]
+    variant: Callable[[frozenset[str], Mapping[str, Any], fx.Node], str]
+    levels: Mapping[str, int] = field(default_factory=dict)
+    fits: Callable[[Mapping[str, Any], fx.Node], str | None] = lambda attributes, value: None
+
+
+# Views that keep the row-major order of the elements; clone changes strides, never order.
+VIEWS: frozenset[Target] = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.clone.default,
+    }
+)
+
+# Scalar operations that a program can hold, by ATen target; see aiter_fusion/arithmetic.py.
+STEPS: Mapping[Target, tuple[str, ...]] = {
+    aten.reciprocal.default: ("reciprocal",),
+    aten.log2.default: ("log2",),
+    aten.exp2.default: ("exp2",),
+    aten.ceil.default: ("ceil",),
+    aten.floor.default: ("floor",),
+    aten.mul.Tensor: ("mul",),
+    aten.div.Tensor: ("div",),
+    aten.clamp_min.default: ("clamp_min",),
+    aten.clamp_max.default: ("clamp_max",),
+    aten.clamp.default: ("clamp_min", "clamp_max"),
+}
+
+
+def is_number(node: fx.Node, value: Any) -> bool:
+    """A Python number, so neither a node nor a symbolic size."""
+    return type(value) in (int, float)
+
+
+def same_number(a: float, b: float) -> bool:
+    """Equal after rounding to float32."""
+    return ctypes.c_float(a).value == ctypes.c_float(b).value
+
+
+def shape(node: fx.Node) -> torch.Size:
+    """The shape that the tracer recorded for a tensor node."""
+    return node.meta["val"].shape
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """The dtype that the tracer recorded for a tensor node."""
+    return node.meta["val"].dtype
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; never adds a guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two shapes are known to be equal; never adds a guard."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b))
+
+
+def is_last_dim(node: fx.Node, dims: Any) -> bool:
+    """``dims`` (an int or a list) is the last dimension of the first argument of ``node``, spelled either way."""
+    source = node.args[0]
+    rank = len(shape(source)) if isinstance(source, fx.Node) else 0
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return len(dims) == 1 and type(dims[0]) is int and rank > 0 and dims[0] % rank == rank - 1
+
+
+def number(name: str) -> Attr:
+    """A number captured under ``name``."""
+    return Attr(name, is_number)
+
+
+def last_dim() -> Attr:
+    """The last dimension, as -1 or counted from the front, alone or in a list."""
+    return Attr("", is_last_dim)
+
+
+def anything(name: str = "") -> Attr:
+    """Any literal; its effect is checked by the form's ``complete``, on the result's shape or by ``name``."""
+    return Attr(name, lambda node, value: True)
+
+
+def convert(of: Pattern, to: torch.dtype) -> Call:
+    """A conversion to one dtype."""
+    return Call((prims.convert_element_type.default,), (of, Attr("", lambda node, value: value is to)))
+
+
+def convert_to(of: Pattern, name: str, allowed: frozenset[torch.dtype]) -> Call:
+    """A conversion to any of the allowed dtypes, captured under ``name``."""
+    return Call((prims.convert_element_type.default,), (of, Attr(name, lambda node, value: value in allowed)))
+
+
+def in_float32(of: Pattern) -> OneOf:
+    """``of`` converted to float32, or ``of`` as it is: the consumer's dtype decides which is right."""
+    return OneOf((convert(of, torch.float32), of))
+
+
+def mul(a: Pattern, b: Pattern, dtype: torch.dtype | None = None) -> Call:
+    """A product, in either order."""
+    return Call((aten.mul.Tensor,), (a, b), commute=True, dtype=dtype)
+
+
+def add(a: Pattern, b: Pattern, dtype: torch.dtype | None = None) -> Call:
+    """A sum, in either order; ``alpha`` must be 1."""
+    return Call((aten.add.Tensor, aten.add.Scalar), (a, b), commute=True, dtype=dtype)
+
+
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz})

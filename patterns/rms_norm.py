@@ -1,0 +1,104 @@
+"""RMSNorm: ``x * rsqrt(mean(x**2) + eps) * weight`` in the orders of rounding that models use.
+
+The letters are those of the form table in the documentation of each entry: R1 rounds before the weight, R2 after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .language import (
+    FLOATS,
+    Call,
+    Completion,
+    Const,
+    Form,
+    Found,
+    OneOf,
+    Pattern,
+    Var,
+    With,
+    add,
+    aten,
+    convert_to,
+    dtype,
+    in_float32,
+    last_dim,
+    mul,
+    number,
+    same_shape,
+    same_size,
+    shape,
+)
+
+F32 = torch.float32
+
+X = in_float32(Var("x"))
+WEIGHT = Var("weight")
+
+# x * rsqrt(mean(x**2, -1, keepdim) + eps), all in float32
+MEAN_OF_SQUARES = Call(
+    (aten.mean.dim,),
+    (Call((aten.pow.Tensor_Scalar,), (X, Const(2)), dtype=F32), last_dim(), Const(True)),
+)
+NORMALISED = mul(X, Call((aten.rsqrt.default,), (add(MEAN_OF_SQUARES, number("eps")),)), dtype=F32)
+ROUNDED = convert_to(NORMALISED, "dtype", FLOATS)
+
+# weight + offset in float32, where Gemma stores weights around zero
+OFFSET_WEIGHT = Call((aten.add.Tensor, aten.add.Scalar), (in_float32(WEIGHT), number("offset")), dtype=F32)
+
+
+def _either(product: Call) -> Pattern:
+    """The product rounded to the activation's dtype, or left in float32."""
+    return OneOf((convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
+
+
+def _complete(root: fx.Node, found: Found) -> Completion | str:
+    x, weight = found.inputs["x"], found.inputs.get("weight")
+    if dtype(x) not in FLOATS:
+        return f"the normalised tensor is {dtype(x)}"
+    if weight is not None and not (len(shape(weight)) == 1 and same_size(shape(weight)[0], shape(x)[-1])):
+        return "the factor after the normalisation is not one weight per column"
+    if not same_shape(shape(root), shape(x)):
+        return "the normalisation changes the shape"
+    attributes = {"offset": None, "cast_first": False} | dict(found.attributes)
+    features = frozenset() if attributes["offset"] is None else frozenset({"offset"})
+    return Completion(attributes, features)
+
+
+def _form(name: str, pattern: Pattern) -> Form:
+    return Form("rms_norm", name, pattern, output="value", complete=_complete)
+
+
+FORMS = (
+    # Llama, Qwen, Mistral, T5: weight * (x32 * rsqrt(..)).to(dtype)
+    _form("round_then_weight", With(mul(WEIGHT, ROUNDED), {"cast_first": True})),
+    # Gemma: (x32 * rsqrt(..) * (1 + weight)).to(dtype)
+    _form("offset_weight", _either(mul(NORMALISED, OFFSET_WEIGHT, dtype=F32))),
+    # torch.nn.RMSNorm, OLMo2, GPT-OSS: (x32 * rsqrt(..) * weight).to(dtype)
+    _form("weight_then_round", _either(mul(NORMALISED, WEIGHT, dtype=F32))),
+    # Llama-4's q and k: no weight
+    _form("no_weight", OneOf((ROUNDED, With(NORMALISED, {"dtype": F32})))),
+)
+
+
+def _complete_residual(root: fx.Node, found: Found) -> Completion | str:
+    x, residual = found.inputs["x"], found.inputs["residual"]
+    if not same_shape(shape(x), shape(residual)):
+        return "the residual is broadcast"
+    if dtype(x) != dtype(residual):
+        return f"the residual is {dtype(residual)}, the activation {dtype(x)}"
+    return Completion(features=frozenset({"add"}))
+
+
+RESIDUAL_FORMS = (
+    Form(
+        "residual_add",
+        "residual_add",
+        Call((aten.add.Tensor,), (Var("residual"), Var("x"))),
+        output="residual_out",
+        complete=_complete_residual,
+        serves="rms_norm",
+    ),
+)
