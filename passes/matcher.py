@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -33,33 +33,37 @@ from ..patterns.language import (
 CONVERT = torch.ops.prims.convert_element_type.default
 
 
+REQUIRED = object()
+
+
 @lru_cache(maxsize=None)
 def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
     """The (name, default) of every argument; REQUIRED where there is none."""
     return tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments)
 
 
-REQUIRED = object()
-
-
-def arguments(node: fx.Node) -> list[tuple[Any, bool]]:
-    """Every argument of a call in schema order, and whether it is there only as its default."""
+def arguments(node: fx.Node) -> tuple[list[Any], int]:
+    """The arguments of a call in schema order, and how many of them must be looked at: the rest are their defaults."""
+    args, kwargs = list(node.args), node.kwargs
     if not isinstance(node.target, torch._ops.OpOverload):
-        return [(value, False) for value in (*node.args, *node.kwargs.values())]
-    bound = []
-    for position, (name, default) in enumerate(_schema(node.target)):
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-        bound.append((given, type(given) is type(default) and given == default or _equal(given, default)))
-    return bound
+        args += kwargs.values()
+        return args, len(args)
+    schema = _schema(node.target)
+    args += [kwargs.get(name, default) for name, default in schema[len(args) :]]
+    count = len(args)
+    while count and _is_default(args[count - 1], schema[count - 1][1]):
+        count -= 1
+    return args, count
 
 
-def _equal(given: Any, default: Any) -> bool:
-    """Equality of literals; 1 equals 1.0, but no number equals a bool."""
-    if isinstance(given, bool) or isinstance(default, bool):
-        return given is default
-    if isinstance(given, (int, float)) and isinstance(default, (int, float)):
-        return given == default
-    return given is default
+def _is_default(given: Any, default: Any) -> bool:
+    """Whether a literal is the schema's default; 1 equals 1.0, but no number equals a bool."""
+    if given is default:
+        return True
+    if isinstance(given, (bool, fx.Node)) or isinstance(default, bool):
+        return False
+    numbers = isinstance(given, (int, float)) and isinstance(default, (int, float))
+    return (numbers or type(given) is type(default)) and given == default
 
 
 def step_words(node: fx.Node) -> tuple[str, ...] | None:
@@ -102,77 +106,77 @@ def _match(
     pattern: Pattern, value: Any, consumer: fx.Node, found: Found, depth: int, misfit: Misfit | None
 ) -> Iterator[Found]:
     match pattern:
-        case Var(name):
+        case Call():
+            yield from _match_call(pattern, value, found, depth, misfit)
+        case OneOf():
+            for option in pattern.options:
+                yield from _match(option, value, consumer, found, depth, misfit)
+        case Var():
             if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
-                known = found.inputs.get(name)
+                known = found.inputs.get(pattern.name)
                 if known is None:
-                    yield replace(found, inputs={**found.inputs, name: value})
+                    yield found.with_input(pattern.name, value)
                 elif known is value:
                     yield found
-        case Const(expected):
+        case Const():
+            expected = pattern.value
             if isinstance(expected, bool):
                 if value is expected:
                     yield found
             elif is_number(consumer, value) and same_number(value, expected):
                 yield found
-        case Attr(name, test):
-            if not isinstance(value, fx.Node) and test(consumer, value):
-                if not name:
-                    yield found
-                elif name not in found.attributes or found.attributes[name] == value:
-                    yield replace(found, attributes={**found.attributes, name: value})
-        case Call():
-            yield from _match_call(pattern, value, found, depth, misfit)
-        case OneOf(options):
-            for option in options:
-                yield from _match(option, value, consumer, found, depth, misfit)
-        case With(of, attributes):
-            for inner in _match(of, value, consumer, found, depth, misfit):
-                yield replace(inner, attributes={**inner.attributes, **attributes})
-        case Named(name, of):
-            for inner in _match(of, value, consumer, found, depth, misfit):
-                if inner.named.get(name, value) is value:
-                    yield replace(inner, named={**inner.named, name: value})
-        case Views(of):
+        case Attr():
+            if not isinstance(value, fx.Node) and pattern.test(consumer, value):
+                yield from _attributed(found, {pattern.name: value} if pattern.name else {})
+        case With():
+            for inner in _match(pattern.of, value, consumer, found, depth, misfit):
+                yield from _attributed(inner, pattern.attributes)
+        case Named():
+            for inner in _match(pattern.of, value, consumer, found, depth, misfit):
+                if inner.named.get(pattern.name, value) is value:
+                    yield inner.with_name(pattern.name, value)
+        case Views():
             nodes = []
             while isinstance(value, fx.Node) and value.target in VIEWS:
                 nodes.append(value)
                 value = value.args[0]
-            inner = replace(found, nodes=(*found.nodes, *nodes))
-            yield from _match(of, value, consumer, inner, depth + len(nodes), misfit)
-        case Steps(name, of):
-            yield from _match_steps(name, of, value, consumer, found, depth, misfit)
+            inner = found.with_nodes(nodes) if nodes else found
+            yield from _match(pattern.of, value, consumer, inner, depth + len(nodes), misfit)
+        case Steps():
+            yield from _match_steps(pattern, value, consumer, found, depth, misfit)
         case _:
             raise TypeError(f"not a pattern: {pattern!r}")
 
 
+def _attributed(found: Found, attributes: Mapping[str, Any]) -> Iterator[Found]:
+    """``found`` with these attributes too, unless it has another value for one."""
+    if all(name not in found.attributes or found.attributes[name] == value for name, value in attributes.items()):
+        yield found.with_attributes(attributes) if attributes else found
+
+
 def _match_call(pattern: Call, value: Any, found: Found, depth: int, misfit: Misfit | None) -> Iterator[Found]:
     if (
-        not isinstance(value, fx.Node)
-        or value.target not in pattern.targets
-        or (pattern.dtype is not None and dtype(value) is not pattern.dtype)
+        isinstance(value, fx.Node)
+        and value.target in pattern.targets
+        and (pattern.dtype is None or dtype(value) is pattern.dtype)
     ):
-        if misfit is not None:
-            misfit.note(depth, value)
-        return
-    bound = arguments(value)
-    count = len(pattern.args)
-    if len(bound) < count or not all(is_default for _, is_default in bound[count:]):
-        if misfit is not None:
-            misfit.note(depth, value)
-        return
-    values = [v for v, _ in bound[:count]]
-    orders = [values]
-    if pattern.commute and values[0] is not values[1]:
-        orders.append([values[1], values[0], *values[2:]])
-    start = replace(found, nodes=(*found.nodes, value))
-    for order in orders:
-        yield from _match_arguments(pattern.args, order, value, start, depth + 1, misfit)
+        values, count = arguments(value)
+        wanted = len(pattern.args)
+        if count <= wanted <= len(values):
+            start = found.with_nodes((value,))
+            values = values[:wanted]
+            yield from _match_arguments(pattern.args, values, value, start, depth + 1, misfit)
+            if pattern.commute and values[0] is not values[1]:
+                values = [values[1], values[0], *values[2:]]
+                yield from _match_arguments(pattern.args, values, value, start, depth + 1, misfit)
+            return
+    if misfit is not None:
+        misfit.note(depth, value)
 
 
 def _match_arguments(
-    patterns: tuple[Pattern, ...],
-    values: list[Any],
+    patterns: Sequence[Pattern],
+    values: Sequence[Any],
     consumer: fx.Node,
     found: Found,
     depth: int,
@@ -186,20 +190,16 @@ def _match_arguments(
 
 
 def _match_steps(
-    name: str, of: Pattern, value: Any, consumer: fx.Node, found: Found, depth: int, misfit: Misfit | None
+    pattern: Steps, value: Any, consumer: fx.Node, found: Found, depth: int, misfit: Misfit | None
 ) -> Iterator[Found]:
     walk: list[tuple[Any, tuple[str, ...]]] = [(value, ())]  # a value, and the words that follow it
     while isinstance(value, fx.Node) and (words := step_words(value)) is not None:
-        walk.append((value.args[0], (*words, *walk[-1][1])))
         value = value.args[0]
+        walk.append((value, (*words, *walk[-1][1])))
     for length in reversed(range(len(walk))):
         bottom, words = walk[length]
-        start = replace(
-            found,
-            attributes={**found.attributes, name: words},
-            nodes=(*found.nodes, *(node for node, _ in walk[:length])),
-        )
-        yield from _match(of, bottom, consumer, start, depth + length, misfit)
+        start = found.with_nodes([node for node, _ in walk[:length]]).with_attributes({pattern.name: words})
+        yield from _match(pattern.of, bottom, consumer, start, depth + length, misfit)
 
 
 def branch_output(

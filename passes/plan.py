@@ -113,14 +113,14 @@ def plan(graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], opt
         if draft is None:
             source = group[0].inputs["x"]
             reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
-            draft = _Draft(list(group), group[0].kind, group[0].form, f"producer: {reason}", BARE)
+            draft = _Draft(list(group), group[0].kind, group[0].variant, f"producer: {reason}", BARE)
         draft.records = [record for record in draft.records if record not in accounted]
         accounted.update(dict.fromkeys(draft.records, draft))
         drafts.append(draft)
 
     for record in recognised.records:
         if record not in accounted and record.serves is None:
-            draft = _Draft([record], record.kind, record.form, "unquantised: no FP8 quantiser reads it", BARE)
+            draft = _Draft([record], record.kind, record.variant, "unquantised: no FP8 quantiser reads it", BARE)
             accounted[record] = draft
             drafts.append(draft)
     for record in recognised.records:

@@ -23,7 +23,7 @@ class Record:
     """
 
     kind: str
-    form: str
+    variant: str
     inputs: Mapping[str, fx.Node]
     outputs: Mapping[str, fx.Node]
     attributes: Mapping[str, Any]
@@ -113,7 +113,7 @@ def _first(forms: Iterable[Form], node: fx.Node) -> Record | None:
             nodes -= set(found.inputs.values())
             return Record(
                 form.kind,
-                form.name,
+                completion.variant or form.name,
                 found.inputs,
                 outputs,
                 attributes,

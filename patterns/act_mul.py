@@ -102,38 +102,42 @@ ACTIVATIONS = {
     ),
 }
 
-# Where gate and up come from: the two halves of one tensor in either order, else two tensors.
-LAYOUTS: tuple[tuple[dict[str, object], Pattern, Pattern], ...] = (
-    ({"gate_first": True}, _half(0), _half(1)),
-    ({"gate_first": False}, _half(1), _half(0)),
-    ({}, Var("gate"), Var("up")),
+# gate and up are the two halves of one tensor, in either order, or two tensors: With lets no other pair match.
+PACKED = [_half(0), _half(1)]
+GATE = OneOf(
+    (
+        With(PACKED[0], {"packed": True, "gate_first": True}),
+        With(PACKED[1], {"packed": True, "gate_first": False}),
+        With(Var("gate"), {"packed": False}),
+    )
+)
+UP = OneOf(
+    (
+        With(PACKED[1], {"packed": True, "gate_first": True}),
+        With(PACKED[0], {"packed": True, "gate_first": False}),
+        With(Var("up"), {"packed": False}),
+    )
 )
 
 
 def _pattern(act: str) -> Pattern:
-    """Both orders of rounding, from all layouts."""
-    options = []
-    for attributes, gate, up in LAYOUTS:
-        activated = ACTIVATIONS[act](in_float32(gate))
-        rounded = With(
-            mul(convert_to(activated, "dtype", FLOATS), up), attributes | {"act": act, "cast_first": True}
-        )
-        product = mul(activated, in_float32(up), dtype=F32)
-        late = OneOf((convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
-        options += [rounded, With(late, attributes | {"act": act, "cast_first": False})]
-    return OneOf(tuple(options))
+    """The activation rounded before the product, or the product rounded (or left in float32)."""
+    activated = ACTIVATIONS[act](in_float32(GATE))
+    early = With(mul(convert_to(activated, "dtype", FLOATS), UP), {"act": act, "cast_first": True})
+    product = With(mul(activated, in_float32(UP), dtype=F32), {"act": act, "cast_first": False})
+    return OneOf((early, convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
 
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:
-    packed = found.inputs.get("gate_up")
-    tensors = [packed] if packed is not None else [found.inputs["gate"], found.inputs["up"]]
+    packed = found.attributes["packed"]
+    tensors = list(found.inputs.values())
     if any(dtype(t) not in FLOATS for t in tensors) or len({dtype(t) for t in tensors}) != 1:
         return "gate and up are not of one floating-point dtype"
     if not all(same_shape(shape(t)[:-1], shape(root)[:-1]) for t in tensors):
         return "gate and up are broadcast"
-    if packed is None and not all(same_size(shape(t)[-1], shape(root)[-1]) for t in tensors):
+    if not packed and not all(same_size(shape(t)[-1], shape(root)[-1]) for t in tensors):
         return "gate and up are broadcast"
-    return Completion(found.attributes, frozenset() if packed is None else frozenset({"packed"}))
+    return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())
 
 
 FORMS = tuple(

@@ -125,7 +125,8 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
             "factor_steps": factor_steps,
             "value_steps": _value_steps(found),
             "quant_dtype": found.attributes["quant_dtype"],
-        }
+        },
+        variant=f"block{block}" if block else "tensor",
     )
 
 

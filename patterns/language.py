@@ -8,9 +8,10 @@ How many users a value has never matters.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -70,7 +71,7 @@ class OneOf(Pattern):
 
 @dataclass(frozen=True)
 class With(Pattern):
-    """``of``, and these attributes where it matched."""
+    """``of``, and these attributes where it matched; no match where one has another value already."""
 
     of: Pattern
     attributes: Mapping[str, Any]
@@ -102,22 +103,35 @@ class Steps(Pattern):
     of: Pattern
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What a pattern captured: input tensors, named nodes, attributes, and the nodes it walked over."""
 
-    inputs: Mapping[str, fx.Node] = field(default_factory=dict)
-    named: Mapping[str, fx.Node] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, fx.Node] = MappingProxyType({})
+    named: Mapping[str, fx.Node] = MappingProxyType({})
+    attributes: Mapping[str, Any] = MappingProxyType({})
     nodes: tuple[fx.Node, ...] = ()
+
+    def with_input(self, name: str, node: fx.Node) -> Found:
+        return Found({**self.inputs, name: node}, self.named, self.attributes, self.nodes)
+
+    def with_name(self, name: str, node: fx.Node) -> Found:
+        return Found(self.inputs, {**self.named, name: node}, self.attributes, self.nodes)
+
+    def with_attributes(self, attributes: Mapping[str, Any]) -> Found:
+        return Found(self.inputs, self.named, {**self.attributes, **attributes}, self.nodes)
+
+    def with_nodes(self, nodes: Iterable[fx.Node]) -> Found:
+        return Found(self.inputs, self.named, self.attributes, (*self.nodes, *nodes))
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A match that holds: the record's attributes (arguments of fused ops) and features."""
+    """A match that holds: the record's attributes (arguments of fused ops), its features, and its name in reports
+    where that says more than the form's."""
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
