@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ from ..patterns.language import (
     STEPS,
     VIEWS,
     Attr,
+    Branch,
     Call,
     Const,
     Found,
@@ -202,13 +203,14 @@ def _match_steps(
         yield from _match(pattern.of, bottom, consumer, start, depth + length, misfit)
 
 
-def branch_output(
-    found: Found, root: fx.Node, source: fx.Node, test: Callable[[fx.Node, str], bool]
-) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
-    """The first accepted value forward from ``source`` that something outside reads: (node, program, nodes)."""
+def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
+    """The output of a branch: (node, program, nodes on the way), or None if there is none."""
     inside = {*found.nodes, root}
+    source = found.named[branch.source]
     reached = []
-    stack: list[tuple[fx.Node, fx.Node, tuple[str, ...], tuple[fx.Node, ...]]] = [(source, source, (), ())]
+    stack: list[tuple[fx.Node, fx.Node, tuple[str, ...], tuple[fx.Node, ...]]] = [
+        (source, source, branch.start(found), ())
+    ]
     while stack:
         node, last, steps, nodes = stack.pop()
         read_outside = False
@@ -219,7 +221,6 @@ def branch_output(
             elif user not in inside:
                 read_outside = True
         program = " ".join(steps)
-        if read_outside and test(last, program):
+        if read_outside and branch.test(last, program):
             reached.append((last, program, nodes))
     return min(reached, key=lambda r: r[0], default=None)
-

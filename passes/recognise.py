@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..patterns.language import FP8, VIEWS, Branch, Form, Pattern, Call, OneOf, With, Named, Steps, Views
-from .matcher import CONVERT, Misfit, branch_output, match
+from ..patterns.language import FP8, VIEWS, Call, Form, Named, OneOf, Pattern, Views, With
+from .matcher import CONVERT, Misfit, follow, match
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def _first(forms: Iterable[Form], node: fx.Node) -> Record | None:
             attributes = dict(completion.attributes)
             outputs, nodes = {form.output: node}, {node, *found.nodes}
             for branch in form.branches:
-                end = branch_output(found, node, found.named[branch.source], branch.test)
+                end = follow(branch, found, node)
                 if end is not None:
                     outputs[branch.output], attributes[branch.steps], way = end
                     nodes.update(way)

@@ -71,19 +71,20 @@ def _quantised(multiplier: Pattern) -> Pattern:
     return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", FP8)
 
 
-def _block(found: Found) -> int | str:
-    """How many consecutive elements share a maximum (0: all of them), or why it is neither."""
+def _blocks(found: Found) -> list[int]:
+    """How many consecutive elements share a maximum, 0 meaning all of them; both where there is one row."""
     sizes = shape(found.named["blocks"])
     dims = found.attributes.get("dims", [])  # none named: all
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
     reduced = {d % len(sizes) for d in dims} or set(range(len(sizes)))
     wide = {d for d in range(len(sizes)) if not same_size(sizes[d], 1)}
     last = len(sizes) - 1
-    if last in reduced and reduced & wide <= {last}:
-        return sizes[last] if isinstance(sizes[last], int) else "the size of a block is symbolic"
+    blocks = []
+    if last in reduced and reduced & wide <= {last} and isinstance(sizes[last], int):
+        blocks.append(sizes[last])
     if wide <= reduced:
-        return 0
-    return f"{found.named['maximum'].name} is a maximum over dimensions {sorted(reduced)} of {list(sizes)}"
+        blocks.append(0)
+    return blocks
 
 
 def _aligned(found: Found, block: int) -> bool:
@@ -104,6 +105,12 @@ def _aligned(found: Found, block: int) -> bool:
     return same_shape(multiplier, (*elements[:-1], 1)) and same_size(elements[-1], block)
 
 
+def _start(found: Found) -> tuple[str, ...]:
+    """How programs of the maximum begin: with a conversion, if it was taken in another dtype than the values'."""
+    converted = dtype(found.named["maximum"])
+    return () if converted == dtype(found.inputs["x"]) else (cast(converted),)
+
+
 def _value_steps(found: Found) -> str:
     """The program of the values. Type promotion by the factor is a conversion of the values."""
     x, combined = dtype(found.inputs["x"]), dtype(found.named["combined"])
@@ -112,12 +119,13 @@ def _value_steps(found: Found) -> str:
 
 
 def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
-    block = _block(found)
-    if isinstance(block, str):
-        return block
-    if not _aligned(found, block):
+    blocks = _blocks(found)
+    if not blocks:
+        return f"{found.named['maximum'].name} is the maximum neither of rows of known size nor of the whole tensor"
+    block = next((block for block in blocks if _aligned(found, block)), None)
+    if block is None:
         return f"{found.named['combined'].name} does not give each element the scale of its own block"
-    factor_steps = " ".join(found.attributes["factor_steps"])
+    factor_steps = " ".join([*_start(found), *found.attributes["factor_steps"]])
     return Completion(
         {
             "block": block,
@@ -162,7 +170,7 @@ FORMS = (
         _quantised(OneOf((FACTOR, SPREAD))),
         output="q",
         complete=_complete_dynamic,
-        branches=(Branch("scale", source="maximum", steps="scale_steps", test=_is_scale),),
+        branches=(Branch("scale", source="maximum", start=_start, steps="scale_steps", test=_is_scale),),
     ),
     Form(
         "fp8_quant",

@@ -139,11 +139,12 @@ class Branch:
     """A second output, looked for forward from the node named ``source`` through scalar operations and views.
 
     It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts; the
-    operations up to it become the attribute ``steps``.
+    operations up to it, after those of ``start``, become the attribute ``steps``.
     """
 
     output: str
     source: str
+    start: Callable[[Found], tuple[str, ...]]
     steps: str
     test: Callable[[fx.Node, str], bool]
 

@@ -1,0 +1,370 @@
+"""One row for each form and each fusion; every generic test runs over these rows.
+
+A form is a function of tensors that spells one piece of a model. To cover a new form, add one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+FN = torch.float8_e4m3fn
+FNUZ = torch.float8_e4m3fnuz
+H = 256  # the width of every case: two groups of 128
+
+
+# ---- normalisations: (x, weight) -> value -----------------------------------------------------------------------------
+
+
+def llama(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return w * h.to(x.dtype)
+
+
+def llama4(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * w
+
+
+def olmo2(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+
+def torch_nn(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), w, 3.7e-6)
+
+
+def torch_nn_default_eps(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), w)
+
+
+def gemma(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + w.float())).to(x.dtype)
+
+
+def no_weight(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NormForm:
+    name: str
+    call: Callable[[Tensor, Tensor], Tensor]
+    fp32_weight: bool = True  # whether an fp32 weight with a half-precision input is still this form
+
+
+NORMS = (
+    NormForm("R1", llama),
+    NormForm("R1_other_eps", lambda x, w: llama(x, w, 4.2e-5)),
+    NormForm("R1'", llama4),
+    NormForm("R2", olmo2),
+    NormForm("R2'", torch_nn),
+    NormForm("R2'_default_eps", torch_nn_default_eps),
+    NormForm("R3", gemma),
+    NormForm("R4", no_weight),
+)
+
+
+# ---- gated activations: one packed tensor [.., 2H] -> value [.., H] ---------------------------------------------------
+
+
+def chunked(act: Callable[[Tensor], Tensor], up_first: bool = False) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return a * act(b) if up_first else act(a) * b
+
+    return call
+
+
+def sliced(x: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    return F.silu(x[..., :d]) * x[..., d:]
+
+
+def sliced_up_first(x: Tensor) -> Tensor:
+    d = x.shape[-1] // 2
+    return x[..., :d] * F.silu(x[..., d:])
+
+
+def separate(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        gate, up = x[..., ::2] * 1, x[..., 1::2] * 1  # two tensors, as two projections give
+        return act(gate) * up
+
+    return call
+
+
+def separate_up_first(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2] * 1, x[..., 1::2] * 1
+    return up * F.silu(gate)
+
+
+def rounded_late(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return (F.silu(a.float()) * b.float()).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def swish(x: Tensor) -> Tensor:
+    return (x.float() * torch.sigmoid(x.float())).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class ActForm:
+    name: str
+    call: Callable[[Tensor], Tensor]
+    packed: bool
+
+
+ACTS = (
+    ActForm("S1", separate(F.silu), False),
+    ActForm("S1_up_first", separate_up_first, False),
+    ActForm("S1_gelu_tanh", separate(gelu_tanh), False),
+    ActForm("S1_gelu", separate(F.gelu), False),
+    ActForm("S1_swish", separate(swish), False),
+    ActForm("S2", chunked(F.silu), True),
+    ActForm("S2_rounded_late", rounded_late, True),
+    ActForm("S3", chunked(F.silu, up_first=True), True),
+    ActForm("S3_gelu_tanh", chunked(gelu_tanh, up_first=True), True),
+    ActForm("S4", sliced, True),
+    ActForm("S4_up_first", sliced_up_first, True),
+)
+
+
+# ---- quantisers: value -> tensors that leave it -----------------------------------------------------------------------
+
+
+def _saturated(x: Tensor, dtype: torch.dtype = FN) -> Tensor:
+    top = torch.finfo(dtype).max
+    return x.clamp(-top, top).to(dtype)
+
+
+def q1_row(y: Tensor) -> tuple[Tensor, ...]:
+    scale = (y.abs().amax(-1, keepdim=True) / 448.0).float()
+    return _saturated(y.float() / scale).reshape(-1, y.shape[-1]), scale.unsqueeze(-1).reshape(-1, 1)
+
+
+def q1_tensor(y: Tensor) -> tuple[Tensor, ...]:
+    scale = (y.abs().amax(list(range(y.dim())), keepdim=True) / 448.0).float()
+    return _saturated(y.float() / scale).reshape(-1, y.shape[-1]), scale.reshape(1, 1)
+
+
+def q1_block(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // 128, 128)
+    scale = (groups.abs().amax(-1, keepdim=True) / 448.0).squeeze(-1).float()
+    spread = scale.unsqueeze(-1).expand(*scale.shape, 128).clone().reshape(y.shape)
+    return _saturated(y.float() / spread), scale.reshape(-1, scale.shape[-1])
+
+
+def q2_static(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (_saturated(y.float() / scale),)
+
+
+def q2_static_half(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (_saturated(y / scale.reshape(())),)
+
+
+def q2_static_product(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (_saturated(y.float() * scale.reciprocal()),)
+
+
+def q3(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
+    return _saturated(y.float() / scale), scale
+
+
+def q3_floor_last(y: Tensor) -> tuple[Tensor, ...]:
+    scale = (y.abs().float().amax(-1, keepdim=True) / 448.0).clamp(min=1e-10)
+    return _saturated(y.float() / scale), scale
+
+
+def q3_tensor(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().max().float().clamp(min=1e-12) / 448.0
+    return _saturated(y.float() / scale), scale
+
+
+def q3_fnuz(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().amax(-1, keepdim=True).float() / 240.0
+    return _saturated(y.float() / scale, FNUZ), scale
+
+
+def q4(y: Tensor) -> tuple[Tensor, ...]:
+    scale = (y.abs().amax(-1).unsqueeze(-1).float() / 448.0).clamp(min=1 / (448.0 * 512.0))
+    return _saturated(y.float() * scale.reciprocal()), scale
+
+
+def q5(y: Tensor) -> tuple[Tensor, ...]:
+    inverse = 448.0 / y.abs().amax(-1, keepdim=True).float().clamp(min=1e-4)
+    return _saturated(y.float() * inverse), inverse.reciprocal()
+
+
+def q5_unclamped(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(-1, y.shape[-1] // 128, 128)
+    top = groups.abs().float().amax(2).clamp(1e-4)
+    q = (groups * (448.0 / top.unsqueeze(2))).to(FN).reshape(y.shape)
+    return q, top / 448.0
+
+
+def q7(group: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def call(y: Tensor) -> tuple[Tensor, ...]:
+        groups = y.reshape(-1, group)
+        scale = (groups.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-10)
+        q = _saturated(groups / scale).reshape(y.shape)
+        return q, scale.reshape(*y.shape[:-1], y.shape[-1] // group)
+
+    return call
+
+
+@dataclass(frozen=True)
+class QuantForm:
+    name: str
+    call: Callable[..., tuple[Tensor, ...]]
+    granularity: str  # as in a site's variant
+    static: bool = False
+
+
+QUANTS = (
+    QuantForm("Q1r", q1_row, "token"),
+    QuantForm("Q1t", q1_tensor, "tensor"),
+    QuantForm("Q1b", q1_block, "group128"),
+    QuantForm("Q2", q2_static, "static", static=True),
+    QuantForm("Q2_half", q2_static_half, "static", static=True),
+    QuantForm("Q2_product", q2_static_product, "static", static=True),
+    QuantForm("Q3", q3, "token"),
+    QuantForm("Q3_floor_last", q3_floor_last, "token"),
+    QuantForm("Q3_tensor", q3_tensor, "tensor"),
+    QuantForm("Q3_fnuz", q3_fnuz, "token"),
+    QuantForm("Q4", q4, "token"),
+    QuantForm("Q5", q5, "token"),
+    QuantForm("Q5_unclamped", q5_unclamped, "group128"),
+    QuantForm("Q7_32", q7(32), "group32"),
+    QuantForm("Q7_64", q7(64), "group64"),
+    QuantForm("Q7_128", q7(128), "group128"),
+)
+
+
+# ---- fusions: how the pieces meet -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FusionCase:
+    """``call(norm or act, quantise)`` gives a function of the tensors that ``inputs`` names."""
+
+    name: str
+    family: str
+    before: str  # what the variant has before the granularity
+    after: str  # ... and after it
+    call: Callable[..., Callable[..., tuple[Tensor, ...]]]
+    inputs: tuple[str, ...]
+
+
+def _plain(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    return lambda x, w, *scale: quantise(norm(x, w), *scale)
+
+
+def _add(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    def call(x: Tensor, r: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        summed = r + x
+        return (*quantise(norm(summed, w), *scale), summed)
+
+    return call
+
+
+def _add_dead(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    return lambda x, r, w, *scale: quantise(norm(x + r, w), *scale)
+
+
+def _value(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    def call(x: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        value = norm(x, w)
+        return (*quantise(value, *scale), value * 2)
+
+    return call
+
+
+def _add_value(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    def call(x: Tensor, r: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        summed = r + x
+        value = norm(summed, w)
+        return (*quantise(value, *scale), value, summed)
+
+    return call
+
+
+def _thrice(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    """Three consumers that quantise for themselves, as torchao's q, k and v do."""
+
+    def call(x: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        value = norm(x, w)
+        results = [quantise(value, *scale) for _ in range(3)]
+        return tuple(sum(parts[1:], start=parts[0].float()) for parts in zip(*([t.float() for t in r] for r in results)))
+
+    return call
+
+
+def _act(act: Callable[[Tensor], Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    return lambda x2, *scale: quantise(act(x2), *scale)
+
+
+def _act_value(act: Callable[[Tensor], Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    def call(x2: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        value = act(x2)
+        return (*quantise(value, *scale), value)
+
+    return call
+
+
+NORM_FUSIONS = (
+    FusionCase("norm", "rms_norm_quant", "", "", _plain, ("x", "w")),
+    FusionCase("add_norm", "rms_norm_quant", "add", "", _add, ("x", "r", "w")),
+    FusionCase("add_norm_dead_residual", "rms_norm_quant", "add", "", _add_dead, ("x", "r", "w")),
+    FusionCase("norm_value", "rms_norm_quant", "", "value", _value, ("x", "w")),
+    FusionCase("add_norm_value", "rms_norm_quant", "add", "value", _add_value, ("x", "r", "w")),
+    FusionCase("norm_thrice", "rms_norm_quant", "", "", _thrice, ("x", "w")),
+)
+ACT_FUSIONS = (
+    FusionCase("act", "act_mul_quant", "", "", _act, ("x2",)),
+    FusionCase("act_value", "act_mul_quant", "", "value", _act_value, ("x2",)),
+)
+
+
+def tensors(names: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, rows: str) -> list[Tensor]:
+    """Inputs of a case. ``rows``: normal, tiny, huge, zero or nonfinite (one NaN and one infinity)."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    factor = {"tiny": 1e-30 if dtype is not torch.float16 else 1e-7, "zero": 0.0}.get(rows, 1.0)
+    factor = torch.finfo(dtype).max / 8 if rows == "huge" else factor
+
+    def make(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator) * factor
+        if rows != "normal" and rows != "nonfinite" and shape[0] > 1:
+            x[0] = torch.randn(x[0].shape, generator=generator)  # next to an ordinary row
+        if rows == "nonfinite":
+            flat = x.view(-1, shape[-1])
+            flat[0, 3], flat[-1, 5] = float("nan"), float("inf")
+        return x.to(dtype)
+
+    weight = torch.randn(H, generator=generator).to(dtype)
+    known = {
+        "x": lambda: make(*sizes, H),
+        "r": lambda: make(*sizes, H),
+        "x2": lambda: make(*sizes, 2 * H),
+        "w": lambda: weight,
+        "w32": lambda: weight.float(),
+        "scale": lambda: torch.full((1,) * (len(sizes) + 1), 0.02),
+    }
+    return [known[name]() for name in names]
+
+
+ROWS = ("normal", "tiny", "huge", "zero", "nonfinite")

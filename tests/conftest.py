@@ -1,0 +1,75 @@
+"""What the tests share: compiling a function so that the original graph is the oracle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from aiter_fusion import config, report
+from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.passes.verify import Oracle
+
+
+@dataclass
+class Checked:
+    """A function compiled without code generation, both graphs interpreted and compared on every call."""
+
+    call: Callable[..., Any]
+    oracle: Oracle
+    reports: list[report.FusionReport] = field(default_factory=list)
+
+    @property
+    def report(self) -> report.FusionReport:
+        return report.merge(self.reports)
+
+    @property
+    def variants(self) -> list[str]:
+        return [f"{site.family}:{site.variant}" for site in self.report.sites if site.status == report.REPLACED]
+
+    @property
+    def targets(self) -> list[str]:
+        """The calls of the rewritten graphs, in order."""
+        return [str(n.target) for g in self.oracle.graphs for n in g.after.graph.nodes if n.op == "call_function"]
+
+
+def checked(fn: Callable[..., Any], *, dynamic: bool | None = None, **options: Any) -> Checked:
+    """Compile ``fn``, with the pass but without code generation."""
+    manager = PassManager(config.options(**options))
+    reports: list[report.FusionReport] = []
+
+    def rewrite(graph: fx.Graph, is_inference: bool) -> None:
+        reports.append(manager.run(graph, is_inference))
+
+    torch._dynamo.reset()
+    oracle = Oracle(rewrite)
+    return Checked(torch.compile(fn, backend=oracle, dynamic=dynamic), oracle, reports)
+
+
+def fused(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Checked:
+    """Compile and call once under no_grad; the bits must agree."""
+    result = checked(fn, **options)
+    with torch.no_grad():
+        result.call(*inputs)
+    assert result.oracle.identical
+    assert result.report.unaccounted == 0
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No preference from the environment, no reports from other tests, caches of one's own, the logger as found."""
+    for name in ("LEVEL", "PROVIDER", "DISABLE", "LOG"):
+        monkeypatch.delenv(f"AITER_FUSION_{name}", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+    torch._dynamo.reset()
+    report.reset()
+    logger = logging.getLogger("aiter_fusion")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:], logger.level = handlers, level

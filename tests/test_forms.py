@@ -1,0 +1,129 @@
+"""Every form and every fusion: recognised, replaced once, and bit-equal to the interpreted original."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from conftest import Checked, checked
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RANKS = ((6,), (2, 3), (2, 2, 3))
+
+
+def variant(case: cases.FusionCase, quant: cases.QuantForm, *before: str) -> str:
+    parts = [*before, case.before, quant.granularity, case.after]
+    return f"{case.family}:{'+'.join(part for part in parts if part)}"
+
+
+def run(
+    case: cases.FusionCase,
+    producer: cases.NormForm | cases.ActForm,
+    quant: cases.QuantForm,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: tuple[str, ...] = cases.ROWS,
+    weight: str = "w",
+) -> Checked:
+    names = tuple(weight if name == "w" else name for name in case.inputs) + (("scale",) if quant.static else ())
+    result = checked(case.call(producer.call, quant.call))
+    with torch.no_grad():
+        for kind in rows:
+            result.call(*cases.tensors(names, sizes, dtype, kind))
+            assert result.oracle.identical, f"{kind} rows differ"
+    assert result.report.unaccounted == 0
+    assert not result.report.skipped, result.report
+    return result
+
+
+@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
+@pytest.mark.parametrize("norm", cases.NORMS, ids=lambda n: n.name)
+def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.QuantForm) -> None:
+    case = cases.NORM_FUSIONS[0]
+    result = run(case, norm, quant, (2, 3), torch.bfloat16)
+    before = ["offset"] if norm.name == "R3" else []
+    assert result.variants == [variant(case, quant, *before)]
+
+
+@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q2", "Q3_tensor", "Q7_128")], ids=lambda q: q.name)
+@pytest.mark.parametrize("act", cases.ACTS, ids=lambda a: a.name)
+def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
+    case = cases.ACT_FUSIONS[0]
+    result = run(case, act, quant, (2, 3), torch.bfloat16)
+    assert result.variants == [variant(case, quant, *(["packed"] if act.packed else []))]
+
+
+@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name)
+@pytest.mark.parametrize("case", cases.NORM_FUSIONS, ids=lambda c: c.name)
+def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
+    assert run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+
+
+@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name)
+@pytest.mark.parametrize("case", cases.ACT_FUSIONS, ids=lambda c: c.name)
+def test_every_activation_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
+    assert run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", RANKS, ids=str)
+@pytest.mark.parametrize("norm", [n for n in cases.NORMS if n.name in ("R1", "R2'", "R3", "R4")], ids=lambda n: n.name)
+def test_every_dtype_and_rank(norm: cases.NormForm, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = cases.NORM_FUSIONS[1]
+    for quant in cases.QUANTS[:3]:
+        result = run(case, norm, quant, sizes, dtype, rows=("normal", "nonfinite"))
+        assert len(result.variants) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", RANKS, ids=str)
+def test_activations_of_every_dtype_and_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    for act in (cases.ACTS[0], cases.ACTS[5]):
+        result = run(cases.ACT_FUSIONS[0], act, cases.QUANTS[0], sizes, dtype, rows=("normal", "nonfinite"))
+        assert len(result.variants) == 1
+
+
+@pytest.mark.parametrize("norm", [n for n in cases.NORMS if n.fp32_weight], ids=lambda n: n.name)
+def test_fp32_weight_with_half_input(norm: cases.NormForm) -> None:
+    result = run(cases.NORM_FUSIONS[0], norm, cases.QUANTS[6], (6,), torch.bfloat16, weight="w32")
+    assert len(result.variants) == 1
+
+
+@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
+def test_one_row(quant: cases.QuantForm) -> None:
+    result = run(cases.NORM_FUSIONS[0], cases.NORMS[0], quant, (1,), torch.bfloat16, rows=("normal", "zero"))
+    assert len(result.variants) == 1
+
+
+@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
+def test_dynamic_rows(quant: cases.QuantForm) -> None:
+    """One graph serves any number of rows, in one and in two symbolic dimensions."""
+    names = ("x", "r", "w", *(("scale",) if quant.static else ()))
+    for sizes in ([(6,), (1,), (9,)], [(2, 3), (3, 5), (4, 7)]):
+        result = checked(cases.NORM_FUSIONS[1].call(cases.llama, quant.call))
+        with torch.no_grad():
+            for size in sizes:
+                inputs = cases.tensors(names, size, torch.bfloat16, "normal")
+                for tensor in inputs[:2]:
+                    for dim in range(len(size)):
+                        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                result.call(*inputs)
+        assert result.oracle.identical
+        assert [len(r.sites) for r in result.reports] == [1] * len(result.reports)
+        assert all(r.replaced == {"rms_norm_quant": 1} for r in result.reports), result.report
+
+
+def test_no_mm_plus_residual_is_lost() -> None:
+    """In the pre slot the residual addition after a matrix product is still an addition."""
+
+    def fn(x: torch.Tensor, m: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        summed = r + x @ m
+        return (*cases.q1_row(cases.llama(summed, w)), summed)
+
+    result = checked(fn)
+    x, r, w = cases.tensors(("x", "r", "w"), (6,), torch.bfloat16, "normal")
+    with torch.no_grad():
+        result.call(x, torch.eye(cases.H, dtype=torch.bfloat16), r, w)
+    assert result.oracle.identical
+    assert result.variants == ["rms_norm_quant:add+token"]
+    assert not any("addmm" in target for target in result.targets)
