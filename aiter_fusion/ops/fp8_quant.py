@@ -53,7 +53,7 @@ def reference(
         maximum = blocks.abs().amax(-1, keepdim=True)
     q = run(value_steps, blocks, run(factor_steps, maximum)).to(quant_dtype).reshape(value.shape)
     returned = run(scale_steps, maximum)
-    return {"q": q, "scale": returned if block == 0 else returned.squeeze(-1)}
+    return {"q": q, "scale": returned.reshape(returned.shape[: value.dim() if block else 0])}
 
 
 def shape(
@@ -100,7 +100,7 @@ def sample_arguments(features: frozenset[str], width: int) -> list[dict[str, Any
     """Quantiser arguments to test an op with."""
     if "static" in features:
         return [SAMPLE_STEPS | {"factor_steps": "", "scale": torch.tensor(0.02)}]
-    bounded = "float32 clamp_min=1e-12 div=448.0"
+    bounded = "float32 clamp_min=1e-12 div=240.0"
     by_product = {
         "scale_steps": bounded,
         "factor_steps": f"{bounded} reciprocal",

@@ -1,0 +1,159 @@
+"""Every op and provider: schema, fake against real, and the documented contracts of scale and layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from aiter_fusion.arithmetic import is_inverse, parse, run
+from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.passes.verify import differing_codes, same_bits
+from aiter_fusion.providers import PROVIDERS
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
+EVERY_PROVIDER = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(provider.missing() is not None, reason=f"needs provider {name}: {provider.missing()}"),
+    )
+    for name, provider in PROVIDERS.items()
+]
+
+ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
+
+
+def call(op: FusedOp, provider: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    result = op.target(*arguments.values(), provider)
+    return dict(zip(op.outputs, (result,) if isinstance(result, Tensor) else result))
+
+
+def ordered(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in op.arguments}
+
+
+@ops
+@providers
+def test_opcheck(op: FusedOp, provider: str) -> None:
+    """On ordinary rows: opcheck compares without regard for NaN, which a zero row quantises to."""
+    generator = torch.Generator().manual_seed(0)
+    samples = list(op.samples())
+    for arguments in samples[:: max(1, len(samples) // 6)]:
+        given = ordered(op, arguments)
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.dim():
+                given[name] = torch.randn(value.shape, generator=generator).to(value.dtype)
+        torch.library.opcheck(op.target, (*given.values(), provider))
+
+
+@ops
+@providers
+def test_fake_equals_real(op: FusedOp, provider: str) -> None:
+    """Over dtypes, ranks, no rows, one row and strided rows: size, stride, dtype and device."""
+    count = 0
+    for arguments in op.samples():
+        for strided in (False, True):
+            given = ordered(op, arguments)
+            if strided:
+                given = {k: _strided(v) if isinstance(v, Tensor) and v.dim() > 1 else v for k, v in given.items()}
+            real = call(op, provider, given)
+            with FakeTensorMode() as mode:
+                faked = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in given.items()}
+                fake = call(op, provider, faked)
+            for name, tensor in real.items():
+                other = fake[name]
+                assert (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) == (
+                    other.shape,
+                    other.stride(),
+                    other.dtype,
+                    other.device,
+                ), name
+            count += 1
+    assert count >= 20
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values with a gap after each row."""
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 8, dtype=x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+@ops
+@providers
+def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
+    for arguments in op.samples():
+        given = ordered(op, arguments)
+        strided = {k: _strided(v) if isinstance(v, Tensor) and v.dim() > 1 else v for k, v in given.items()}
+        dense, gapped = call(op, provider, given), call(op, provider, strided)
+        for name in op.outputs:
+            assert same_bits(dense[name], gapped[name]), name
+
+
+@ops
+@providers
+def test_scale_contract(op: FusedOp, provider: str) -> None:
+    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
+    for arguments in op.samples():
+        given = ordered(op, arguments)
+        if "static" in op.features:
+            continue
+        before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
+        outputs = call(op, provider, given)
+        value = op.reference(**given)["value"].float()
+        q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
+        assert scale.dtype is torch.float32
+        assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
+        spread = scale if block == 0 else scale.repeat_interleave(block, -1)
+        usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
+        # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales); a scale in bf16 adds 2**-8
+        error = (q * spread - value).abs()[usable]
+        bound = (value.abs() * (2**-4 + 2**-8) + spread * 2**-10).expand_as(value)[usable]
+        assert (error <= bound).all()
+        for name, tensor in before.items():
+            assert same_bits(tensor, given[name]), f"{name} was written to"
+
+
+@ops
+def test_schema_is_functional(op: FusedOp) -> None:
+    schema = op.target._schema
+    assert not schema.is_mutable
+    names = {argument.name for argument in schema.arguments} | {result.name for result in schema.returns}
+    assert not names & {"out", "self"}
+    assert torch.Tag.needs_exact_strides in op.target.tags
+    assert [result.name for result in schema.returns] == list(op.outputs)
+
+
+def test_programs() -> None:
+    x = torch.tensor([3.0, -5.0])
+    assert run("float32 clamp_min=1.0 div=2.0", x).tolist() == [1.5, 0.5]
+    assert run("div_scale clamp_max=1.0", x, torch.tensor(2.0)).tolist() == [1.0, -2.5]
+    assert is_inverse("clamp_min=1.0 reciprocal mul=448.0")
+    assert not is_inverse("reciprocal mul=448.0 reciprocal")
+    assert parse(f"mul={1 / (448.0 * 512.0)!r}")[0][1] == 1 / (448.0 * 512.0)
+    for wrong in ("sqrt", "div", "reciprocal=2.0", "float64"):
+        with pytest.raises(ValueError, match="unknown step"):
+            parse(wrong)
+
+
+def test_unknown_provider_and_activation() -> None:
+    op = next(op for op in OPS["act_mul_quant"].values() if not op.features)
+    arguments = ordered(op, next(iter(op.samples())))
+    with pytest.raises(ValueError, match="unknown provider 'cutlass'; known are aiter, triton, reference"):
+        op.target(*arguments.values(), "cutlass")
+    with pytest.raises(ValueError, match="unknown activation 'relu'; known are silu"):
+        op.target(*(arguments | {"act": "relu"}).values(), "reference")
+
+
+def test_differing_codes() -> None:
+    x = torch.tensor([1.0, -1.0, 0.0, 448.0]).to(torch.float8_e4m3fn)
+    assert differing_codes(x, x) == 0
+    y = (x.view(torch.uint8) + torch.tensor([1, 0, 0, 0], dtype=torch.uint8)).view(torch.float8_e4m3fn)
+    assert differing_codes(x, y) == 1
+    nan = torch.full((4,), float("nan")).to(torch.float8_e4m3fn)
+    assert differing_codes(nan, nan) == 0
+    assert differing_codes(x, nan) == 255
+    assert differing_codes(torch.zeros(1).to(x.dtype), (-torch.zeros(1)).to(x.dtype)) == 0
