@@ -145,9 +145,8 @@ class _Capture(CustomInferenceAwareGraphPass):
 def _copy(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     copied.set_codegen(graph._codegen)
-    copied.output(copied.graph_copy(graph, val_map := {}))
+    copied.output(copied.graph_copy(graph, {}))
     copied.output_node().meta.update(graph.output_node().meta)
-    del val_map
     return copied
 
 
@@ -202,9 +201,8 @@ def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
 class Comparison:
     """One graph before and after, callable; ``calls`` counts, ``identical`` says whether all agreed so far."""
 
-    _boxed_call = True
-
     def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        self._boxed_call = True  # takes its inputs as one list; on the instance, where wrappers copy it from
         self.before, self.after = before, after
         self.calls = 0
         self.identical = True

@@ -1,0 +1,318 @@
+"""What other matchers got wrong: near misses must be refused, with a reason, and never miscompiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from aiter_fusion import config
+from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.passes.verify import same_bits
+from conftest import checked, fused
+from torch import Tensor, fx
+
+BF16 = torch.bfloat16
+
+
+def inputs(*names: str, sizes: tuple[int, ...] = (4,)) -> list[Tensor]:
+    return cases.tensors(names, sizes, BF16, "normal")
+
+
+def norm_with(square: Callable[[Tensor], Tensor] = lambda h: h.pow(2).mean(-1, keepdim=True)) -> Callable[..., Tensor]:
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        return w * (h * torch.rsqrt(square(h) + 1e-6)).to(x.dtype)
+
+    return call
+
+
+NOT_NORMS = {
+    "mean in float64": norm_with(lambda h: h.pow(2).mean(-1, keepdim=True, dtype=torch.float64).float()),
+    "another power": norm_with(lambda h: h.pow(3).mean(-1, keepdim=True)),
+    "another axis": norm_with(lambda h: h.pow(2).mean(0, keepdim=True)),
+    "two axes": norm_with(lambda h: h.pow(2).mean((0, 1), keepdim=True)),
+    "a sum": norm_with(lambda h: h.pow(2).sum(-1, keepdim=True)),
+    "eps with alpha=2": norm_with(lambda h: torch.add(h.pow(2).mean(-1, keepdim=True), torch.ones((), dtype=h.dtype), alpha=2)),
+    "a mean of another tensor": norm_with(lambda h: (h + 1).pow(2).mean(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_NORMS)
+def test_not_a_norm(name: str) -> None:
+    result = fused(lambda x, w: cases.q1_row(NOT_NORMS[name](x, w)), *inputs("x", "w"))
+    assert result.report.replaced == {}
+    assert [site.reason.split(":")[0] for site in result.report.bare] == ["producer"]
+
+
+def q_wrong_axis(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().amax(-1).float() / 448.0  # [rows] broadcasts over columns where rows == columns
+    return ((y.float() / scale).to(cases.FN), scale)
+
+
+def q_columns(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().amax(0, keepdim=True).float() / 448.0
+    return ((y.float() / scale).to(cases.FN), scale)
+
+
+def q_signed(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.amax(-1, keepdim=True).float() / 448.0
+    return ((y.float() / scale).to(cases.FN), scale)
+
+
+def q_of_other(y: Tensor) -> tuple[Tensor, ...]:
+    scale = (y + 1).abs().amax(-1, keepdim=True).float() / 448.0
+    return ((y.float() / scale).to(cases.FN), scale)
+
+
+def q_floor_division(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().amax(-1, keepdim=True).float() / 448.0
+    return (torch.div(y.float(), scale, rounding_mode="floor").to(cases.FN), scale)
+
+
+def q_swapped_groups(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(*y.shape[:-1], 2, 128)
+    scale = groups.abs().amax(-1, keepdim=True).float() / 448.0
+    return ((groups.float() / scale.flip(-2)).to(cases.FN).reshape(y.shape), scale)
+
+
+def q_across_rows(y: Tensor) -> tuple[Tensor, ...]:
+    rows = y.reshape(-1, 2 * y.shape[-1])
+    scale = rows.abs().amax(-1, keepdim=True).float() / 448.0
+    return ((rows.float() / scale).to(cases.FN), scale)
+
+
+NOT_QUANTISERS = {
+    f.__name__: f
+    for f in (q_wrong_axis, q_columns, q_signed, q_of_other, q_floor_division, q_swapped_groups, q_across_rows)
+}
+
+
+@pytest.mark.parametrize("name", NOT_QUANTISERS)
+def test_not_a_quantiser(name: str) -> None:
+    """A square input, so that broadcasting along the wrong axis is possible."""
+    x, w = inputs("x", "w", sizes=(cases.H,))
+    result = fused(lambda x, w: NOT_QUANTISERS[name](cases.llama(x, w)), x, w)
+    assert result.report.replaced == {}
+    assert all(site.reason for site in result.report.sites)
+    assert any(site.family == "fp8_quant" for site in result.report.bare)
+
+
+def test_a_residual_with_alpha_stays_outside() -> None:
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = torch.add(r, x, alpha=2)
+        return (*cases.q1_row(cases.llama(summed, w)), summed)
+
+    result = fused(fn, *inputs("x", "r", "w"))
+    assert result.variants == ["rms_norm_quant:token"]
+
+
+def test_a_residual_in_another_dtype_stays_outside() -> None:
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = r.float() + x
+        return (*cases.q1_row(cases.llama(summed, w)), summed)
+
+    assert fused(fn, *inputs("x", "r", "w")).variants == ["rms_norm_quant:token"]
+
+
+def test_a_broadcast_residual_stays_outside() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q1_row(cases.llama(x + w, w))
+
+    assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token"]
+
+
+def test_equal_outputs_stay_two_tensors() -> None:
+    """return x + 1, x + 1: nothing is merged that is not part of a site."""
+    result = fused(lambda x: (x + 1, x + 1), *inputs("x"))
+    assert result.targets.count("aten.add.Tensor") == 2
+    assert result.report.sites == ()
+
+
+def test_equal_quantisers_that_are_returned_stay_two_tensors() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        return (*cases.q3(y), *cases.q3(y))
+
+    x, w = inputs("x", "w")
+    result = checked(fn)
+    with torch.no_grad():
+        q1, s1, q2, s2 = result.call(x, w)
+    assert result.oracle.identical
+    assert result.variants == ["rms_norm_quant:token"]
+    assert len({t.untyped_storage().data_ptr() for t in (q1, s1, q2, s2)}) == 4
+
+
+def test_overlapping_forms_count_once() -> None:
+    """The part of an R1 norm before its weight is itself an R4 norm: one record."""
+    result = fused(lambda x, w: cases.q1_row(cases.llama(x, w)), *inputs("x", "w"))
+    assert [(s.family, s.records) for s in result.report.sites] == [("rms_norm_quant", 2)]
+
+
+def test_two_weights_on_one_normalised_tensor() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = x.float()
+        h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return (*cases.q3(w * h), *cases.q3((w + 1) * h))
+
+    assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token"] * 2
+
+
+def test_two_quantisers_of_different_kinds() -> None:
+    """One is fused and keeps the value; the other reads that value and says what it lost to."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        return (*cases.q3(y), *cases.q7(128)(y))
+
+    result = fused(fn, *inputs("x", "w"))
+    assert result.variants == ["rms_norm_quant:token+value"]
+    assert [site.reason.split(":")[0] for site in result.report.skipped] == ["starved"]
+
+
+def test_a_norm_whose_output_is_also_read_after_a_view() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        flat = y.reshape(-1, y.shape[-1])
+        return (*cases.q3(flat), flat.reshape(y.shape) + 1)
+
+    assert fused(fn, *inputs("x", "w", sizes=(2, 3))).variants == ["rms_norm_quant:token+value"]
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 3), (2, 2, 3)], ids=str)
+def test_views_between(sizes: tuple[int, ...]) -> None:
+    """Flattened, unsqueezed and split between norm and quantiser, and on the scale."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w).unsqueeze(0).reshape(-1, cases.H)
+        q, scale = cases.q3(y)
+        return q.view(*x.shape), scale.squeeze(-1).unsqueeze(0)
+
+    assert fused(fn, *inputs("x", "w", sizes=sizes)).variants == ["rms_norm_quant:token"]
+
+
+def test_a_view_that_changes_the_rows_is_a_boundary() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x, w).transpose(0, 1).reshape(-1, 2 * cases.H))
+
+    result = fused(fn, *inputs("x", "w", sizes=(4, 2)))
+    assert result.report.replaced == {}
+
+
+def test_a_permuted_norm_is_left_alone() -> None:
+    """The original's strides are the permuted ones; the fused op's are not."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x.transpose(0, 1), w))
+
+    result = fused(fn, *inputs("x", "w", sizes=(4, 3)))
+    assert result.report.replaced == {}
+    assert [site.reason.split(":")[0] for site in result.report.skipped] == ["layout"]
+
+
+def test_a_reader_before_the_last_input() -> None:
+    """The sum is read before the weight exists: the norm is fused, the addition is not."""
+    graph, args = hand_built()
+    manager = PassManager(config.options())
+    report = manager.run(graph.graph, True)
+    assert [site.variant for site in report.sites] == ["token"]
+    graph.recompile()
+    graph.graph.lint()
+    for want, have in zip(hand_built()[0](*args), graph(*args)):
+        assert same_bits(want, have)
+
+
+def hand_built(write: bool = False) -> tuple[fx.GraphModule, list[Tensor]]:
+    """residual + x, read by a product that the weight is computed from; with ``write``, x is written to in between."""
+    aten, prims = torch.ops.aten, torch.ops.prims
+    args = inputs("x", "r", "w")
+    graph = fx.Graph()
+
+    def call(target: Callable, *operands: object) -> fx.Node:
+        node = graph.call_function(target, operands)
+        node.meta["val"] = target(*(o.meta["val"] if isinstance(o, fx.Node) else o for o in operands))
+        return node
+
+    nodes = []
+    for name, value in zip("xrw", args):
+        node = graph.placeholder(name)
+        node.meta["val"] = value.clone()
+        nodes.append(node)
+    x, r, w = nodes
+    summed = call(aten.add.Tensor, r, x)
+    weight = w if write else call(aten.mul.Tensor, w, call(aten.amax.default, summed, [0]))
+    wide = call(prims.convert_element_type.default, summed, torch.float32)
+    mean = call(aten.mean.dim, call(aten.pow.Tensor_Scalar, wide, 2), [-1], True)
+    normal = call(aten.mul.Tensor, wide, call(aten.rsqrt.default, call(aten.add.Tensor, mean, 1e-6)))
+    if write:
+        call(aten.mul_.Tensor, summed, 2)
+    value = call(aten.mul.Tensor, weight, call(prims.convert_element_type.default, normal, BF16))
+    top = call(aten.amax.default, call(aten.abs.default, value), [-1], True)
+    scale = call(aten.div.Tensor, call(prims.convert_element_type.default, top, torch.float32), 448.0)
+    quotient = call(aten.div.Tensor, call(prims.convert_element_type.default, value, torch.float32), scale)
+    q = call(prims.convert_element_type.default, quotient, cases.FN)
+    graph.output((q, scale, summed))
+    return fx.GraphModule(torch.nn.Module(), graph), args
+
+
+def test_a_write_in_between() -> None:
+    graph, args = hand_built(write=True)
+    before = str(graph.graph)
+    report = PassManager(config.options()).run(graph.graph, True)
+    assert [site.reason.split(":")[0] for site in report.skipped] == ["mutation"]
+    assert str(graph.graph) == before
+    assert len(graph(*args)) == 3
+
+
+def test_nothing_replaced_is_the_identical_graph() -> None:
+    result = fused(lambda x, w: F.silu(cases.llama(x, w)), *inputs("x", "w"))
+    comparison = result.oracle.graphs[0]
+    assert str(comparison.before.graph) == str(comparison.after.graph)
+    assert [(s.family, s.reason.split(":")[0]) for s in result.report.bare] == [("rms_norm", "unquantised")]
+
+
+def test_true_meta() -> None:
+    """Every new node's fake has the shape, strides and dtype of the real value."""
+    for case, quant in ((cases.NORM_FUSIONS[4], cases.q7(64)), (cases.NORM_FUSIONS[1], cases.q1_tensor)):
+        given = inputs(*case.inputs, sizes=(2, 3))
+        result = fused(case.call(cases.llama, quant), *given)
+        module = result.oracle.graphs[0].after
+
+        class Compare(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> object:
+                real, fake = super().run_node(n), n.meta.get("val")
+                if isinstance(real, Tensor) and n.op == "call_function":
+                    assert isinstance(fake, Tensor), n
+                    assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype), n
+                return real
+
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        assert len(placeholders) == len(given)
+        Compare(module).run(*given)
+
+
+def test_training_graphs_are_left_alone() -> None:
+    x, w = inputs("x", "w")
+    w.requires_grad_()
+    result = checked(lambda x, w: cases.q3(cases.llama(x, w))[1].sum())
+    result.call(x, w).backward()
+    forward = result.reports[0]
+    assert forward.replaced == {}
+    assert [site.reason.split(":")[0] for site in forward.skipped] == ["training"]
+    assert "training graph" in forward.note
+    assert w.grad is not None
+
+
+def test_unknown_arithmetic_names_the_node() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        scale = torch.sqrt(y.abs().amax(-1, keepdim=True).float())
+        return (y.float() / scale).to(cases.FN), scale
+
+    result = fused(fn, *inputs("x", "w"))
+    unknown = [site for site in result.report.bare if site.variant == "unknown"]
+    assert len(unknown) == 1
+    assert unknown[0].reason.startswith("unknown: ")
+    assert "sqrt" in unknown[0].reason
