@@ -16,7 +16,7 @@ with the scale; every other name is the ATen operation called so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,16 +59,14 @@ def cast(dtype: torch.dtype) -> str:
     return name
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(program: str) -> tuple[tuple[str, float | None], ...]:
     """The steps of a program as (name, number) pairs; a ValueError names a step that does not exist."""
     steps = []
     for text in program.split():
         name, _, number = text.partition("=")
         takes_number = name in WITH_NUMBER
-        if takes_number != bool(number) or not (
-            takes_number or name in UNARY or name in WITH_SCALE or name in DTYPES
-        ):
+        if takes_number != bool(number) or not (takes_number or name in UNARY or name in WITH_SCALE or name in DTYPES):
             known = ", ".join([*UNARY, *(f"{n}=<number>" for n in WITH_NUMBER), *WITH_SCALE, *DTYPES])
             raise ValueError(f"unknown step {text!r} in program {program!r}; steps are: {known}")
         steps.append((name, float(number) if number else None))

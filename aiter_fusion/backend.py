@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from . import config, ops, platform, report  # noqa: F401  (importing ops registers them)
 from .passes.manager import compose
+from .passes.oracle import Oracle
 from .providers import PROVIDERS
 
 SLOT = "post_grad_custom_pre_pass"
@@ -85,6 +86,10 @@ class Backend:
                 raise ValueError(f"give {', '.join(ours)} to aiter_fusion.Backend(...), not to options=")
             return self._compile(gm, example_inputs, option_mode or mode, inductor)
         return self._compile(gm, example_inputs, mode, {})
+
+    def oracle(self) -> Oracle:
+        """A backend with these options that interprets the original and the rewritten graphs and compares the bits."""
+        return Oracle(self.options)
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]

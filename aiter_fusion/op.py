@@ -68,8 +68,8 @@ class FusedOp:
 
     def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
-        ordered = tuple(outputs[name] for name in self.outputs)
-        return ordered if len(ordered) > 1 else ordered[0]
+        ordered = [outputs[name] for name in self.outputs]
+        return ordered[0] if len(ordered) == 1 else tuple(ordered)
 
 
 # Every declared op by family and features.
@@ -79,7 +79,7 @@ OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
 def find(family: str, features: frozenset[str]) -> FusedOp | None:
     """The overload of a family with exactly those of ``features`` that the family distinguishes, if there is one."""
     overloads = OPS[family]
-    distinguished = frozenset().union(*overloads)
+    distinguished: frozenset[str] = frozenset().union(*overloads)
     return overloads.get(features & distinguished)
 
 
@@ -102,10 +102,10 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
     def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
         provider = args[len(names) - 1] if len(args) == len(names) else "reference"
         run = implementation(declaration, provider)
-        return declaration.pack(run(**dict(zip(names[:-1], args))))
+        return declaration.pack(run(**dict(zip(names[:-1], args, strict=False))))
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        return declaration.pack(declaration.shape(**dict(zip(names[:-1], args))))
+        return declaration.pack(declaration.shape(**dict(zip(names[:-1], args, strict=False))))
 
     _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)

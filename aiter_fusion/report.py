@@ -164,7 +164,7 @@ def _span(places: list[str]) -> str:
     return f"{places[0]} ... {places[-1]}"
 
 
-# ---- Through Inductor's cache -----------------------------------------------------------------------------------------
+# ---- Through Inductor's cache --------------------------------------------------------------------------------
 # On a cache hit no pass runs. Inductor stores the increments of counters["inductor"] with a compiled graph and applies
 # them again when it is loaded, so a report travels as the name of a counter.
 
@@ -197,7 +197,7 @@ def from_counters(counters: Mapping[str, int], before: Mapping[str, int]) -> lis
     return grown
 
 
-# ---- Reports of this process and the log ------------------------------------------------------------------------------
+# ---- Reports of this process and the log ---------------------------------------------------------------------
 
 
 @dataclass
@@ -228,7 +228,7 @@ def passed(report: FusionReport, counters: Any) -> None:
 
 
 def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionReport | None:
-    """The report of what was compiled since ``before``: kept, and logged on rank 0. None if no pass ran or was cached."""
+    """The report of what was compiled since ``before``: kept, and logged on rank 0. None if no pass ran."""
     found = []
     for name, report in from_counters(counters, before):
         times = _STORE.fresh.get(name)

@@ -51,20 +51,20 @@ class PassManager(CustomInferenceAwareGraphPass):
         """Rewrite a graph and say what was done.
 
         Raises:
-            Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.Mismatch``.
+            Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.MismatchError``.
         """
         start = time.perf_counter()
         note = "" if is_inference else "training graph, left alone"
         try:
             recognised = recognise(graph, FORMS)
-        except Exception as error:  # noqa: BLE001 (contained before the graph is touched, logged and reported)
+        except Exception as error:
             if self.options.strict:
                 raise
             logger.warning("aiter_fusion: matching failed; the graph is left as it was", exc_info=True)
             recognised, note = Recognised(), f"matching failed: {type(error).__name__}: {error}"
         planned: Planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
         if self.options.verify:
-            for made, site in zip(planned.plans, planned.taken):
+            for made, site in zip(planned.plans, planned.taken, strict=True):
                 verify.check(made, f"{site.family} {site.variant} at {site.where or 'the top level'}")
         if planned.plans:
             rewrite(graph, planned.plans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ CONVERT = torch.ops.prims.convert_element_type.default
 REQUIRED = object()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
     """The (name, default) of every argument; REQUIRED where there is none."""
     return tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments)
@@ -83,7 +83,7 @@ def step_words(node: fx.Node) -> tuple[str, ...] | None:
         return names
     if len(numbers) != len(names) or not all(is_number(node, n) for n in numbers):
         return None
-    return tuple(step(name, float(n)) for name, n in zip(names, numbers))  # type: ignore[arg-type]
+    return tuple(step(name, float(n)) for name, n in zip(names, numbers, strict=True))  # type: ignore[arg-type]
 
 
 @dataclass

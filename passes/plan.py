@@ -71,7 +71,9 @@ class _Draft:
     plan: Plan | None = None
 
 
-def plan(graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool) -> Planned:
+def plan(
+    graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool
+) -> Planned:
     """Sites for all records, with a plan for each that a provider accepts. The first fusion that is possible wins."""
     writes = list(_writes(graph))
     fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
@@ -99,7 +101,7 @@ def plan(graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], opt
                 reason, status = "", REPLACED
             except Refused as refusal:
                 made, reason, status = None, str(refusal), SKIPPED
-            except Exception as error:  # noqa: BLE001 (contained here, before the graph is touched, and reported)
+            except Exception as error:
                 if options.strict:
                     raise
                 logger.warning("aiter_fusion: planning %s failed", group[0].root.name, exc_info=True)
@@ -144,7 +146,9 @@ def plan(graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], opt
 
 
 def _site(draft: _Draft) -> Site:
-    producers = [record for record in draft.records if "x" not in record.inputs or record.kind != draft.records[-1].kind]
+    producers = [
+        record for record in draft.records if "x" not in record.inputs or record.kind != draft.records[-1].kind
+    ]
     head = (producers or draft.records)[-1]
     return Site(
         family=draft.family,
@@ -321,7 +325,7 @@ def _fit(node: fx.Node, name: str, have: Tensor) -> tuple[int | Size, ...] | Non
         if getattr(want, what) != getattr(have, what):
             raise Refused(f"layout: {node.name} has {what} {getattr(want, what)}, {name} {getattr(have, what)}")
     expected = 1
-    for size, stride in zip(reversed(want.shape), reversed(want.stride())):
+    for size, stride in zip(reversed(want.shape), reversed(want.stride()), strict=True):
         if not same_size(size, 1) and not same_size(stride, expected):
             raise Refused(f"layout: {node.name} has strides {tuple(want.stride())}; {name} is contiguous")
         expected = expected * size

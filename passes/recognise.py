@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..patterns.language import FP8, VIEWS, Call, Form, Named, OneOf, Pattern, Views, With

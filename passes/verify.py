@@ -1,26 +1,22 @@
 """The oracle: the original post-grad graph, interpreted node by node.
 
 Plain Inductor is not an oracle for roundings: it drops the intermediate ones and so moves about 3 % of FP8 codes.
-``check`` compares one planned site; ``Oracle`` is a backend that compares whole graphs on real calls.
+``check`` compares one planned site; ``Oracle`` (oracle.py) is a backend that compares whole graphs on real calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..op import FusedOp
 from ..providers import implementation
 from .plan import Plan
 
 
-class Mismatch(AssertionError):
+class MismatchError(AssertionError):
     """A fused op does not compute what the nodes that it replaces compute."""
 
 
@@ -59,7 +55,7 @@ def check(plan: Plan, site: str) -> None:
     tolerance decides.
 
     Raises:
-        Mismatch: they differ; the message names site, output and difference.
+        MismatchError: they differ; the message names site, output and difference.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [value for value in plan.arguments.values() if isinstance(value, fx.Node)]
@@ -68,9 +64,13 @@ def check(plan: Plan, site: str) -> None:
     arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
     fused = implementation(plan.op, plan.provider.name)(**arguments)
     for node, (name, _) in plan.replaced.items():
-        problem = _difference(plan.op, plan.provider.exact, name, original[node], fused[name].reshape(original[node].shape))
+        problem = _difference(
+            plan.op, plan.provider.exact, name, original[node], fused[name].reshape(original[node].shape)
+        )
         if problem:
-            raise Mismatch(f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}")
+            raise MismatchError(
+                f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"
+            )
 
 
 def _difference(op: FusedOp, exact: bool, name: str, want: Tensor, have: Tensor) -> str | None:
@@ -114,107 +114,3 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
             args, kwargs = fx.map_arg((current.args, current.kwargs), known.__getitem__)
             known[current] = current.target(*args, **kwargs)  # type: ignore[operator]
     return known[node]
-
-
-class _Captured(Exception):  # noqa: N818 (control flow: stops Inductor after the pass)
-    """The post-grad graph has been captured; no code is to be generated."""
-
-
-class _Capture(CustomInferenceAwareGraphPass):
-    """Runs the pass on a copy and stops the compilation."""
-
-    def __init__(self, rewrite: Callable[[fx.Graph, bool], Any]) -> None:
-        self.rewrite = rewrite
-        self.before: fx.GraphModule | None = None
-        self.after: fx.GraphModule | None = None
-
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
-        owner = graph.owning_module
-        assert owner is not None
-        self.before = fx.GraphModule(owner, _copy(graph))
-        self.after = fx.GraphModule(owner, _copy(graph))
-        self.rewrite(self.after.graph, is_inference)
-        self.after.graph.lint()
-        self.after.recompile()
-        raise _Captured
-
-    def uuid(self) -> None:
-        return None
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.set_codegen(graph._codegen)
-    copied.output(copied.graph_copy(graph, {}))
-    copied.output_node().meta.update(graph.output_node().meta)
-    return copied
-
-
-class Oracle:
-    """A backend for ``torch.compile`` that interprets every graph twice, as it was and as rewritten.
-
-    ::
-
-        oracle = Oracle(manager.run)
-        torch.compile(model, backend=oracle)(x)
-        oracle.graphs[0].identical      # every output, and every input that the graph writes to
-
-    No code is generated, so it takes seconds where Inductor takes minutes. The results are the rewritten graph's.
-    """
-
-    def __init__(self, rewrite: Callable[[fx.Graph, bool], Any]) -> None:
-        self._rewrite = rewrite
-        self.graphs: list[Comparison] = []
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            capture = _Capture(self._rewrite)
-            patches = {"post_grad_custom_pre_pass": capture, "fx_graph_cache": False}
-            try:
-                with torch._inductor.config.patch(patches):
-                    compile_fx_inner(gm, example_inputs, **kwargs)
-            except Exception as error:  # noqa: BLE001 (Inductor may wrap ours; anything else is raised again)
-                if capture.after is None or capture.before is None or not _caused_by(error, _Captured):
-                    raise
-            assert capture.before is not None
-            assert capture.after is not None
-            comparison = Comparison(capture.before, capture.after)
-            self.graphs.append(comparison)
-            return comparison
-
-        return compile_fx(gm, example_inputs, inner_compile=inner)  # type: ignore[arg-type,return-value]
-
-    @property
-    def identical(self) -> bool:
-        """Whether every call of every graph gave the same bits both ways; False if nothing was called."""
-        return bool(self.graphs) and all(g.calls and g.identical for g in self.graphs)
-
-
-def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    while error is not None:
-        if isinstance(error, kind):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-class Comparison:
-    """One graph before and after, callable; ``calls`` counts, ``identical`` says whether all agreed so far."""
-
-    def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
-        self._boxed_call = True  # takes its inputs as one list; on the instance, where wrappers copy it from
-        self.before, self.after = before, after
-        self.calls = 0
-        self.identical = True
-
-    def __call__(self, inputs: list[Any]) -> Any:
-        given = list(inputs)
-        inputs.clear()
-        cloned = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given)
-        want = fx.Interpreter(self.before).run(*cloned)
-        have = fx.Interpreter(self.after).run(*given)
-        self.calls += 1
-        for a, b in zip(tree_leaves((want, cloned)), tree_leaves((have, given)), strict=True):
-            if isinstance(a, Tensor) and not same_bits(a, b):
-                self.identical = False
-        return have

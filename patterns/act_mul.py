@@ -140,6 +140,4 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
     return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())
 
 
-FORMS = tuple(
-    Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS
-)
+FORMS = tuple(Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS)

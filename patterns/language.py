@@ -246,7 +246,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 def same_shape(a: Any, b: Any) -> bool:
     """Whether two shapes are known to be equal; never adds a guard."""
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
 def is_last_dim(node: fx.Node, dims: Any) -> bool:

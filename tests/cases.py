@@ -17,7 +17,7 @@ FNUZ = torch.float8_e4m3fnuz
 H = 256  # the width of every case: two groups of 128
 
 
-# ---- normalisations: (x, weight) -> value -----------------------------------------------------------------------------
+# ---- normalisations: (x, weight) -> value --------------------------------------------------------------------
 
 
 def llama(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
@@ -74,7 +74,7 @@ NORMS = (
 )
 
 
-# ---- gated activations: one packed tensor [.., 2H] -> value [.., H] ---------------------------------------------------
+# ---- gated activations: one packed tensor [.., 2H] -> value [.., H] ------------------------------------------
 
 
 def chunked(act: Callable[[Tensor], Tensor], up_first: bool = False) -> Callable[[Tensor], Tensor]:
@@ -143,7 +143,7 @@ ACTS = (
 )
 
 
-# ---- quantisers: value -> tensors that leave it -----------------------------------------------------------------------
+# ---- quantisers: value -> tensors that leave it --------------------------------------------------------------
 
 
 def _saturated(x: Tensor, dtype: torch.dtype = FN) -> Tensor:
@@ -255,7 +255,7 @@ QUANTS = (
 )
 
 
-# ---- fusions: how the pieces meet -------------------------------------------------------------------------------------
+# ---- fusions: how the pieces meet ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _thrice(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, .
     def call(x: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
         value = norm(x, w)
         results = [quantise(value, *scale) for _ in range(3)]
-        return tuple(sum(parts[1:], start=parts[0].float()) for parts in zip(*([t.float() for t in r] for r in results)))
+        return tuple(torch.stack([part.float() for part in parts]).sum(0) for parts in zip(*results, strict=True))
 
     return call
 

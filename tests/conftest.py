@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from aiter_fusion import config, report
-from aiter_fusion.passes.manager import PassManager
-from aiter_fusion.passes.verify import Oracle
+import aiter_fusion
+from aiter_fusion.passes.oracle import Oracle
+from aiter_fusion.report import REPLACED, FusionReport
 
 
 @dataclass
@@ -22,15 +22,18 @@ class Checked:
 
     call: Callable[..., Any]
     oracle: Oracle
-    reports: list[report.FusionReport] = field(default_factory=list)
 
     @property
-    def report(self) -> report.FusionReport:
-        return report.merge(self.reports)
+    def report(self) -> FusionReport:
+        return self.oracle.report
+
+    @property
+    def reports(self) -> list[FusionReport]:
+        return [graph.report for graph in self.oracle.graphs]
 
     @property
     def variants(self) -> list[str]:
-        return [f"{site.family}:{site.variant}" for site in self.report.sites if site.status == report.REPLACED]
+        return [f"{site.family}:{site.variant}" for site in self.report.sites if site.status == REPLACED]
 
     @property
     def targets(self) -> list[str]:
@@ -40,15 +43,9 @@ class Checked:
 
 def checked(fn: Callable[..., Any], *, dynamic: bool | None = None, **options: Any) -> Checked:
     """Compile ``fn``, with the pass but without code generation."""
-    manager = PassManager(config.options(**options))
-    reports: list[report.FusionReport] = []
-
-    def rewrite(graph: fx.Graph, is_inference: bool) -> None:
-        reports.append(manager.run(graph, is_inference))
-
     torch._dynamo.reset()
-    oracle = Oracle(rewrite)
-    return Checked(torch.compile(fn, backend=oracle, dynamic=dynamic), oracle, reports)
+    oracle = aiter_fusion.Backend(**options).oracle()
+    return Checked(torch.compile(fn, backend=oracle, dynamic=dynamic), oracle)
 
 
 def fused(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Checked:
@@ -68,7 +65,7 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
         monkeypatch.delenv(f"AITER_FUSION_{name}", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
     torch._dynamo.reset()
-    report.reset()
+    aiter_fusion.reset()
     logger = logging.getLogger("aiter_fusion")
     handlers, level = logger.handlers[:], logger.level
     yield

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import cases
 import torch
 import transformers
 from torch import Tensor, nn
 
-import cases
-
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 128
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,

@@ -11,18 +11,21 @@ import sys
 import textwrap
 from pathlib import Path
 
-import aiter_fusion
 import cases
 import pytest
 import torch
+from conftest import checked
+from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import aiter_fusion
 from aiter_fusion import config, platform
 from aiter_fusion.passes import manager, recognise
 from aiter_fusion.passes.manager import PassManager, compose
-from aiter_fusion.passes.verify import Mismatch
+from aiter_fusion.passes.verify import MismatchError
 from aiter_fusion.report import FusionReport
-from conftest import checked
-from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 BF16 = torch.bfloat16
 
@@ -82,7 +85,7 @@ def test_explain() -> None:
     assert len(aiter_fusion.reports()) == 2
 
 
-# ---- levels and preferences -------------------------------------------------------------------------------------------
+# ---- levels and preferences ----------------------------------------------------------------------------------
 
 VALUE = cases.NORM_FUSIONS[3].call(cases.llama, cases.q3)
 GEMMA = cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)
@@ -140,7 +143,7 @@ def test_environment_is_preference(monkeypatch: pytest.MonkeyPatch) -> None:
                 config.options()
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------
 
 BAD = [
     ({"levle": 3}, "unknown option 'levle'; did you mean 'level'?"),
@@ -162,7 +165,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=lambda v: str(v)[:40])
 def test_bad_options(options: dict, message: str) -> None:
-    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed) as raised:
         torch.compile(site, backend="aiter_fusion", options=options)(*inputs())
     assert message in str(raised.value)
     if set(options) <= set(config.NAMES):
@@ -186,7 +189,9 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["passes", "patterns"])
 def test_bare_import(name: str) -> None:
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert f"ImportError: use 'import aiter_fusion.{name}'" in done.stderr
 
@@ -196,7 +201,7 @@ def test_unknown_attribute() -> None:
         aiter_fusion.Backnd  # noqa: B018
 
 
-# ---- strict, expect, verify, exceptions -------------------------------------------------------------------------------
+# ---- strict, expect, verify, exceptions ----------------------------------------------------------------------
 
 
 def test_expect() -> None:
@@ -239,12 +244,15 @@ def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = rms_norm_quant.rms_norm
     monkeypatch.setattr(rms_norm_quant, "rms_norm", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    with torch.no_grad(), pytest.raises(Exception, match="rms_norm_quant token at the top level: .*not bit-identical") as raised:
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match=r"rms_norm_quant token at the top level: .*not bit-identical") as raised,
+    ):
         checked(site, verify=True).call(*inputs())
-    assert "Mismatch" in repr(raised.value) or isinstance(raised.value, Mismatch)
+    assert "Mismatch" in repr(raised.value) or isinstance(raised.value, MismatchError)
 
 
-# ---- the pass in Inductor ---------------------------------------------------------------------------------------------
+# ---- the pass in Inductor ------------------------------------------------------------------------------------
 
 
 class UserPass(CustomGraphPass):
@@ -269,12 +277,12 @@ def test_the_users_own_pass_still_runs(route: str) -> None:
     if route == "options":
         made = compiled(options={"post_grad_custom_pre_pass": own})
     else:
-        with torch._inductor.config.patch(post_grad_custom_pre_pass=own):
+        with inductor_config.patch(post_grad_custom_pre_pass=own):
             made = compiled()
-            assert torch._inductor.config.post_grad_custom_pre_pass is own
+            assert inductor_config.post_grad_custom_pre_pass is own
     assert made.replaced == {"rms_norm_quant": 1}
     assert UserPass.calls == 1
-    assert torch._inductor.config.post_grad_custom_pre_pass is None
+    assert inductor_config.post_grad_custom_pre_pass is None
 
 
 def test_uuid() -> None:
@@ -314,7 +322,9 @@ def run_script(body: str, tmp_path: Path, **environment: str) -> subprocess.Comp
     script.write_text(textwrap.dedent(body))
     tests = str(Path(__file__).parent)
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": tests, **environment}
-    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True, cwd=tmp_path)
+    return subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=env, check=True, cwd=tmp_path
+    )
 
 
 SCRIPT = """
@@ -352,8 +362,12 @@ def test_log_levels(tmp_path: Path) -> None:
     quiet = run_script(SCRIPT, tmp_path, AITER_FUSION_LOG="ERROR")
     assert "aiter_fusion:" not in quiet.stderr
     detailed = run_script(SCRIPT, tmp_path, AITER_FUSION_LOG="debug")
-    assert "aiter_fusion: replaced rms_norm_quant token+value at ?: aiter_fusion::rms_norm_quant.value" in detailed.stderr
-    configured = run_script("import logging; logging.basicConfig(level='WARNING')\n" + textwrap.dedent(SCRIPT), tmp_path)
+    assert (
+        "aiter_fusion: replaced rms_norm_quant token+value at ?: aiter_fusion::rms_norm_quant.value" in detailed.stderr
+    )
+    configured = run_script(
+        "import logging; logging.basicConfig(level='WARNING')\n" + textwrap.dedent(SCRIPT), tmp_path
+    )
     assert "replaced 1 of 1" not in configured.stderr
 
 

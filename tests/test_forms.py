@@ -45,7 +45,9 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.Quan
     assert result.variants == [variant(case, quant, *before)]
 
 
-@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q2", "Q3_tensor", "Q7_128")], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q2", "Q3_tensor", "Q7_128")], ids=lambda q: q.name
+)
 @pytest.mark.parametrize("act", cases.ACTS, ids=lambda a: a.name)
 def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
     case = cases.ACT_FUSIONS[0]
@@ -53,13 +55,17 @@ def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
     assert result.variants == [variant(case, quant, *(["packed"] if act.packed else []))]
 
 
-@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name
+)
 @pytest.mark.parametrize("case", cases.NORM_FUSIONS, ids=lambda c: c.name)
 def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
     assert run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
 
 
-@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.name in ("Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quant", [q for q in cases.QUANTS if q.name in ("Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name
+)
 @pytest.mark.parametrize("case", cases.ACT_FUSIONS, ids=lambda c: c.name)
 def test_every_activation_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
     assert run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]

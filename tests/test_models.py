@@ -5,8 +5,9 @@ from __future__ import annotations
 import models
 import pytest
 import torch
-from aiter_fusion import report
 from conftest import checked
+
+from aiter_fusion import report
 
 
 @pytest.mark.parametrize("quantisation", models.QUANTISATIONS)

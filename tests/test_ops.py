@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
 from aiter_fusion.arithmetic import is_inverse, parse, run
 from aiter_fusion.op import OPS, FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
 EVERY_PROVIDER = [
@@ -28,7 +29,7 @@ providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
 
 def call(op: FusedOp, provider: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     result = op.target(*arguments.values(), provider)
-    return dict(zip(op.outputs, (result,) if isinstance(result, Tensor) else result))
+    return dict(zip(op.outputs, (result,) if isinstance(result, Tensor) else result, strict=True))
 
 
 def ordered(op: FusedOp, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from conftest import checked, fused
+from torch import Tensor, fx
+
 from aiter_fusion import config
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.verify import same_bits
-from conftest import checked, fused
-from torch import Tensor, fx
 
 BF16 = torch.bfloat16
 
@@ -35,7 +37,9 @@ NOT_NORMS = {
     "another axis": norm_with(lambda h: h.pow(2).mean(0, keepdim=True)),
     "two axes": norm_with(lambda h: h.pow(2).mean((0, 1), keepdim=True)),
     "a sum": norm_with(lambda h: h.pow(2).sum(-1, keepdim=True)),
-    "eps with alpha=2": norm_with(lambda h: torch.add(h.pow(2).mean(-1, keepdim=True), torch.ones((), dtype=h.dtype), alpha=2)),
+    "eps with alpha=2": norm_with(
+        lambda h: torch.add(h.pow(2).mean(-1, keepdim=True), torch.ones((), dtype=h.dtype), alpha=2)
+    ),
     "a mean of another tensor": norm_with(lambda h: (h + 1).pow(2).mean(-1, keepdim=True)),
 }
 
@@ -220,7 +224,7 @@ def test_a_reader_before_the_last_input() -> None:
     assert [site.variant for site in report.sites] == ["token"]
     graph.recompile()
     graph.graph.lint()
-    for want, have in zip(hand_built()[0](*args), graph(*args)):
+    for want, have in zip(hand_built()[0](*args), graph(*args), strict=True):
         assert same_bits(want, have)
 
 
@@ -230,13 +234,13 @@ def hand_built(write: bool = False) -> tuple[fx.GraphModule, list[Tensor]]:
     args = inputs("x", "r", "w")
     graph = fx.Graph()
 
-    def call(target: Callable, *operands: object) -> fx.Node:
+    def call(target: Callable, *operands: Any) -> fx.Node:
         node = graph.call_function(target, operands)
         node.meta["val"] = target(*(o.meta["val"] if isinstance(o, fx.Node) else o for o in operands))
         return node
 
     nodes = []
-    for name, value in zip("xrw", args):
+    for name, value in zip("xrw", args, strict=True):
         node = graph.placeholder(name)
         node.meta["val"] = value.clone()
         nodes.append(node)

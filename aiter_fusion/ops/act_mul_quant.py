@@ -62,7 +62,13 @@ def _declaration(features: frozenset[str]) -> FusedOp:
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
-            [((9, 64), torch.bfloat16), ((2, 4, 64), torch.float16), ((1, 64), F32), ((0, 64), torch.bfloat16), ((64,), F32)]
+            [
+                ((9, 64), torch.bfloat16),
+                ((2, 4, 64), torch.float16),
+                ((1, 64), F32),
+                ((0, 64), torch.bfloat16),
+                ((64,), F32),
+            ]
         ):
             rows = torch.Size(sizes[:-1]).numel()
             both = fp8_quant.hostile_rows(rows, 128, dtype, seed).reshape(*sizes[:-1], 128)

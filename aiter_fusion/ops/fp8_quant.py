@@ -119,7 +119,7 @@ def hostile_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, width, generator=generator)
     special = [0.0, 1e-30, torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max, float("nan"), float("inf")]
-    for row, factor in zip(range(1, rows), special):
+    for row, factor in zip(range(1, rows), special, strict=False):
         if factor in (0.0, 1e-30) or abs(factor) < 1:
             values[row] *= factor
         else:

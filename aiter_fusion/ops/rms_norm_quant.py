@@ -70,7 +70,13 @@ def _declaration(features: frozenset[str]) -> FusedOp:
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
-            [((9, 64), torch.bfloat16), ((2, 4, 64), torch.float16), ((1, 64), F32), ((0, 64), torch.bfloat16), ((64,), F32)]
+            [
+                ((9, 64), torch.bfloat16),
+                ((2, 4, 64), torch.float16),
+                ((1, 64), F32),
+                ((0, 64), torch.bfloat16),
+                ((64,), F32),
+            ]
         ):
             rows = torch.Size(sizes[:-1]).numel()
             x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
@@ -88,10 +94,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
     return FusedOp(
         family="rms_norm_quant",
         features=features,
-        arguments={"x": "Tensor"}
-        | ({"residual": "Tensor"} if add else {})
-        | NORM
-        | fp8_quant.arguments(features),
+        arguments={"x": "Tensor"} | ({"residual": "Tensor"} if add else {}) | NORM | fp8_quant.arguments(features),
         outputs=(*fp8_quant.outputs(features), *(("residual_out",) if add else ())),
         reference=reference,
         shape=shape,

@@ -1,0 +1,109 @@
+"""How the package is put together: imports, their direction, dependencies, formatting, types."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"aiter_fusion": ROOT / "aiter_fusion", "passes": ROOT / "passes", "patterns": ROOT / "patterns"}
+
+# Everything may import what stands to its left, nothing to its right.
+ORDER = (
+    {"arithmetic", "config", "platform", "report", "op"},
+    {"providers"},
+    {"ops"},
+    {"patterns"},
+    {"passes"},
+    {"backend"},
+)
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(layer, file) for every module of the three packages; links are not followed."""
+    found = []
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).parts
+            if package == "aiter_fusion" and parts[0] not in ("passes", "patterns"):
+                found.append((parts[0].removesuffix(".py"), path))
+            elif package != "aiter_fusion":
+                found.append((package, path))
+    return found
+
+
+def imported(path: Path, layer: str) -> set[str]:
+    """The layers that a file imports from, at module level or inside functions."""
+    depth = 2 if path.parent.name == layer else 1
+    layers = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            layers |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return layers - {layer}
+
+
+def test_import_direction() -> None:
+    rank = {layer: position for position, layers in enumerate(ORDER) for layer in layers}
+    checked = 0
+    for layer, path in sources():
+        if layer == "__init__":
+            continue
+        for other in imported(path, layer):
+            assert other in rank, f"{path}: what is {other}?"
+            assert rank[other] <= rank[layer], f"{path} ({layer}) imports {other}"
+            checked += 1
+    assert checked > 20
+
+
+def test_vendor_imports_are_inside_bodies() -> None:
+    for _, path in sources():
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"triton", "aiter", "transformers"}, path
+
+
+def test_importing_loads_no_vendor_library() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import aiter_fusion
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"triton", "aiter", "transformers", "torchao", "depyf"}), torch.cuda.is_initialized())
+print(any(name.startswith("torch._inductor.compile_fx") for name in set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "False", "False"]
+
+
+def test_torch_may_import_it_while_being_imported() -> None:
+    """TORCH_LOGS=+aiter_fusion does that."""
+    code = "import torch, aiter_fusion; print(aiter_fusion.Backend().options.level)"
+    env = {**__import__("os").environ, "TORCH_LOGS": "+aiter_fusion"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "3"
+
+
+def test_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
+    names = {d.split(">")[0].split("=")[0].split("[")[0].strip() for d in every}
+    assert not names & {"triton", "aiter", "amd-aiter"}
+    assert {"torch", "sympy", "depyf"} <= names
+    assert project["entry-points"]["torch_dynamo_backends"] == {"aiter_fusion": "aiter_fusion.backend:aiter_fusion"}
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"]], ids=" ".join
+)
+def test_clean(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
