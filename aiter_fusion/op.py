@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ NAMESPACE = "aiter_fusion"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Implementation = Callable[..., Any]
+Spec = tuple[Sequence[int], torch.dtype]  # sizes and dtype of a contiguous tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FusedOp:
     arguments:  name -> schema type, in order.
     outputs:    names of the outputs, in order; all are tensors.
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
-    shape:      allocates the outputs and nothing else: the fake implementation and kernels' allocator.
+    shape:      sizes and dtype of every output, which is contiguous and on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.
     """
 
@@ -46,7 +47,7 @@ class FusedOp:
     arguments: Mapping[str, str]
     outputs: tuple[str, ...]
     reference: Callable[..., dict[str, Tensor]]
-    shape: Callable[..., dict[str, Tensor]]
+    shape: Callable[..., dict[str, Spec]]
     samples: Callable[[], Iterator[dict[str, Any]]]
     tolerance: Tolerance = Tolerance()
 
@@ -65,6 +66,12 @@ class FusedOp:
     def target(self) -> torch._ops.OpOverload:
         """What a graph calls."""
         return getattr(getattr(getattr(torch.ops, NAMESPACE), self.family), self.overload_name)
+
+    def allocate(self, **arguments: Any) -> dict[str, Tensor]:
+        """The outputs, uninitialised: the fake implementation, and what kernels write to."""
+        first = next(value for value in arguments.values() if isinstance(value, Tensor))
+        specs = self.shape(**arguments)
+        return {name: first.new_empty(specs[name][0], dtype=specs[name][1]) for name in self.outputs}
 
     def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
@@ -105,7 +112,7 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
         return declaration.pack(run(**dict(zip(names[:-1], args, strict=False))))
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        return declaration.pack(declaration.shape(**dict(zip(names[:-1], args, strict=False))))
+        return declaration.pack(declaration.allocate(**dict(zip(names[:-1], args, strict=False))))
 
     _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -86,67 +85,113 @@ def step_words(node: fx.Node) -> tuple[str, ...] | None:
     return tuple(step(name, float(n)) for name, n in zip(names, numbers, strict=True))  # type: ignore[arg-type]
 
 
-@dataclass
-class Misfit:
-    """The deepest node at which matching failed: what to name when nothing explains a value."""
+class Matcher:
+    """Matches patterns against the nodes of one graph, which must not change meanwhile.
 
-    depth: int = -1
-    node: fx.Node | None = None
+    With ``trace``, ``misfit`` is the deepest node at which matching failed so far: what to name when nothing explains
+    a value.
+    """
 
-    def note(self, depth: int, node: Any) -> None:
-        if depth > self.depth and isinstance(node, fx.Node):
-            self.depth, self.node = depth, node
+    def __init__(self, trace: bool = False) -> None:
+        self._arguments: dict[fx.Node, tuple[list[Any], int]] = {}
+        self._trace, self._depth = trace, -1
+        self.misfit: fx.Node | None = None
 
+    def match(self, pattern: Pattern, root: fx.Node) -> Iterator[Found]:
+        """Every way in which ``pattern`` explains the value ``root``."""
+        return self._match(pattern, root, root, Found())
 
-def match(pattern: Pattern, root: fx.Node, misfit: Misfit | None = None) -> Iterator[Found]:
-    """Every way in which ``pattern`` explains the value ``root``."""
-    return _match(pattern, root, root, Found(), 0, misfit)
-
-
-def _match(
-    pattern: Pattern, value: Any, consumer: fx.Node, found: Found, depth: int, misfit: Misfit | None
-) -> Iterator[Found]:
-    match pattern:
-        case Call():
-            yield from _match_call(pattern, value, found, depth, misfit)
-        case OneOf():
-            for option in pattern.options:
-                yield from _match(option, value, consumer, found, depth, misfit)
-        case Var():
-            if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
-                known = found.inputs.get(pattern.name)
-                if known is None:
-                    yield found.with_input(pattern.name, value)
-                elif known is value:
+    def _match(self, pattern: Pattern, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
+        match pattern:
+            case Call():
+                yield from self._match_call(pattern, value, found)
+            case OneOf():
+                for option in pattern.options:
+                    yield from self._match(option, value, consumer, found)
+            case Var():
+                if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
+                    known = found.inputs.get(pattern.name)
+                    if known is None:
+                        yield found.with_input(pattern.name, value)
+                    elif known is value:
+                        yield found
+            case Const():
+                expected = pattern.value
+                if isinstance(expected, bool):
+                    if value is expected:
+                        yield found
+                elif is_number(consumer, value) and same_number(value, expected):
                     yield found
-        case Const():
-            expected = pattern.value
-            if isinstance(expected, bool):
-                if value is expected:
-                    yield found
-            elif is_number(consumer, value) and same_number(value, expected):
-                yield found
-        case Attr():
-            if not isinstance(value, fx.Node) and pattern.test(consumer, value):
-                yield from _attributed(found, {pattern.name: value} if pattern.name else {})
-        case With():
-            for inner in _match(pattern.of, value, consumer, found, depth, misfit):
-                yield from _attributed(inner, pattern.attributes)
-        case Named():
-            for inner in _match(pattern.of, value, consumer, found, depth, misfit):
-                if inner.named.get(pattern.name, value) is value:
-                    yield inner.with_name(pattern.name, value)
-        case Views():
-            nodes = []
-            while isinstance(value, fx.Node) and value.target in VIEWS:
-                nodes.append(value)
-                value = value.args[0]
-            inner = found.with_nodes(nodes) if nodes else found
-            yield from _match(pattern.of, value, consumer, inner, depth + len(nodes), misfit)
-        case Steps():
-            yield from _match_steps(pattern, value, consumer, found, depth, misfit)
-        case _:
-            raise TypeError(f"not a pattern: {pattern!r}")
+            case Attr():
+                if not isinstance(value, fx.Node) and pattern.test(consumer, value):
+                    yield from _attributed(found, {pattern.name: value} if pattern.name else {})
+            case With():
+                for inner in self._match(pattern.of, value, consumer, found):
+                    yield from _attributed(inner, pattern.attributes)
+            case Named():
+                for inner in self._match(pattern.of, value, consumer, found):
+                    if inner.named.get(pattern.name, value) is value:
+                        yield inner.with_name(pattern.name, value)
+            case Views():
+                nodes = []
+                while isinstance(value, fx.Node) and value.target in VIEWS:
+                    nodes.append(value)
+                    value = value.args[0]
+                yield from self._match(pattern.of, value, consumer, found.with_nodes(nodes) if nodes else found)
+            case Steps():
+                yield from self._match_steps(pattern, value, consumer, found)
+            case _:
+                raise TypeError(f"not a pattern: {pattern!r}")
+
+    def _match_call(self, pattern: Call, value: Any, found: Found) -> Iterator[Found]:
+        if (
+            isinstance(value, fx.Node)
+            and value.target in pattern.targets
+            and (pattern.dtype is None or dtype(value) is pattern.dtype)
+        ):
+            bound = self._arguments.get(value)
+            if bound is None:
+                bound = self._arguments[value] = arguments(value)
+            values, count = bound
+            wanted = len(pattern.args)
+            if count <= wanted <= len(values):
+                start = found.with_nodes((value,))
+                orders = [values[:wanted]]
+                if pattern.commute and values[0] is not values[1]:
+                    orders.append([values[1], values[0], *values[2:wanted]])
+                for order in orders:
+                    wrong = next(filter(None, map(_wrong_head, pattern.heads, order)), None)
+                    if wrong is None:
+                        yield from self._match_arguments(pattern, pattern.order, order, value, start)
+                    elif self._trace:
+                        self._note(wrong, found)
+                return
+        if self._trace:
+            self._note(value, found)
+
+    def _match_arguments(
+        self, call: Call, positions: Sequence[int], values: Sequence[Any], consumer: fx.Node, found: Found
+    ) -> Iterator[Found]:
+        if not positions:
+            yield found
+            return
+        at = positions[0]
+        for first in self._match(call.args[at], values[at], consumer, found):
+            yield from self._match_arguments(call, positions[1:], values, consumer, first)
+
+    def _match_steps(self, pattern: Steps, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
+        walk: list[tuple[Any, tuple[str, ...]]] = [(value, ())]  # a value, and the words that follow it
+        while isinstance(value, fx.Node) and (words := step_words(value)) is not None:
+            value = value.args[0]
+            walk.append((value, (*words, *walk[-1][1])))
+        for length in reversed(range(len(walk))):
+            bottom, words = walk[length]
+            start = found.with_nodes([node for node, _ in walk[:length]]).with_attributes({pattern.name: words})
+            yield from self._match(pattern.of, bottom, consumer, start)
+
+    def _note(self, value: Any, found: Found) -> None:
+        if isinstance(value, fx.Node) and len(found.nodes) > self._depth:
+            self._depth, self.misfit = len(found.nodes), value
 
 
 def _attributed(found: Found, attributes: Mapping[str, Any]) -> Iterator[Found]:
@@ -155,52 +200,9 @@ def _attributed(found: Found, attributes: Mapping[str, Any]) -> Iterator[Found]:
         yield found.with_attributes(attributes) if attributes else found
 
 
-def _match_call(pattern: Call, value: Any, found: Found, depth: int, misfit: Misfit | None) -> Iterator[Found]:
-    if (
-        isinstance(value, fx.Node)
-        and value.target in pattern.targets
-        and (pattern.dtype is None or dtype(value) is pattern.dtype)
-    ):
-        values, count = arguments(value)
-        wanted = len(pattern.args)
-        if count <= wanted <= len(values):
-            start = found.with_nodes((value,))
-            values = values[:wanted]
-            yield from _match_arguments(pattern.args, values, value, start, depth + 1, misfit)
-            if pattern.commute and values[0] is not values[1]:
-                values = [values[1], values[0], *values[2:]]
-                yield from _match_arguments(pattern.args, values, value, start, depth + 1, misfit)
-            return
-    if misfit is not None:
-        misfit.note(depth, value)
-
-
-def _match_arguments(
-    patterns: Sequence[Pattern],
-    values: Sequence[Any],
-    consumer: fx.Node,
-    found: Found,
-    depth: int,
-    misfit: Misfit | None,
-) -> Iterator[Found]:
-    if not patterns:
-        yield found
-        return
-    for first in _match(patterns[0], values[0], consumer, found, depth, misfit):
-        yield from _match_arguments(patterns[1:], values[1:], consumer, first, depth, misfit)
-
-
-def _match_steps(
-    pattern: Steps, value: Any, consumer: fx.Node, found: Found, depth: int, misfit: Misfit | None
-) -> Iterator[Found]:
-    walk: list[tuple[Any, tuple[str, ...]]] = [(value, ())]  # a value, and the words that follow it
-    while isinstance(value, fx.Node) and (words := step_words(value)) is not None:
-        value = value.args[0]
-        walk.append((value, (*words, *walk[-1][1])))
-    for length in reversed(range(len(walk))):
-        bottom, words = walk[length]
-        start = found.with_nodes([node for node, _ in walk[:length]]).with_attributes({pattern.name: words})
-        yield from _match(pattern.of, bottom, consumer, start, depth + length, misfit)
+def _wrong_head(heads: frozenset[Any] | None, value: Any) -> Any:
+    """The value, if it is a call that its pattern cannot end in."""
+    return value if heads is not None and (not isinstance(value, fx.Node) or value.target not in heads) else None
 
 
 def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:

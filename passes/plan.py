@@ -229,7 +229,7 @@ def _attempt(
     _check_writes(inputs, nodes, writes)
     known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
     provider = _provider(op, known, options)
-    fakes = op.shape(**known)
+    fakes = op.allocate(**known)
     fitted = {node: (name, _fit(node, name, fakes[name])) for node, name in replaced.items()}
     return Plan(op, provider, arguments, fakes, fitted, nodes), features
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, VIEWS, Call, Form, Named, OneOf, Pattern, Views, With
-from .matcher import CONVERT, Misfit, follow, match
+from ..patterns.language import FP8, Form, heads
+from .matcher import CONVERT, Matcher, follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +53,19 @@ def recognise(graph: fx.Graph, forms: Sequence[Form]) -> Recognised:
         if form.serves is not None:
             serving[form.serves].append(form)
         else:
-            for target in root_targets(form.pattern):
+            targets = heads(form.pattern)
+            if targets is None:
+                raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
+            for target in targets:
                 by_target[target].append(form)
 
+    matcher = Matcher()
     found = Recognised()
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
     for node in reversed(graph.nodes):
         candidates = by_target.get(node.target, ()) if node.op == "call_function" else ()
         candidates = [form for form in candidates if node not in inside[form.kind]]
-        record = _first(candidates, node) if candidates else None
+        record = _first(matcher, candidates, node) if candidates else None
         if record is not None:
             found.records.append(record)
             inside[record.kind] |= record.nodes
@@ -71,7 +75,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form]) -> Recognised:
         (record, helper)
         for record in found.records
         if "x" in record.inputs
-        for helper in [_first(serving[record.kind], record.inputs["x"])]
+        for helper in [_first(matcher, serving[record.kind], record.inputs["x"])]
         if helper is not None
     ]
     found.records += list({helper.root: helper for _, helper in served}.values())
@@ -80,25 +84,10 @@ def recognise(graph: fx.Graph, forms: Sequence[Form]) -> Recognised:
     return found
 
 
-def root_targets(pattern: Pattern) -> set[Any]:
-    """The call targets with which a value of this pattern can end."""
-    match pattern:
-        case Call(targets):
-            return set(targets)
-        case OneOf(options):
-            return set().union(*map(root_targets, options))
-        case With(of) | Named(_, of):
-            return root_targets(of)
-        case Views(of):
-            return root_targets(of) | VIEWS
-        case _:
-            raise TypeError(f"a form cannot end in {pattern!r}: the matcher would try it on every node")
-
-
-def _first(forms: Iterable[Form], node: fx.Node) -> Record | None:
+def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
     """The record of the first form that explains the value, or None."""
     for form in forms:
-        for found in match(form.pattern, node):
+        for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 continue
@@ -131,11 +120,11 @@ def is_fp8_cast(node: fx.Node) -> bool:
 
 def _why(node: fx.Node, forms: Iterable[Form]) -> str:
     """Why no form explains a value: a condition that a match failed, else the node at which matching ended."""
-    misfit = Misfit()
+    matcher = Matcher(trace=True)
     for form in forms:
-        for found in match(form.pattern, node, misfit):
+        for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 return completion
-    culprit = misfit.node if misfit.node is not None else node
+    culprit = matcher.misfit if matcher.misfit is not None else node
     return f"no form has {culprit.target} at {culprit.name}"

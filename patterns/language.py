@@ -53,13 +53,22 @@ class Attr(Pattern):
 class Call(Pattern):
     """A call of one of ``targets`` with these arguments in schema order.
 
-    ``commute`` also tries the first two arguments exchanged; ``dtype`` is demanded of the result.
+    ``commute`` also tries the first two arguments exchanged; ``dtype`` is demanded of the result. ``order`` is that in
+    which the matcher looks at the arguments: literals first, since they fail at once. ``heads`` has, for each argument,
+    the calls that it can be (None: any), so that most candidates are turned away by a look at their arguments' calls.
     """
 
     targets: tuple[Target, ...]
     args: tuple[Pattern, ...]
     commute: bool = False
     dtype: torch.dtype | None = None
+    order: tuple[int, ...] = field(init=False, repr=False)
+    heads: tuple[frozenset[Target] | None, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        literal = [isinstance(pattern, (Attr, Const)) for pattern in self.args]
+        object.__setattr__(self, "order", tuple(sorted(range(len(literal)), key=lambda i: not literal[i])))
+        object.__setattr__(self, "heads", tuple(heads(pattern) for pattern in self.args))
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,21 @@ class Steps(Pattern):
 
     name: str
     of: Pattern
+
+
+def heads(pattern: Pattern) -> frozenset[Target] | None:
+    """The calls with which a value of this pattern can end; None if any, or if it is no call."""
+    match pattern:
+        case Call():
+            return frozenset(pattern.targets)
+        case With() | Named():
+            return heads(pattern.of)
+        case OneOf():
+            every = [heads(option) for option in pattern.options]
+            known = [targets for targets in every if targets is not None]
+            return frozenset().union(*known) if len(known) == len(every) else None
+        case _:
+            return None
 
 
 class Found(NamedTuple):

@@ -223,7 +223,7 @@ def broken(*_: object) -> None:
 @pytest.mark.parametrize("where", ["recognise", "plan"])
 def test_an_exception_leaves_the_graph_unchanged(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["aiter_fusion.passes.plan"] if where == "plan" else recognise
-    monkeypatch.setattr(module, "_fit" if where == "plan" else "match", broken)
+    monkeypatch.setattr(module, "_fit" if where == "plan" else "_first", broken)
     result = checked(site)
     with torch.no_grad():
         result.call(*inputs())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import FusedOp
+from ..op import FusedOp, Spec
 from . import fp8_quant
 
 F32 = torch.float32
@@ -52,13 +52,12 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         value = act_mul(gate, up, **{name: arguments.pop(name) for name in ACT}).contiguous()
         return {**fp8_quant.reference(value, **arguments), "value": value}
 
-    def shape(**arguments: Any) -> dict[str, Tensor]:
+    def shape(**arguments: Any) -> dict[str, Spec]:
         given = [arguments.pop(name) for name in inputs]
         act = {name: arguments.pop(name) for name in ACT}
         sizes = [*given[0].shape[:-1], given[0].shape[-1] // 2] if packed else given[0].shape
         dtype = torch.promote_types(act["dtype"], given[0].dtype) if act["cast_first"] else act["dtype"]
-        value = given[0].new_empty(sizes, dtype=dtype)
-        return {**fp8_quant.shape(value, **arguments), "value": value}
+        return fp8_quant.shape(sizes, dtype, **arguments)
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(

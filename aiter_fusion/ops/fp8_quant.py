@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import result_dtype, run
-from ..op import OPS, FusedOp, fused_op
+from ..op import OPS, FusedOp, Spec, fused_op
 from ..providers import implementation
 
 # block: elements of a row that share a scale; the row's length is per token, 0 the whole tensor.
@@ -57,20 +58,21 @@ def reference(
 
 
 def shape(
-    value: Tensor,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
     *,
     quant_dtype: torch.dtype,
     block: int = 0,
     scale_steps: str = "",
-    scale: Tensor | None = None,
     **_: Any,
-) -> dict[str, Tensor]:
-    """Allocate what ``reference`` returns, contiguous; ``value`` gives shape, dtype and device only."""
-    q = value.new_empty(value.shape, dtype=quant_dtype)
-    if scale is not None:
-        return {"q": q}
-    sizes = [] if block == 0 else [*value.shape[:-1], value.shape[-1] // block]
-    return {"q": q, "scale": value.new_empty(sizes, dtype=result_dtype(scale_steps, value.dtype))}
+) -> dict[str, Spec]:
+    """What ``reference`` returns for a value of these sizes and this dtype, and that value itself."""
+    scales = [] if block == 0 else [*sizes[:-1], sizes[-1] // block]
+    return {
+        "q": (sizes, quant_dtype),
+        "scale": (scales, result_dtype(scale_steps, dtype)),
+        "value": (sizes, dtype),
+    }
 
 
 def outputs(features: frozenset[str]) -> tuple[str, ...]:

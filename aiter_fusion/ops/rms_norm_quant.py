@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import FusedOp
+from ..op import FusedOp, Spec
 from . import fp8_quant
 
 F32 = torch.float32
@@ -59,14 +59,10 @@ def _declaration(features: frozenset[str]) -> FusedOp:
             "residual_out": summed.contiguous(),
         }
 
-    def shape(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
+    def shape(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Spec]:
         norm = {name: arguments.pop(name) for name in NORM}
-        value = x.new_empty(x.shape, dtype=_value_dtype(norm["weight"], norm["cast_first"], norm["dtype"]))
-        return {
-            **fp8_quant.shape(value, **arguments),
-            "value": value,
-            "residual_out": x.new_empty(x.shape),
-        }
+        dtype = _value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
+        return {**fp8_quant.shape(x.shape, dtype, **arguments), "residual_out": (x.shape, x.dtype)}
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
