@@ -102,7 +102,7 @@ class Backend:
             return compiled  # type: ignore[return-value]
         existing = patches.get(SLOT, getattr(inductor_config, SLOT))
         patches[SLOT] = compose(existing, self.options)
-        before = dict(counters["inductor"])
+        before = report.begin(counters["inductor"])
         compiled = compile_fx(gm, example_inputs, config_patches=patches)
         made = report.collect(counters["inductor"], before)
         if made is not None:

@@ -227,6 +227,13 @@ def passed(report: FusionReport, counters: Any) -> None:
     _STORE.fresh.setdefault(name, []).append(report.milliseconds)
 
 
+def begin(counters: Mapping[str, int]) -> dict[str, int]:
+    """Called before compiling: what ``collect`` compares with. Forgets what passes measured elsewhere, such as for a
+    backward graph, which Inductor compiles later and outside any call of the backend."""
+    _STORE.fresh.clear()
+    return dict(counters)
+
+
 def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionReport | None:
     """The report of what was compiled since ``before``: kept, and logged on rank 0. None if no pass ran."""
     found = []
@@ -235,7 +242,6 @@ def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionRep
         if times:
             report = FusionReport(report.sites, report.records, times.pop(0), False, report.note)
         found.append(report)
-    _STORE.fresh.clear()
     if not found:
         return None
     return keep(merge(found))

@@ -54,25 +54,27 @@ class PassManager(CustomInferenceAwareGraphPass):
             Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.MismatchError``.
         """
         start = time.perf_counter()
-        note = "" if is_inference else "training graph, left alone"
+        notes = [] if is_inference else ["training graph, left alone"]
         try:
-            recognised = recognise(graph, FORMS)
+            recognised = recognise(graph, FORMS, self.options.strict)
+            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
         except Exception as error:
             if self.options.strict:
                 raise
-            logger.warning("aiter_fusion: matching failed; the graph is left as it was", exc_info=True)
-            recognised, note = Recognised(), f"matching failed: {type(error).__name__}: {error}"
-        planned: Planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+            logger.warning("aiter_fusion: planning failed; the graph is left as it was", exc_info=True)
+            recognised, planned = Recognised(), Planned()
+            notes.append(f"the graph is left as it was: {type(error).__name__}: {error}")
         if self.options.verify:
             for made, site in zip(planned.plans, planned.taken, strict=True):
-                verify.check(made, f"{site.family} {site.variant} at {site.where or 'the top level'}")
+                place = f"{site.family} {site.variant} at {site.where or 'the top level'}"
+                notes += filter(None, [verify.check(made, place)])
         if planned.plans:
             rewrite(graph, planned.plans)
         return report.FusionReport(
             sites=tuple(planned.sites),
             records=len(recognised.records) + len(recognised.unknown),
             milliseconds=(time.perf_counter() - start) * 1e3,
-            note=note,
+            note="; ".join(notes),
         )
 
     def uuid(self) -> Any | None:

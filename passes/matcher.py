@@ -215,14 +215,12 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
     ]
     while stack:
         node, last, steps, nodes = stack.pop()
-        read_outside = False
+        program = " ".join(steps)
+        if any(user not in inside for user in node.users) and branch.test(last, program):
+            reached.append((last, program, nodes))
+            continue
         for user in node.users:
             words = step_words(user) if user.args and user.args[0] is node else None
             if words is not None:
                 stack.append((user, user if words else last, (*steps, *words), (*nodes, user)))
-            elif user not in inside:
-                read_outside = True
-        program = " ".join(steps)
-        if read_outside and branch.test(last, program):
-            reached.append((last, program, nodes))
     return min(reached, key=lambda r: r[0], default=None)

@@ -22,17 +22,20 @@ class _Captured(Exception):  # noqa: N818 (control flow: stops Inductor after th
 
 
 class _Capture(CustomInferenceAwareGraphPass):
-    """Runs the pass on a copy and stops the compilation."""
+    """Runs the pass on a copy of the outermost graph and stops the compilation.
 
-    def __init__(self, manager: PassManager) -> None:
-        self.manager = manager
+    Graphs inside higher-order operators are interpreted as they are.
+    """
+
+    def __init__(self, manager: PassManager, outermost: fx.GraphModule) -> None:
+        self.manager, self.outermost = manager, outermost
         self.comparison: Comparison | None = None
 
     def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
-        owner = graph.owning_module
-        assert owner is not None
-        before = fx.GraphModule(owner, copy_graph(graph))
-        after = fx.GraphModule(owner, copy_graph(graph))
+        if graph.owning_module is not self.outermost:
+            return
+        before = fx.GraphModule(self.outermost, copy_graph(graph))
+        after = fx.GraphModule(self.outermost, copy_graph(graph))
         report = self.manager.run(after.graph, is_inference)
         after.graph.lint()
         after.recompile()
@@ -71,7 +74,7 @@ class Oracle:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            capture = _Capture(self._manager)
+            capture = _Capture(self._manager, gm)
             patches = {"post_grad_custom_pre_pass": capture, "fx_graph_cache": False}
             try:
                 with inductor_config.patch(patches):

@@ -15,9 +15,12 @@ from ..op import FusedOp, find
 from ..patterns.language import Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
 from ..report import BARE, REPLACED, SKIPPED, Site
-from .recognise import Recognised, Record
+from .recognise import Recognised, Record, behind_views
 
 logger = logging.getLogger("aiter_fusion")
+
+# Higher-order operators that write to their arguments; all others are functional in a post-grad graph.
+WRITING = frozenset({"triton_kernel_wrapper_mutation"})
 
 
 class Refused(Exception):  # noqa: N818 (not an error: the normal way for a site to stay as it is)
@@ -127,13 +130,15 @@ def plan(
             drafts.append(draft)
     for record in recognised.records:
         if record not in accounted:
-            served = next(r for r in recognised.records if r.kind == record.serves and r.inputs["x"] is record.root)
+            served = next(
+                r for r in recognised.records if r.kind == record.serves and behind_views(r.inputs["x"]) is record.root
+            )
             accounted[served].records.append(record)
 
     placed = [(max(record.root for record in d.records), _site(d), d.plan) for d in drafts if d.records]
     placed += [
-        (node, Site("fp8_quant", "unknown", "", "", BARE, f"unknown: {reason}", where(node)), None)
-        for node, reason in recognised.unknown
+        (node, Site(kind, "unknown", "", "", BARE, reason, where(node)), None)
+        for node, kind, reason in recognised.unknown
     ]
     placed.sort(key=lambda entry: entry[0])
     planned = Planned()
@@ -171,20 +176,28 @@ def where(node: fx.Node) -> str:
 
 def _groups(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:
     """Records that end a chain, those that compute the same thing from the same value together."""
-    groups: dict[Any, list[Record]] = {}
+    groups: dict[Any, list[list[Record]]] = {}
     for record in records:
-        if record.kind in kinds:
-            literals = tuple(sorted((k, str(v)) for k, v in record.attributes.items()))
-            key = (record.kind, tuple(sorted(record.inputs.items(), key=str)), literals, record.features)
-            groups.setdefault(key, []).append(record)
-    return list(groups.values())
+        if record.kind not in kinds:
+            continue
+        literals = tuple(sorted((name, str(value)) for name, value in record.attributes.items()))
+        key = (record.kind, tuple(sorted(record.inputs.items(), key=str)), literals, record.features)
+        same = groups.setdefault(key, [])
+        for group in same:
+            branches = [member.branches for member in group if member.branches]
+            if not record.branches or not branches or branches[0] == record.branches:
+                group.append(record)
+                break
+        else:
+            same.append([record])
+    return sorted((group for same in groups.values() for group in same), key=lambda group: group[0].root)
 
 
 def _chain(tail: Record, fusion: Fusion, value_of: Mapping[fx.Node, Record]) -> list[Record] | None:
     """The records before ``tail``, each the input ``x`` of the next, if their kinds are those of the fusion."""
     chain, last = [], tail
     for kind in reversed(fusion.chain[:-1]):
-        source = value_of.get(last.inputs["x"]) if "x" in last.inputs else None
+        source = value_of.get(behind_views(last.inputs["x"])) if "x" in last.inputs else None
         if source is None or source.kind != kind:
             return None
         chain.insert(0, source)
@@ -203,7 +216,7 @@ def _attempt(
 ) -> tuple[Plan, frozenset[str]]:
     """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
     records = [*chain, *group]
-    nodes = frozenset().union(*(record.nodes for record in records))
+    nodes = frozenset().union(*(record.nodes for record in records), _views_between(records))
     outputs = {node: name for record in records for name, node in record.outputs.items()}
     base = find(fusion.family, features)
     if base is None:
@@ -234,6 +247,18 @@ def _attempt(
     return Plan(op, provider, arguments, fakes, fitted, nodes), features
 
 
+def _views_between(records: Sequence[Record]) -> set[fx.Node]:
+    """The views through which records read each other's values."""
+    views = set()
+    for record in records[1:]:
+        node: fx.Node = record.inputs["x"]
+        source = behind_views(node)
+        while node is not source:
+            views.add(node)
+            node = node.args[0]  # type: ignore[assignment]
+    return views
+
+
 def _dead(nodes: frozenset[fx.Node], replaced: set[fx.Node]) -> set[fx.Node]:
     """The nodes that nothing reads any more once ``replaced`` have been replaced."""
     dead = set(replaced)
@@ -247,7 +272,7 @@ def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
     """The op's arguments, by name from the records' inputs and attributes; earlier records win."""
     known: dict[str, Any] = {}
     for record in reversed(records):
-        known |= {**record.attributes, **record.inputs}
+        known |= {**record.attributes, **record.branches, **record.inputs}
     missing = [name for name, kind in op.arguments.items() if name not in known and not kind.endswith("?")]
     if missing:
         raise TypeError(f"no record gives {op.name} its arguments {', '.join(missing)}")
@@ -266,9 +291,10 @@ def _check_order(inputs: set[fx.Node], replaced: Iterable[fx.Node], dead: set[fx
 def _check_writes(
     inputs: set[fx.Node], nodes: frozenset[fx.Node], writes: list[tuple[fx.Node, set[int] | None]]
 ) -> None:
-    """Nothing may write to what the op reads (or to what lies inside it) between the nodes that become one."""
-    first, last = min(nodes), max(nodes)
-    touched = {_storage(node) for node in inputs | nodes}
+    """Nothing may write to what the op reads, or to what lies inside it, between where the op goes (after its last
+    input) and the last node that it replaces."""
+    first, last = min(min(nodes), max(inputs)), max(nodes)
+    touched = {_storage(node) for node in inputs | nodes} - {0}
     for writer, storages in writes:
         if first < writer < last and (storages is None or storages & touched):
             raise Refused(f"mutation: {writer.name} ({writer.target}) writes to a tensor of this site")
@@ -289,9 +315,9 @@ def _writes(graph: fx.Graph) -> Iterable[tuple[fx.Node, set[int] | None]]:
                     value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
                     values = value if isinstance(value, (list, tuple)) else [value]
                     written |= {_storage(v) for v in values if isinstance(v, fx.Node)}
-            yield node, None if 0 in written else written
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            yield node, {_storage(n) for n in node.all_input_nodes}
+            yield node, None if 0 in written else written  # 0: something without a storage of its own is written to
+        elif isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in WRITING:
+            yield node, {_storage(n) for n in node.all_input_nodes} - {0}
 
 
 def _storage(node: fx.Node) -> int:

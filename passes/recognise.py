@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +10,17 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, Form, heads
+from ..patterns.language import FP8, VIEWS, Form, heads, same_shape, shape
 from .matcher import CONVERT, Matcher, follow
+
+logger = logging.getLogger("aiter_fusion")
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
     """A recognised form: one value (``outputs[form.output]``), what it is computed from, and how.
 
+    branches: attributes that came with further outputs; they override ``attributes``.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     """
@@ -26,6 +30,7 @@ class Record:
     inputs: Mapping[str, fx.Node]
     outputs: Mapping[str, fx.Node]
     attributes: Mapping[str, Any]
+    branches: Mapping[str, Any]
     features: frozenset[str]
     nodes: frozenset[fx.Node]
     root: fx.Node
@@ -34,54 +39,76 @@ class Record:
 
 @dataclass
 class Recognised:
-    """The records of a graph in its order, and the FP8 casts that no form explains, each with the reason."""
+    """The records of a graph in its order, and what no form explains: (node, kind, reason)."""
 
     records: list[Record] = field(default_factory=list)
-    unknown: list[tuple[fx.Node, str]] = field(default_factory=list)
+    unknown: list[tuple[fx.Node, str, str]] = field(default_factory=list)
 
 
-def recognise(graph: fx.Graph, forms: Sequence[Form]) -> Recognised:
+def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> Recognised:
     """All records of a graph.
 
     Values are tried from the last to the first, so that a form is found before its own parts are: a node inside a
-    record is never the root of another record of the same kind. Two records may share nodes (two weights on one
-    normalised tensor), never a root.
+    record, and read nowhere else, is never the root of another record of the same kind. Two records may share nodes
+    (two weights on one normalised tensor), never a root.
+
+    An exception concerns the value at which it was raised, and is reported there; with ``strict`` it is raised.
     """
     by_target: dict[Any, list[Form]] = defaultdict(list)
     serving: dict[str, list[Form]] = defaultdict(list)
     for form in forms:
         if form.serves is not None:
             serving[form.serves].append(form)
-        else:
-            targets = heads(form.pattern)
-            if targets is None:
-                raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
-            for target in targets:
-                by_target[target].append(form)
+            continue
+        targets = heads(form.pattern)
+        if targets is None:
+            raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
+        for target in targets:
+            by_target[target].append(form)
 
     matcher = Matcher()
     found = Recognised()
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
+
+    def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
+        try:
+            record = _first(matcher, candidates, node)
+            if record is None and is_fp8_cast(node):
+                found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)}"))
+            return record
+        except Exception as error:
+            if strict:
+                raise
+            logger.warning("aiter_fusion: matching %s failed", node.name, exc_info=True)
+            found.unknown.append((node, candidates[0].kind, f"error: {type(error).__name__}: {error}"))
+            return None
+
     for node in reversed(graph.nodes):
-        candidates = by_target.get(node.target, ()) if node.op == "call_function" else ()
-        candidates = [form for form in candidates if node not in inside[form.kind]]
-        record = _first(matcher, candidates, node) if candidates else None
+        candidates = [
+            form
+            for form in by_target.get(node.target, ())
+            if node not in inside[form.kind] or not inside[form.kind].issuperset(node.users)
+        ]
+        record = first(candidates, node) if candidates else None
         if record is not None:
             found.records.append(record)
             inside[record.kind] |= record.nodes
-        elif is_fp8_cast(node):
-            found.unknown.append((node, _why(node, candidates)))
-    served = [
-        (record, helper)
-        for record in found.records
-        if "x" in record.inputs
-        for helper in [_first(matcher, serving[record.kind], record.inputs["x"])]
-        if helper is not None
-    ]
-    found.records += list({helper.root: helper for _, helper in served}.values())
+    served = {}
+    for record in found.records:
+        helpers = serving.get(record.kind, ())
+        root = behind_views(record.inputs["x"]) if helpers else None
+        if root is not None and root not in served:
+            served[root] = first(helpers, root)
+    found.records += [helper for helper in served.values() if helper is not None]
     found.records.sort(key=lambda record: record.root)
-    found.unknown.reverse()
     return found
+
+
+def behind_views(node: fx.Node) -> fx.Node:
+    """The value of which a node is a view with the same rows."""
+    while node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:]):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
@@ -91,24 +118,23 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 continue
-            attributes = dict(completion.attributes)
-            outputs, nodes = {form.output: node}, {node, *found.nodes}
+            outputs, nodes, branches = {form.output: node}, {node, *found.nodes}, {}
             for branch in form.branches:
                 end = follow(branch, found, node)
                 if end is not None:
-                    outputs[branch.output], attributes[branch.steps], way = end
+                    outputs[branch.output], branches[branch.steps], way = end
                     nodes.update(way)
-            nodes -= set(found.inputs.values())
             return Record(
-                form.kind,
-                completion.variant or form.name,
-                found.inputs,
-                outputs,
-                attributes,
-                completion.features,
-                frozenset(nodes),
-                node,
-                form.serves,
+                kind=form.kind,
+                variant=completion.variant or form.name,
+                inputs=found.inputs,
+                outputs=outputs,
+                attributes=completion.attributes,
+                branches=branches,
+                features=completion.features,
+                nodes=frozenset(nodes - set(found.inputs.values())),
+                root=node,
+                serves=form.serves,
             )
     return None
 

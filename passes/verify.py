@@ -48,17 +48,19 @@ def differing_codes(a: Tensor, b: Tensor) -> int:
     return int(distance.max()) if distance.numel() else 0
 
 
-def check(plan: Plan, site: str) -> None:
+def check(plan: Plan, site: str) -> str | None:
     """Run the original nodes of a site and its fused op on random data of the real shapes.
 
     Uses no global random state. With a provider that keeps the graph's roundings every bit must agree; else the op's
-    tolerance decides.
+    tolerance decides. Returns why the site could not be checked, or None if it was.
 
     Raises:
         MismatchError: they differ; the message names site, output and difference.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [value for value in plan.arguments.values() if isinstance(value, fx.Node)]
+    if any(_hint(size) is None for node in inputs for size in node.meta["val"].shape):
+        return f"{site} was not verified: its sizes are known only at run time"
     known: dict[fx.Node, Any] = {node: _random_like(node.meta["val"], generator) for node in inputs}
     original = {node: _evaluate(node, known) for node in plan.replaced}
     arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
@@ -71,6 +73,7 @@ def check(plan: Plan, site: str) -> None:
             raise MismatchError(
                 f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"
             )
+    return None
 
 
 def _difference(op: FusedOp, exact: bool, name: str, want: Tensor, have: Tensor) -> str | None:
@@ -84,16 +87,19 @@ def _difference(op: FusedOp, exact: bool, name: str, want: Tensor, have: Tensor)
 
 
 def _hint(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
+    """The example of a symbolic number, None if it has none; other values as they are."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    return value.node.hint if value.node.has_hint() else None
 
 
 def _random_like(fake: Tensor, generator: torch.Generator) -> Tensor:
     """Normal values of the fake's shape (its sizes' hints), strides, dtype and device; scales are positive."""
     sizes, strides = [_hint(s) for s in fake.shape], [_hint(s) for s in fake.stride()]
-    values = torch.randn(sizes, generator=generator)
-    values = values.abs() * 1e-2 if fake.numel() == 1 else values
-    real = torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device)
-    return real.copy_(values)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    values = torch.randn(max(extent, 0), generator=generator)
+    values = values.abs() * 1e-2 if extent == 1 else values
+    return values.to(fake.dtype).to(fake.device).as_strided(sizes, strides)
 
 
 def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:

@@ -6,6 +6,7 @@ values of the ops' argument ``act``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import getitem
 
 import torch
@@ -21,6 +22,7 @@ from .language import (
     Found,
     OneOf,
     Pattern,
+    Target,
     Var,
     With,
     add,
@@ -77,28 +79,38 @@ def _half(half: int) -> Pattern:
     return OneOf((Call((getitem,), (split, Const(half))), cut))
 
 
-ACTIVATIONS = {
+def _call(target: Target, *args: Pattern) -> Call:
+    return Call((target,), args, dtype=F32)
+
+
+def _mul(a: Pattern, b: Pattern) -> Call:
+    return mul(a, b, dtype=F32)
+
+
+def _add(a: Pattern, b: Pattern) -> Call:
+    return add(a, b, dtype=F32)
+
+
+# Every step is in float32: an activation computed in half precision rounds at each of them, and is another function.
+ACTIVATIONS: dict[str, Callable[[Pattern], Pattern]] = {
     # x / (1 + exp(-x)): torch's decomposition of silu
-    "silu": lambda x: Call(
-        (aten.div.Tensor,), (x, add(Call((aten.exp.default,), (Call((aten.neg.default,), (x,)),)), Const(1)))
-    ),
+    "silu": lambda x: _call(aten.div.Tensor, x, _add(_call(aten.exp.default, _call(aten.neg.default, x)), Const(1))),
     # x * sigmoid(x): written by hand
-    "swish": lambda x: mul(x, Call((aten.sigmoid.default,), (x,))),
+    "swish": lambda x: _mul(x, _call(aten.sigmoid.default, x)),
     # 0.5 x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))
-    "gelu_tanh": lambda x: mul(
-        mul(x, Const(0.5)),
-        add(
-            Call(
-                (aten.tanh.default,),
-                (mul(add(x, mul(mul(mul(x, x), x), Const(0.044715))), Const(0.7978845608028654)),),
+    "gelu_tanh": lambda x: _mul(
+        _mul(x, Const(0.5)),
+        _add(
+            _call(
+                aten.tanh.default,
+                _mul(_add(x, _mul(_mul(_mul(x, x), x), Const(0.044715))), Const(0.7978845608028654)),
             ),
             Const(1),
         ),
     ),
     # 0.5 x * (1 + erf(x / sqrt(2)))
-    "gelu": lambda x: mul(
-        mul(x, Const(0.5)),
-        add(Call((aten.erf.default,), (mul(x, Const(0.7071067811865476)),)), Const(1)),
+    "gelu": lambda x: _mul(
+        _mul(x, Const(0.5)), _add(_call(aten.erf.default, _mul(x, Const(0.7071067811865476))), Const(1))
     ),
 }
 
@@ -124,7 +136,7 @@ def _pattern(act: str) -> Pattern:
     """The activation rounded before the product, or the product rounded (or left in float32)."""
     activated = ACTIVATIONS[act](in_float32(GATE))
     early = With(mul(convert_to(activated, "dtype", FLOATS), UP), {"act": act, "cast_first": True})
-    product = With(mul(activated, in_float32(UP), dtype=F32), {"act": act, "cast_first": False})
+    product = With(_mul(activated, in_float32(UP)), {"act": act, "cast_first": False})
     return OneOf((early, convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
 
 
@@ -133,9 +145,7 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
     tensors = list(found.inputs.values())
     if any(dtype(t) not in FLOATS for t in tensors) or len({dtype(t) for t in tensors}) != 1:
         return "gate and up are not of one floating-point dtype"
-    if not all(same_shape(shape(t)[:-1], shape(root)[:-1]) for t in tensors):
-        return "gate and up are broadcast"
-    if not packed and not all(same_size(shape(t)[-1], shape(root)[-1]) for t in tensors):
+    if not packed and not all(same_shape(shape(t), shape(root)) for t in tensors):
         return "gate and up are broadcast"
     return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..arithmetic import cast, is_inverse, parse
 from .language import (
+    FLOATS,
     FP8,
     Attr,
     Branch,
@@ -38,11 +39,11 @@ from .language import (
     shape,
 )
 
-X = Views(Var("x"))
+X = Views(in_float32(Views(Var("x"))))
 FIRST = Attr("", lambda node, index: index == 0)
 
 # The maximum of |x| over the block. Conversions before it are exact for a maximum, in either direction.
-ABSOLUTE = Named("blocks", in_float32(Call((aten.abs.default,), (in_float32(X),))))
+ABSOLUTE = Named("blocks", Views(in_float32(Views(Call((aten.abs.default,), (X,))))))
 MAXIMUM = Named(
     "maximum",
     OneOf(
@@ -61,7 +62,7 @@ SPREAD = Views(Named("spread", Call((aten.expand.default,), (FACTOR, anything())
 
 def _quantised(multiplier: Pattern) -> Pattern:
     """The values combined with the multiplier, what follows, and the cast."""
-    elements, multiplier = Named("elements", in_float32(X)), Named("multiplier", multiplier)
+    elements, multiplier = Named("elements", X), Named("multiplier", multiplier)
     combined = OneOf(
         (
             With(Call((aten.div.Tensor,), (elements, multiplier)), {"combine": "div_scale"}),
@@ -74,6 +75,8 @@ def _quantised(multiplier: Pattern) -> Pattern:
 def _blocks(found: Found) -> list[int]:
     """How many consecutive elements share a maximum, 0 meaning all of them; both where there is one row."""
     sizes = shape(found.named["blocks"])
+    if not sizes:
+        return [0]
     dims = found.attributes.get("dims", [])  # none named: all
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
     reduced = {d % len(sizes) for d in dims} or set(range(len(sizes)))
@@ -119,6 +122,8 @@ def _value_steps(found: Found) -> str:
 
 
 def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
+    if dtype(found.inputs["x"]) not in FLOATS:
+        return f"the quantised tensor is {dtype(found.inputs['x'])}"
     blocks = _blocks(found)
     if not blocks:
         return f"{found.named['maximum'].name} is the maximum neither of rows of known size nor of the whole tensor"
@@ -129,7 +134,7 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
     return Completion(
         {
             "block": block,
-            "scale_steps": factor_steps,  # where no scale leaves the quantiser
+            "scale_steps": factor_steps,  # unless a branch says otherwise
             "factor_steps": factor_steps,
             "value_steps": _value_steps(found),
             "quant_dtype": found.attributes["quant_dtype"],
@@ -140,6 +145,8 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
 
 def _complete_static(root: fx.Node, found: Found) -> Completion | str:
     scale = found.inputs["scale"]
+    if dtype(found.inputs["x"]) not in FLOATS:
+        return f"the quantised tensor is {dtype(found.inputs['x'])}"
     if not all(same_size(s, 1) for s in shape(scale)):
         return f"the scale {scale.name} is not one number, nor computed from the maximum in known steps"
     if dtype(scale) is not torch.float32:

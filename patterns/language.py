@@ -163,7 +163,8 @@ class Branch:
     """A second output, looked for forward from the node named ``source`` through scalar operations and views.
 
     It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts; the
-    operations up to it, after those of ``start``, become the attribute ``steps``.
+    operations up to it, after those of ``start``, become the attribute ``steps``. Records that differ only in whether
+    they have the branch compute the same.
     """
 
     output: str

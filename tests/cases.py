@@ -227,6 +227,25 @@ def q7(group: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return call
 
 
+def q3_converted_before_the_view(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.float().reshape(-1, 128)
+    scale = groups.abs().amax(-1, keepdim=True) / 448.0
+    return _saturated(groups / scale), scale
+
+
+def q3_view_after_abs(y: Tensor) -> tuple[Tensor, ...]:
+    scale = y.abs().reshape(-1, 128).amax(-1, keepdim=True).float() / 448.0
+    return _saturated(y.reshape(-1, 128).float() / scale), scale
+
+
+def q2_static_unclamped(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return ((y / scale.reshape(())).to(FN),)
+
+
+def q2_static_many_dims(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (_saturated(y / scale.reshape((1,) * y.dim())),)
+
+
 @dataclass(frozen=True)
 class QuantForm:
     name: str
@@ -242,7 +261,11 @@ QUANTS = (
     QuantForm("Q2", q2_static, "static", static=True),
     QuantForm("Q2_half", q2_static_half, "static", static=True),
     QuantForm("Q2_product", q2_static_product, "static", static=True),
+    QuantForm("Q2_unclamped", q2_static_unclamped, "static", static=True),
+    QuantForm("Q2_many_dims", q2_static_many_dims, "static", static=True),
     QuantForm("Q3", q3, "token"),
+    QuantForm("Q3_converted_first", q3_converted_before_the_view, "group128"),
+    QuantForm("Q3_view_after_abs", q3_view_after_abs, "group128"),
     QuantForm("Q3_floor_last", q3_floor_last, "token"),
     QuantForm("Q3_tensor", q3_tensor, "tensor"),
     QuantForm("Q3_fnuz", q3_fnuz, "token"),

@@ -58,6 +58,16 @@ def fused(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Checked:
     return result
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the rows that tests recorded: counts of model families, times."""
+    passed = terminalreporter.getreports("passed")
+    rows = [value for report in passed for name, value in report.user_properties if name == "row"]
+    if rows:
+        terminalreporter.section("recorded rows")
+        for row in sorted(rows):
+            terminalreporter.line(row)
+
+
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No preference from the environment, no reports from other tests, caches of one's own, the logger as found."""

@@ -211,6 +211,13 @@ def test_expect() -> None:
         compiled(options={"expect": {"rms_norm_quant": 4}})
 
 
+def test_an_exception_outside_sites_leaves_the_graph_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["aiter_fusion.passes.plan"], "_writes", broken)
+    made = checked_report(site)
+    assert made.sites == ()
+    assert made.note == "the graph is left as it was: ZeroDivisionError: a bug in the matcher"
+
+
 def test_strict() -> None:
     with pytest.raises(Exception, match="strict: 1 sites were skipped"):
         compiled(VALUE, options={"strict": True, "level": 1})
@@ -229,14 +236,39 @@ def test_an_exception_leaves_the_graph_unchanged(where: str, monkeypatch: pytest
         result.call(*inputs())
     graphs = result.oracle.graphs[0]
     assert str(graphs.before.graph) == str(graphs.after.graph)
-    said = result.report.skipped[0].reason if where == "plan" else result.report.note
-    assert "ZeroDivisionError: a bug in the matcher" in said
+    assert {site.reason for site in result.report.sites} == {"error: ZeroDivisionError: a bug in the matcher"}
+    assert result.report.replaced == {}
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match="a bug in the matcher"):
         torch.compile(site, backend="aiter_fusion", options={"strict": True})(*inputs())
 
 
+def test_verify_on_overlapping_and_unknown_sizes() -> None:
+    def expanded(v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(v.expand(4, cases.H), w))
+
+    result = checked(expanded, verify=True)
+    with torch.no_grad():
+        result.call(*cases.tensors(("x", "w"), (1,), BF16, "normal"))
+    assert result.oracle.identical
+    assert result.report.replaced
+
+    def selected(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x[x[:, 0] > 0], w))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = checked(selected, verify=True)
+        with torch.no_grad():
+            result.call(*inputs())
+    assert result.oracle.identical
+    if result.report.replaced:
+        assert "was not verified: its sizes are known only at run time" in result.report.note
+
+
 def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    assert compiled(options={"verify": True}).replaced
+    torch._dynamo.reset()
     state = torch.get_rng_state()
     assert checked_report(site, verify=True).replaced
     assert torch.equal(state, torch.get_rng_state())
@@ -369,6 +401,18 @@ def test_log_levels(tmp_path: Path) -> None:
         "import logging; logging.basicConfig(level='WARNING')\n" + textwrap.dedent(SCRIPT), tmp_path
     )
     assert "replaced 1 of 1" not in configured.stderr
+
+
+def test_from_cache_after_a_backward_pass() -> None:
+    """Inductor compiles the backward graph later, outside any call of the backend."""
+    w = torch.randn(4, requires_grad=True)
+    for cached in (False, True):
+        torch._dynamo.reset()
+        aiter_fusion.reset()
+        torch.compile(lambda w: (w * w).sin().sum(), backend="aiter_fusion")(w).backward()
+        (made,) = aiter_fusion.reports()
+        assert made.from_cache is cached
+        assert "training graph" in made.note
 
 
 def test_the_line_goes_through_the_programs_logging(caplog: pytest.LogCaptureFixture) -> None:

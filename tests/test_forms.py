@@ -6,6 +6,8 @@ import cases
 import pytest
 import torch
 from conftest import Checked, checked
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = ((6,), (2, 3), (2, 2, 3))
@@ -117,6 +119,38 @@ def test_dynamic_rows(quant: cases.QuantForm) -> None:
         assert result.oracle.identical
         assert [len(r.sites) for r in result.reports] == [1] * len(result.reports)
         assert all(r.replaced == {"rms_norm_quant": 1} for r in result.reports), result.report
+
+
+@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.granularity != "tensor"], ids=lambda q: q.name)
+def test_no_rows(quant: cases.QuantForm) -> None:
+    """Nothing in, nothing out. (The maximum of no tensor at all does not exist, in eager PyTorch either.)"""
+    result = run(cases.NORM_FUSIONS[1], cases.NORMS[0], quant, (0,), torch.bfloat16, rows=("normal",))
+    assert len(result.variants) == 1
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    norm=st.sampled_from(cases.NORMS),
+    act=st.sampled_from(cases.ACTS),
+    case=st.sampled_from(cases.NORM_FUSIONS + cases.ACT_FUSIONS),
+    quant=st.sampled_from(cases.QUANTS),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.sampled_from(cases.ROWS),
+)
+def test_any_combination(
+    norm: cases.NormForm,
+    act: cases.ActForm,
+    case: cases.FusionCase,
+    quant: cases.QuantForm,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: str,
+) -> None:
+    """Every part with every other: a form is always found, and the bits are the same."""
+    producer = norm if case in cases.NORM_FUSIONS else act
+    result = run(case, producer, quant, sizes, dtype, rows=(rows,))
+    assert len(result.variants) == 1
 
 
 def test_no_mm_plus_residual_is_lost() -> None:

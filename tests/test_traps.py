@@ -51,6 +51,46 @@ def test_not_a_norm(name: str) -> None:
     assert [site.reason.split(":")[0] for site in result.report.bare] == ["producer"]
 
 
+def half_swish(x: Tensor) -> Tensor:
+    g, u = x.chunk(2, -1)
+    return (g * torch.sigmoid(g) * u.float()).to(x.dtype)
+
+
+def half_silu(x: Tensor) -> Tensor:
+    g, u = x.chunk(2, -1)
+    return g / (torch.exp(-g) + 1) * u
+
+
+def half_sigmoid_only(x: Tensor) -> Tensor:
+    g, u = x.chunk(2, -1)
+    return (g.float() * torch.sigmoid(g) * u.float()).to(x.dtype)
+
+
+def broadcast_up(x: Tensor) -> Tensor:
+    return F.silu(x[..., : cases.H] * 1) * (x[:1, cases.H :] * 1)
+
+
+@pytest.mark.parametrize("act", [half_swish, half_silu, half_sigmoid_only, broadcast_up])
+def test_not_an_activation(act: Callable[[Tensor], Tensor]) -> None:
+    """In half precision every step rounds."""
+    assert fused(lambda x2: cases.q3(act(x2)), *inputs("x2")).report.replaced == {}
+
+
+def test_tensors_without_dimensions() -> None:
+    def fn(x: Tensor, w: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        return (*cases.q3(cases.llama(x, w)), F.silu(a) * a, F.silu(a) * w, cases.q3_tensor(a)[0])
+
+    result = fused(fn, *inputs("x", "w"), torch.tensor(0.5, dtype=BF16), strict=True)
+    assert result.variants == ["rms_norm_quant:token"]
+
+
+def test_a_value_in_float64_is_left_alone() -> None:
+    x, w = inputs("x", "w")
+    for quantise in (cases.q3, lambda y: cases.q2_static(y, torch.full((1, 1), 0.02))):
+        result = fused(lambda x, w, quantise=quantise: quantise(cases.llama(x, w)), x, w.double())
+        assert result.report.replaced == {}
+
+
 def q_wrong_axis(y: Tensor) -> tuple[Tensor, ...]:
     scale = y.abs().amax(-1).float() / 448.0  # [rows] broadcasts over columns where rows == columns
     return ((y.float() / scale).to(cases.FN), scale)
@@ -164,6 +204,49 @@ def test_two_weights_on_one_normalised_tensor() -> None:
     assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token"] * 2
 
 
+def test_equal_quantisers_of_which_one_returns_its_scale() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        (q1, scale), (q2, _), (q3, other) = cases.q4(y), cases.q4(y), cases.q4(y)
+        return q1, scale, q2.float() + 1, q3.float() + 2, other * 2
+
+    assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token"]
+
+
+def test_a_normalised_tensor_quantised_before_and_after_its_weight() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = cases.no_weight(x, w)
+        return (*cases.q3(h), *cases.q3(w * h))
+
+    assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token+value", "rms_norm_quant:token"]
+
+
+def test_a_view_between_residual_and_norm() -> None:
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = r + x
+        q, scale = cases.q3(cases.llama(summed.reshape(-1, cases.H), w))
+        return q, scale, summed
+
+    assert fused(fn, *inputs("x", "r", "w", sizes=(2, 3))).variants == ["rms_norm_quant:add+token"]
+
+
+def test_a_functional_higher_order_operator_in_between() -> None:
+    """cond writes to nothing, whatever lies inside it."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(r + x, w)
+        q1, s1 = cases.q7(64)(y)
+        z = torch.cond(p, torch.sin, torch.cos, (s1,))
+        q2, s2 = cases.q7(64)(y)
+        return q1.float() + q2.float(), s1 + s2, z
+
+    graph = checked(fn)
+    with torch.no_grad():
+        graph.call(*inputs("x", "r", "w"), torch.tensor(True))
+    assert graph.oracle.identical
+    assert graph.variants == ["rms_norm_quant:add+group64"]
+
+
 def test_two_quantisers_of_different_kinds() -> None:
     """One is fused and keeps the value; the other reads that value and says what it lost to."""
 
@@ -228,8 +311,11 @@ def test_a_reader_before_the_last_input() -> None:
         assert same_bits(want, have)
 
 
-def hand_built(write: bool = False) -> tuple[fx.GraphModule, list[Tensor]]:
-    """residual + x, read by a product that the weight is computed from; with ``write``, x is written to in between."""
+def hand_built(write: str = "") -> tuple[fx.GraphModule, list[Tensor]]:
+    """residual + x, read by a product that the weight is computed from.
+
+    With ``write`` there is a write instead: to an input ``before`` the norm, or to the sum ``inside`` it.
+    """
     aten, prims = torch.ops.aten, torch.ops.prims
     args = inputs("x", "r", "w")
     graph = fx.Graph()
@@ -245,12 +331,14 @@ def hand_built(write: bool = False) -> tuple[fx.GraphModule, list[Tensor]]:
         node.meta["val"] = value.clone()
         nodes.append(node)
     x, r, w = nodes
+    if write == "before":
+        call(aten.mul_.Tensor, x, 2)
     summed = call(aten.add.Tensor, r, x)
     weight = w if write else call(aten.mul.Tensor, w, call(aten.amax.default, summed, [0]))
     wide = call(prims.convert_element_type.default, summed, torch.float32)
     mean = call(aten.mean.dim, call(aten.pow.Tensor_Scalar, wide, 2), [-1], True)
     normal = call(aten.mul.Tensor, wide, call(aten.rsqrt.default, call(aten.add.Tensor, mean, 1e-6)))
-    if write:
+    if write == "inside":
         call(aten.mul_.Tensor, summed, 2)
     value = call(aten.mul.Tensor, weight, call(prims.convert_element_type.default, normal, BF16))
     top = call(aten.amax.default, call(aten.abs.default, value), [-1], True)
@@ -261,13 +349,24 @@ def hand_built(write: bool = False) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule(torch.nn.Module(), graph), args
 
 
-def test_a_write_in_between() -> None:
-    graph, args = hand_built(write=True)
+def test_a_write_inside_a_site() -> None:
+    graph, args = hand_built("inside")
     before = str(graph.graph)
     report = PassManager(config.options()).run(graph.graph, True)
     assert [site.reason.split(":")[0] for site in report.skipped] == ["mutation"]
     assert str(graph.graph) == before
     assert len(graph(*args)) == 3
+
+
+def test_a_write_before_a_site() -> None:
+    """The op must not move in front of it: the addition stays where it is, and the norm is fused."""
+    graph, args = hand_built("before")
+    report = PassManager(config.options()).run(graph.graph, True)
+    assert [site.variant for site in report.sites] == ["token"]
+    graph.recompile()
+    want = hand_built("before")[0](*(a.clone() for a in args))
+    for expected, have in zip(want, graph(*args), strict=True):
+        assert same_bits(expected, have)
 
 
 def test_nothing_replaced_is_the_identical_graph() -> None:

@@ -43,7 +43,8 @@ def reference(
     Returns q ``[..., H]`` of ``quant_dtype`` and, unless static, scale: ``[..., H / block]``, or ``[]`` for block 0.
     """
     if scale is not None:
-        q = run(value_steps, value, run(factor_steps, scale)).to(quant_dtype)
+        # without dimensions, so that neither shape nor dtype of the result depend on how the graph viewed it
+        q = run(value_steps, value, run(factor_steps, scale.reshape(()))).to(quant_dtype)
         return {"q": q}
     if block == 0:
         # the maximum of nothing is 0: a graph without rows quantises nothing
@@ -101,7 +102,9 @@ SAMPLE_STEPS = {
 def sample_arguments(features: frozenset[str], width: int) -> list[dict[str, Any]]:
     """Quantiser arguments to test an op with."""
     if "static" in features:
-        return [SAMPLE_STEPS | {"factor_steps": "", "scale": torch.tensor(0.02)}]
+        return [
+            SAMPLE_STEPS | {"factor_steps": "", "scale": torch.full(sizes, 0.02)} for sizes in ([], [1], [1, 1, 1, 1])
+        ]
     bounded = "float32 clamp_min=1e-12 div=240.0"
     by_product = {
         "scale_steps": bounded,
