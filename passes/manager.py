@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import platform, report
 from ..config import Options
@@ -26,11 +28,20 @@ from .rewrite import rewrite
 
 logger = logging.getLogger("aiter_fusion")
 
+# Passes that take is_inference too; torch 2.11 has none.
+INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
+
 UserPass = CustomGraphPass | Callable[[fx.Graph], None]
 
 
+def compiling() -> str:
+    """What AOTAutograd compiles: ``inference`` (also outside it), ``joint`` (forward) or ``backward``."""
+    names, _, _ = get_aot_compilation_context()  # such as ["0_inference"]
+    return names[-1].rpartition("_")[2] if names else "inference"
+
+
 @dataclass(frozen=True)
-class PassManager(CustomInferenceAwareGraphPass):
+class PassManager(CustomGraphPass):
     """The one pass in ``post_grad_custom_pre_pass``: the user's own passes that were there, then the fusions.
 
     A graph in which nothing is replaced is left exactly as it was.
@@ -39,13 +50,15 @@ class PassManager(CustomInferenceAwareGraphPass):
     options: Options
     before: tuple[UserPass, ...] = ()
 
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: fx.Graph) -> None:
+        phase = compiling()
         for user_pass in self.before:
-            if isinstance(user_pass, CustomInferenceAwareGraphPass):
-                user_pass(graph, is_inference)
+            if isinstance(user_pass, INFERENCE_AWARE):
+                user_pass(graph, phase == "inference")  # type: ignore[call-arg]
             else:
-                user_pass(graph)  # type: ignore[call-arg]
-        report.passed(self.run(graph, is_inference), counters["inductor"])
+                user_pass(graph)
+        if phase != "backward":
+            report.passed(self.run(graph, phase == "inference"), counters["inductor"])
 
     def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
         """Rewrite a graph and say what was done.

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..config import Options
 from ..report import FusionReport, merge
-from .manager import PassManager
+from .manager import PassManager, compiling
 from .verify import same_bits
 
 
@@ -21,7 +21,7 @@ class _Captured(Exception):  # noqa: N818 (control flow: stops Inductor after th
     """The post-grad graph has been captured; no code is to be generated."""
 
 
-class _Capture(CustomInferenceAwareGraphPass):
+class _Capture(CustomGraphPass):
     """Runs the pass on a copy of the outermost graph and stops the compilation.
 
     Graphs inside higher-order operators are interpreted as they are.
@@ -31,12 +31,12 @@ class _Capture(CustomInferenceAwareGraphPass):
         self.manager, self.outermost = manager, outermost
         self.comparison: Comparison | None = None
 
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: fx.Graph) -> None:
         if graph.owning_module is not self.outermost:
             return
         before = fx.GraphModule(self.outermost, copy_graph(graph))
         after = fx.GraphModule(self.outermost, copy_graph(graph))
-        report = self.manager.run(after.graph, is_inference)
+        report = self.manager.run(after.graph, compiling() == "inference")
         after.graph.lint()
         after.recompile()
         self.comparison = Comparison(before, after, report)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from aiter_fusion.providers import PROVIDERS
 from conftest import checked
+
+from aiter_fusion.providers import PROVIDERS
 
 pytestmark = [
     pytest.mark.gpu,
