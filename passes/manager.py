@@ -72,6 +72,7 @@ class PassManager(CustomGraphPass):
             recognised = recognise(graph, FORMS, self.options.strict)
             planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
         except Exception as error:
+            # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
                 raise
             logger.warning("aiter_fusion: planning failed; the graph is left as it was", exc_info=True)

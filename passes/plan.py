@@ -64,107 +64,108 @@ class Planned:
 
 @dataclass
 class _Draft:
-    """A site while it is being decided."""
+    """A site while it is being decided; ``at`` is the node that says where it is."""
 
     records: list[Record]
     family: str
     variant: str
-    reason: str
     status: str
+    reason: str
+    at: fx.Node
     plan: Plan | None = None
+
+    def site(self) -> Site:
+        op, provider = (self.plan.op.name, self.plan.provider.name) if self.plan else ("", "")
+        records = len(self.records) or 1  # a value that no form explains counts as one
+        return Site(self.family, self.variant, op, provider, self.status, self.reason, where(self.at), records)
 
 
 def plan(
     graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool
 ) -> Planned:
-    """Sites for all records, with a plan for each that a provider accepts. The first fusion that is possible wins."""
-    writes = list(_writes(graph))
-    fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
-    value_of = {record.root: record for record in recognised.records}
+    """Sites for all records, with a plan for each that a provider accepts."""
+    planner = _Planner(graph, recognised, fusions, options, training)
     accounted: dict[Record, _Draft] = {}
-    claimed: set[Record] = set()
     drafts: list[_Draft] = []
 
+    def account(draft: _Draft) -> None:
+        draft.records = [record for record in draft.records if record not in accounted]
+        accounted.update(dict.fromkeys(draft.records, draft))
+        drafts.append(draft)
+
     for group in _groups(recognised.records, {fusion.chain[-1] for fusion in fusions}):
-        draft = None
-        misfit = None
-        for fusion in fusions:
-            chain = _chain(group[0], fusion, value_of)
+        account(planner.decide(group))
+    for record in recognised.records:
+        if record not in accounted and record.serves is None:
+            reason = "unquantised: no FP8 quantiser reads it"
+            account(_Draft([record], record.kind, record.variant, BARE, reason, record.root))
+    for record in recognised.records:
+        if record not in accounted:  # it serves a record that is not fused with it
+            served = next(
+                r for r in recognised.records if r.kind == record.serves and behind_views(r.inputs["x"]) is record.root
+            )
+            accounted[served].records.append(record)
+    for node, kind, reason in recognised.unknown:
+        drafts.append(_Draft([], kind, "unknown", BARE, reason, node))
+
+    planned = Planned()
+    for draft in sorted(drafts, key=lambda draft: draft.at):
+        site = draft.site()
+        planned.sites.append(site)
+        if draft.plan is not None:
+            planned.plans.append(draft.plan)
+            planned.taken.append(site)
+    return planned
+
+
+class _Planner:
+    """Decides groups of equal records one after another; what one has taken, no later one can."""
+
+    def __init__(
+        self, graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool
+    ) -> None:
+        self._fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
+        self._value_of = {record.root: record for record in recognised.records}
+        self._options, self._training = options, training
+        self._writes = list(_writes(graph))
+        self._claimed: set[Record] = set()
+
+    def decide(self, group: list[Record]) -> _Draft:
+        """The largest fusion that is possible, else the first that was refused, else a bare site."""
+        tail, refused, misfit = group[0], None, None
+        for fusion in self._fusions:
+            chain = _chain(tail, fusion, self._value_of)
             if chain is None:
                 continue
-            misfit = fusion.fits(group[0].attributes, chain[-1].root)
+            value = chain[-1].root
+            misfit = fusion.fits(tail.attributes, value)
             if misfit is not None:
                 continue
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
-                if claimed.intersection(chain):
-                    raise Refused(f"starved: {chain[-1].root.name} is already part of another site")
-                made, features = _attempt(fusion, chain, group, features, options, training, writes)
-                reason, status = "", REPLACED
+                if self._claimed.intersection(chain):
+                    raise Refused(f"starved: {value.name} is already part of another site")
+                made, features = _attempt(fusion, chain, group, features, self._options, self._training, self._writes)
             except Refused as refusal:
-                made, reason, status = None, str(refusal), SKIPPED
+                reason = str(refusal)
             except Exception as error:
-                if options.strict:
+                # A defect concerns this site alone: nothing has been changed yet, and the report says what happened.
+                if self._options.strict:
                     raise
-                logger.warning("aiter_fusion: planning %s failed", group[0].root.name, exc_info=True)
-                made, reason, status = None, f"error: {type(error).__name__}: {error}", SKIPPED
-            if made is not None or draft is None:
-                variant = fusion.variant(features, group[0].attributes, chain[-1].root)
-                draft = _Draft(records, fusion.family, variant, reason, status, made)
-            if made is not None:
-                claimed.update(records)
-                break
-        if draft is None:
-            source = group[0].inputs["x"]
-            reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
-            draft = _Draft(list(group), group[0].kind, group[0].variant, f"producer: {reason}", BARE)
-        draft.records = [record for record in draft.records if record not in accounted]
-        accounted.update(dict.fromkeys(draft.records, draft))
-        drafts.append(draft)
-
-    for record in recognised.records:
-        if record not in accounted and record.serves is None:
-            draft = _Draft([record], record.kind, record.variant, "unquantised: no FP8 quantiser reads it", BARE)
-            accounted[record] = draft
-            drafts.append(draft)
-    for record in recognised.records:
-        if record not in accounted:
-            served = next(
-                r for r in recognised.records if r.kind == record.serves and behind_views(r.inputs["x"]) is record.root
-            )
-            accounted[served].records.append(record)
-
-    placed = [(max(record.root for record in d.records), _site(d), d.plan) for d in drafts if d.records]
-    placed += [
-        (node, Site(kind, "unknown", "", "", BARE, reason, where(node)), None)
-        for node, kind, reason in recognised.unknown
-    ]
-    placed.sort(key=lambda entry: entry[0])
-    planned = Planned()
-    for _, site, made in placed:
-        planned.sites.append(site)
-        if made is not None:
-            planned.plans.append(made)
-            planned.taken.append(site)
-    return planned
-
-
-def _site(draft: _Draft) -> Site:
-    producers = [
-        record for record in draft.records if "x" not in record.inputs or record.kind != draft.records[-1].kind
-    ]
-    head = (producers or draft.records)[-1]
-    return Site(
-        family=draft.family,
-        variant=draft.variant,
-        op=draft.plan.op.name if draft.plan else "",
-        provider=draft.plan.provider.name if draft.plan else "",
-        status=draft.status,
-        reason=draft.reason,
-        where=where(head.root),
-        records=len(draft.records),
-    )
+                logger.warning("aiter_fusion: planning %s failed", tail.root.name, exc_info=True)
+                reason = f"error: {type(error).__name__}: {error}"
+            else:
+                self._claimed.update(records)
+                variant = fusion.variant(features, tail.attributes, value)
+                return _Draft(records, fusion.family, variant, REPLACED, "", value, made)
+            variant = fusion.variant(features, tail.attributes, value)
+            refused = refused or _Draft(records, fusion.family, variant, SKIPPED, reason, value)
+        if refused is not None:
+            return refused
+        source = tail.inputs["x"]
+        reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
+        return _Draft(list(group), tail.kind, tail.variant, BARE, f"producer: {reason}", tail.root)
 
 
 def where(node: fx.Node) -> str:

@@ -77,6 +77,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
                 found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)}"))
             return record
         except Exception as error:
+            # A defect concerns this value alone: nothing has been changed, and the report says what happened.
             if strict:
                 raise
             logger.warning("aiter_fusion: matching %s failed", node.name, exc_info=True)

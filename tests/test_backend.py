@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -348,12 +349,10 @@ def test_pickle_and_deepcopy() -> None:
 
 def run_script(body: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A plain ``python script.py`` in a process of its own, with a cache of the test's own."""
-    import os
-
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(body))
-    tests = str(Path(__file__).parent)
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": tests, **environment}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": path, **environment}
     return subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=env, check=True, cwd=tmp_path
     )
