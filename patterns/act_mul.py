@@ -14,6 +14,7 @@ from torch import fx
 
 from .language import (
     FLOATS,
+    HALVES,
     Attr,
     Call,
     Completion,
@@ -135,9 +136,9 @@ UP = OneOf(
 def _pattern(act: str) -> Pattern:
     """The activation rounded before the product, or the product rounded (or left in float32)."""
     activated = ACTIVATIONS[act](in_float32(GATE))
-    early = With(mul(convert_to(activated, "dtype", FLOATS), UP), {"act": act, "cast_first": True})
+    early = With(mul(convert_to(activated, "dtype", HALVES), UP), {"act": act, "cast_first": True})
     product = With(_mul(activated, in_float32(UP)), {"act": act, "cast_first": False})
-    return OneOf((early, convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
+    return OneOf((early, convert_to(product, "dtype", HALVES), With(product, {"dtype": F32})))
 
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:

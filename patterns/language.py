@@ -322,5 +322,6 @@ def add(a: Pattern, b: Pattern, dtype: torch.dtype | None = None) -> Call:
     return Call((aten.add.Tensor, aten.add.Scalar), (a, b), commute=True, dtype=dtype)
 
 
-FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+HALVES = frozenset({torch.bfloat16, torch.float16})
+FLOATS = HALVES | {torch.float32}
 FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz})

@@ -10,6 +10,7 @@ from torch import fx
 
 from .language import (
     FLOATS,
+    HALVES,
     Call,
     Completion,
     Const,
@@ -43,15 +44,15 @@ MEAN_OF_SQUARES = Call(
     (Call((aten.pow.Tensor_Scalar,), (X, Const(2)), dtype=F32), last_dim(), Const(True)),
 )
 NORMALISED = mul(X, Call((aten.rsqrt.default,), (add(MEAN_OF_SQUARES, number("eps")),)), dtype=F32)
-ROUNDED = convert_to(NORMALISED, "dtype", FLOATS)
+ROUNDED = convert_to(NORMALISED, "dtype", HALVES)
 
 # weight + offset in float32, where Gemma stores weights around zero
 OFFSET_WEIGHT = Call((aten.add.Tensor, aten.add.Scalar), (in_float32(WEIGHT), number("offset")), dtype=F32)
 
 
 def _either(product: Call) -> Pattern:
-    """The product rounded to the activation's dtype, or left in float32."""
-    return OneOf((convert_to(product, "dtype", FLOATS), With(product, {"dtype": F32})))
+    """The product rounded to half precision, or left in float32."""
+    return OneOf((convert_to(product, "dtype", HALVES), With(product, {"dtype": F32})))
 
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:
