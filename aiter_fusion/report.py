@@ -26,6 +26,7 @@ REASONS = {
     "level": "the optimisation level does not include this fusion",
     "disabled": "the fusion is switched off by name",
     "training": "the graph is compiled for training",
+    "eps": "the eps of a norm is a tensor, which the fused ops do not take",
     "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
     "no_kernel": "no provider on this machine has a kernel",
     "provider": "the provider refuses this call",

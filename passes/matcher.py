@@ -88,13 +88,13 @@ def step_words(node: fx.Node) -> tuple[str, ...] | None:
 class Matcher:
     """Matches patterns against the nodes of one graph, which must not change meanwhile.
 
-    With ``trace``, ``misfit`` is the deepest node at which matching failed so far: what to name when nothing explains
-    a value.
+    With ``trace``, ``misfit`` is the deepest node at which matching failed so far, and ``depth`` how many nodes had
+    matched before it: what to name when nothing explains a value.
     """
 
     def __init__(self, trace: bool = False) -> None:
         self._arguments: dict[fx.Node, tuple[list[Any], int]] = {}
-        self._trace, self._depth = trace, -1
+        self._trace, self.depth = trace, -1
         self.misfit: fx.Node | None = None
 
     def match(self, pattern: Pattern, root: fx.Node) -> Iterator[Found]:
@@ -116,15 +116,15 @@ class Matcher:
                     elif known is value:
                         yield found
             case Const():
-                expected = pattern.value
-                if isinstance(expected, bool):
-                    if value is expected:
-                        yield found
-                elif is_number(consumer, value) and same_number(value, expected):
+                if _is_literal(pattern.value, value):
                     yield found
+                elif self._trace:
+                    self._note(consumer, found)
             case Attr():
                 if not isinstance(value, fx.Node) and pattern.test(consumer, value):
                     yield from _attributed(found, {pattern.name: value} if pattern.name else {})
+                elif self._trace:
+                    self._note(consumer, found)
             case With():
                 for inner in self._match(pattern.of, value, consumer, found):
                     yield from _attributed(inner, pattern.attributes)
@@ -190,8 +190,14 @@ class Matcher:
             yield from self._match(pattern.of, bottom, consumer, start)
 
     def _note(self, value: Any, found: Found) -> None:
-        if isinstance(value, fx.Node) and len(found.nodes) > self._depth:
-            self._depth, self.misfit = len(found.nodes), value
+        if isinstance(value, fx.Node) and len(found.nodes) > self.depth:
+            self.depth, self.misfit = len(found.nodes), value
+
+
+def _is_literal(expected: float | bool, value: Any) -> bool:
+    if isinstance(expected, bool):
+        return value is expected
+    return type(value) in (int, float) and same_number(value, expected)
 
 
 def _attributed(found: Found, attributes: Mapping[str, Any]) -> Iterator[Found]:

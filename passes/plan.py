@@ -127,6 +127,7 @@ class _Planner:
         self._fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
         self._value_of = {record.root: record for record in recognised.records}
         self._options, self._training = options, training
+        self._near_miss = recognised.near_miss
         self._writes = list(_writes(graph))
         self._claimed: set[Record] = set()
 
@@ -165,6 +166,8 @@ class _Planner:
             return refused
         source = tail.inputs["x"]
         reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
+        if misfit is None and (near := self._near_miss(source)) is not None:
+            reason += f", almost one of the forms, but {near}"
         return _Draft(list(group), tail.kind, tail.variant, BARE, f"producer: {reason}", tail.root)
 
 
@@ -230,6 +233,9 @@ def _attempt(
     if op is None or extra - set(op.outputs):
         raise Refused(f"overload: no overload of {fusion.family} also returns {', '.join(sorted(extra))}")
 
+    for record in records:
+        if record.refusal is not None:
+            raise Refused(record.refusal)
     needed = max((fusion.levels.get(feature, 1) for feature in features), default=1)
     reason = options.why_not(fusion.family, needed)
     if reason is not None:

@@ -15,6 +15,9 @@ from .matcher import CONVERT, Matcher, follow
 
 logger = logging.getLogger("aiter_fusion")
 
+# How many nodes of a form must match before what is missing is worth naming.
+NEAR = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -22,6 +25,7 @@ class Record:
 
     branches: attributes that came with further outputs; they override ``attributes``.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
+    refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     """
 
@@ -35,14 +39,22 @@ class Record:
     nodes: frozenset[fx.Node]
     root: fx.Node
     serves: str | None = None
+    refusal: str | None = None
 
 
 @dataclass
 class Recognised:
-    """The records of a graph in its order, and what no form explains: (node, kind, reason)."""
+    """The records of a graph in its order, what no form explains (node, kind, reason), and the forms by the calls that
+    they end in."""
 
     records: list[Record] = field(default_factory=list)
     unknown: list[tuple[fx.Node, str, str]] = field(default_factory=list)
+    by_target: Mapping[Any, Sequence[Form]] = field(default_factory=dict)
+
+    def near_miss(self, node: fx.Node) -> str | None:
+        """Which node kept a value from being one of the forms, if a good part of one matched."""
+        found = _why(node, self.by_target.get(node.target, ()))
+        return found[0] if found[1] >= NEAR else None
 
 
 def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> Recognised:
@@ -67,14 +79,14 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             by_target[target].append(form)
 
     matcher = Matcher()
-    found = Recognised()
+    found = Recognised(by_target=by_target)
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
 
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:
             record = _first(matcher, candidates, node)
             if record is None and is_fp8_cast(node):
-                found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)}"))
+                found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)[0]}"))
             return record
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
@@ -136,6 +148,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset(nodes - set(found.inputs.values())),
                 root=node,
                 serves=form.serves,
+                refusal=completion.refusal,
             )
     return None
 
@@ -145,13 +158,14 @@ def is_fp8_cast(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is CONVERT and node.args[1] in FP8
 
 
-def _why(node: fx.Node, forms: Iterable[Form]) -> str:
-    """Why no form explains a value: a condition that a match failed, else the node at which matching ended."""
+def _why(node: fx.Node, forms: Iterable[Form]) -> tuple[str, int]:
+    """Why no form explains a value, and how many nodes deep the best match went: a condition that a complete match
+    failed, else the node at which matching ended."""
     matcher = Matcher(trace=True)
     for form in forms:
         for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
-                return completion
+                return completion, len(found.nodes)
     culprit = matcher.misfit if matcher.misfit is not None else node
-    return f"no form has {culprit.target} at {culprit.name}"
+    return f"{culprit.name} ({culprit.target}) fits none", matcher.depth

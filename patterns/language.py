@@ -150,12 +150,13 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """A match that holds: the record's attributes (arguments of fused ops), its features, and its name in reports
-    where that says more than the form's."""
+    """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports where
+    that says more than the form's, and, where no fused op can compute it, the reason (with its code)."""
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     variant: str | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""Every code of ``report.REASONS``, provoked; what is written in the README is that table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from conftest import checked
+from test_traps import hand_built
+from torch import Tensor
+
+from aiter_fusion import op as op_module
+from aiter_fusion import providers, report
+from aiter_fusion.config import options
+from aiter_fusion.passes import plan
+from aiter_fusion.passes.manager import PassManager
+
+SITE = cases.NORM_FUSIONS[0].call(cases.llama, cases.q3)
+
+
+def sites(fn: Callable[..., object] = SITE, names: tuple[str, ...] = ("x", "w"), **kwargs) -> Iterator[report.Site]:
+    dynamic, grad = kwargs.pop("dynamic", None), kwargs.pop("grad", False)
+    result = checked(fn, dynamic=dynamic, **kwargs)
+    inputs = cases.tensors(names, (4,), torch.bfloat16, "normal")
+    inputs[0].requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        result.call(*inputs)
+    assert result.oracle.identical
+    yield from result.report.sites
+
+
+def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
+    graph, _ = hand_built("inside")
+    yield from PassManager(options()).run(graph.graph, True).sites
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, **changes: object) -> Iterator[report.Site]:
+    monkeypatch.setitem(providers.PROVIDERS, "reference", replace(providers.PROVIDERS["reference"], **changes))
+    yield from sites(numerics="exact")
+
+
+def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
+    plain = {k: v for k, v in op_module.OPS["rms_norm_quant"].items() if "value" not in k}
+    monkeypatch.setitem(op_module.OPS, "rms_norm_quant", plain)
+    yield from sites(cases.NORM_FUSIONS[3].call(cases.llama, cases.q3))
+
+
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
+    monkeypatch.setattr(plan, "candidates", lambda choice, device: ())
+    yield from sites()
+
+
+def defective(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
+    monkeypatch.setattr(plan, "_fit", lambda *_: 1 / 0)
+    yield from sites()
+
+
+class Norm(torch.nn.Module):
+    """A norm whose eps is a float attribute, as in Hugging Face's modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3_tensor(cases.llama(x, w, self.eps))
+
+
+def two_kinds(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    y = cases.llama(x, w)
+    return (*cases.q3(y), *cases.q7(128)(y))
+
+
+def unknown(x: Tensor) -> tuple[Tensor, ...]:
+    scale = torch.sqrt(x.abs().amax(-1, keepdim=True).float())
+    return (x.float() / scale).to(cases.FN), scale
+
+
+def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A static scale that is computed from the value that it quantises."""
+    y = cases.llama(x, w)
+    scale = torch.sqrt(y.float().abs().amax())
+    return (y.float() / scale).to(cases.FN), scale
+
+
+PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
+    "producer": lambda patch: sites(cases.q3, ("x",)),
+    "unquantised": lambda patch: sites(cases.llama),
+    "unknown": lambda patch: sites(unknown, ("x",)),
+    "starved": lambda patch: sites(two_kinds),
+    "level": lambda patch: sites(level=1, fn=cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)),
+    "disabled": lambda patch: sites(disable="rms_norm_quant"),
+    "training": lambda patch: sites(lambda x, w: [t.float().sum() for t in SITE(x, w)], grad=True),
+    "eps": lambda patch: sites(Norm(), dynamic=True),
+    "numerics": lambda patch: refusing(patch, exact=False),
+    "no_kernel": nowhere,
+    "provider": lambda patch: refusing(patch, refuse=lambda op, arguments: "rows are too long"),
+    "overload": without_overloads,
+    "layout": lambda patch: sites(lambda x, w: cases.q3(cases.llama(x.view(2, 2, -1).transpose(0, 1), w))),
+    "order": lambda patch: sites(early_reader),
+    "mutation": written,
+    "error": defective,
+}
+
+
+def test_every_code_is_provoked() -> None:
+    assert set(PROVOKE) == set(report.REASONS)
+
+
+@pytest.mark.parametrize("code", PROVOKE)
+def test_reason(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [site for site in PROVOKE[code](monkeypatch) if site.status != report.REPLACED]
+    assert code in {site.reason.split(":")[0] for site in found}
+    for site in found:
+        assert site.reason.split(": ", 1)[1], "a code alone explains nothing"
+        assert not site.op
+        assert not site.provider
+
+
+def test_the_table_in_the_readme() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for code, sentence in report.REASONS.items():
+        assert f"| `{code}` | {sentence} |" in readme
+
+
+NEAR_MISSES = {
+    "a sum": ("sum_1", lambda h: h.pow(2).sum(-1, keepdim=True)),
+    "a cube": ("pow_1", lambda h: h.pow(3).mean(-1, keepdim=True)),
+    "columns": ("mean", lambda h: h.pow(2).mean(0, keepdim=True)),
+    "alpha": ("add", lambda h: torch.add(h.pow(2).mean(-1, keepdim=True), torch.ones(()), alpha=2)),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_names_the_first_node_that_does_not_fit(name: str) -> None:
+    node, square = NEAR_MISSES[name]
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = x.float()
+        return cases.q3(w * (h * torch.rsqrt(square(h) + 1e-6)).to(x.dtype))
+
+    (site,) = sites(fn)
+    assert f"almost one of the forms, but {node} (aten." in site.reason
