@@ -24,13 +24,182 @@ COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
 }
 
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+
+
+def _hugging_face(name: str, **changes: Any) -> Callable[[], nn.Module]:
+    """``<name>ForCausalLM`` with its own ``<name>Config`` (or ``<name>TextConfig``)."""
+
+    def make() -> nn.Module:
+        config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+        return getattr(transformers, f"{name}ForCausalLM")(config(**{**COMMON, **changes}))
+
+    return make
+
+
+class NativeNorm(nn.Module):
+    """RMSNorm with an optional residual, as inference engines write it: the sum in float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        h = x.float()
+        if residual is not None:
+            h = h + residual.float()
+        residual = h.to(x.dtype)
+        h = h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return h.to(x.dtype) * self.weight, residual
+
+
+class NativeRMSNorm(NativeNorm):
+    """So named that the hooks below take it for a norm."""
+
+
+class EngineBlock(nn.Module):
+    """A decoder block in the style of inference engines: flat tokens, packed projections, residual beside the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = NativeRMSNorm(HIDDEN), NativeRMSNorm(HIDDEN)
+        self.qkv_proj, self.o_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.gate_up_proj = nn.Linear(HIDDEN, 1024, bias=False)
+        self.down_proj = nn.Linear(512, HIDDEN, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, residual = self.first(x, before)
+        q, k, v = (t.view(-1, 4, 64).transpose(0, 1) for t in self.qkv_proj(x).chunk(3, -1))
+        x = self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1, HIDDEN))
+        x, residual = self.second(x, residual)
+        gate_up = self.gate_up_proj(x)
+        size = gate_up.shape[-1] // 2
+        return self.down_proj(self.act_fn(gate_up[..., :size]) * gate_up[..., size:]), residual
+
+
+class Engine(nn.Module):
+    """Blocks in the style of inference engines over an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.blocks = nn.ModuleList(EngineBlock() for _ in range(LAYERS))
+        self.norm, self.head = NativeRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
+        x, residual = self.embed(tokens).flatten(0, 1), None
+        for block in self.blocks:
+            x, residual = block(x, residual)
+        return self.head(self.norm(x, residual)[0])
+
+
+class TorchBlock(nn.Module):
+    """A pre-norm block of ``torch.nn`` modules, as in diffusion transformers; ``modulated`` shifts and scales."""
+
+    def __init__(self, modulated: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.RMSNorm(HIDDEN, eps=3e-6), nn.RMSNorm(HIDDEN)
+        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.up, self.gate = nn.Linear(HIDDEN, 512, bias=False), nn.Linear(HIDDEN, 512, bias=False)
+        self.down, self.act_fn = nn.Linear(512, HIDDEN, bias=False), nn.GELU(approximate="tanh")
+        self.modulated = modulated
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.modulated:
+            h = h * (1 + x.mean(1, keepdim=True))  # what is quantised is no longer the norm's value
+        q, k, v = (t.unflatten(-1, (4, 64)).transpose(1, 2) for t in self.qkv(h).chunk(3, -1))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.second(x)
+        return x + self.down(self.up(h) * self.act_fn(self.gate(h)))
+
+
+class TorchModel(nn.Module):
+    """Blocks of ``torch.nn`` modules over an embedding."""
+
+    def __init__(self, modulated: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.blocks = nn.Sequential(*(TorchBlock(modulated) for _ in range(LAYERS)))
+
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
+        return self.blocks(self.embed(tokens))
+
+
+class T5RMSNorm(nn.Module):
+    """T5's layer norm: converts to the weight's dtype, whatever the input's."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + 1e-6)
+        return self.weight * x.to(self.weight.dtype)
+
+
+class T5Model(nn.Module):
+    """T5's gated feed-forward over its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, HIDDEN), T5RMSNorm(HIDDEN)
+        self.wi_0, self.wi_1 = nn.Linear(HIDDEN, 512, bias=False), nn.Linear(HIDDEN, 512, bias=False)
+        self.wo, self.act_fn = nn.Linear(512, HIDDEN, bias=False), nn.GELU(approximate="tanh")
+
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
+        x = self.embed(tokens)
+        h = self.norm(x)
+        return x + self.wo(self.act_fn(self.wi_0(h)) * self.wi_1(h))
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON)),
-    "Qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=64, **COMMON)),
-    "Mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON)),
-    "Gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(head_dim=64, tie_word_embeddings=False, **COMMON)
+    "Llama": _hugging_face("Llama"),
+    "Qwen3": _hugging_face("Qwen3", head_dim=64),
+    "Mistral": _hugging_face("Mistral"),
+    "Gemma3": _hugging_face("Gemma3", head_dim=64, tie_word_embeddings=False),
+    "Qwen2": _hugging_face("Qwen2"),
+    "Gemma2": _hugging_face("Gemma2", head_dim=64, tie_word_embeddings=False),
+    "Phi3": _hugging_face("Phi3", pad_token_id=0),
+    "Glm4": _hugging_face("Glm4", head_dim=64, pad_token_id=0),
+    "Olmo2": _hugging_face("Olmo2"),
+    "Mixtral": _hugging_face("Mixtral", num_local_experts=4),
+    "Qwen3Moe": _hugging_face("Qwen3Moe", head_dim=64, num_experts=4, **MOE),
+    "GptOss": _hugging_face("GptOss", head_dim=64, num_local_experts=4, num_experts_per_tok=2),
+    "Llama4": _hugging_face("Llama4", head_dim=64, num_local_experts=4, intermediate_size_mlp=512, pad_token_id=0),
+    "DeepseekV3": _hugging_face(
+        "DeepseekV3",
+        num_key_value_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=64,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        **MOE,
     ),
+    "Qwen3Next": _hugging_face(
+        "Qwen3Next",
+        head_dim=64,
+        num_experts=4,
+        shared_expert_intermediate_size=128,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        layer_types=["linear_attention", "full_attention"],
+        **MOE,
+    ),
+    "engine": Engine,
+    "torch.nn": lambda: TorchModel(modulated=False),
+    "diffusion": lambda: TorchModel(modulated=True),
+    "T5": T5Model,
 }
 
 
@@ -56,15 +225,7 @@ class GroupLinear(nn.Module):
         return nn.functional.linear(back, self.weight)
 
 
-def _replace_linears(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, GroupLinear(child))
-        else:
-            _replace_linears(child)
-
-
-def _torchao(granularity: str) -> Callable[[nn.Module], None]:
+def _torchao(granularity: str, **options: Any) -> Callable[[nn.Module], None]:
     def quantise(model: nn.Module) -> None:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quant_api, quantize_
         from torchao.quantization.granularity import PerRow, PerTensor
@@ -73,9 +234,36 @@ def _torchao(granularity: str) -> Callable[[nn.Module], None]:
         check = quant_api._check_hardware_support
         quant_api._check_hardware_support = lambda granularity: None  # it demands a GPU
         try:
-            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=chosen))
+            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=chosen, **options))
         finally:
             quant_api._check_hardware_support = check
+
+    return quantise
+
+
+SCALE = torch.tensor(0.02)
+
+
+class StaticLinear(nn.Module):
+    """A linear layer that quantises its input by hand with a given scale."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.scale = SCALE  # of the activation, so one for all layers that read it; here one for all
+
+    def forward(self, x: Tensor) -> Tensor:
+        (q,) = cases.q2_static(x, self.scale)
+        return nn.functional.linear((q.float() * self.scale).to(x.dtype), self.weight)
+
+
+def _by_hand(layer: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:
+    def quantise(module: nn.Module) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, layer(child))
+            else:
+                quantise(child)
 
     return quantise
 
@@ -83,7 +271,9 @@ def _torchao(granularity: str) -> Callable[[nn.Module], None]:
 QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "PerRow": _torchao("PerRow"),
     "PerTensor": _torchao("PerTensor"),
-    "group128": _replace_linears,
+    "bounded": _torchao("PerRow", activation_value_lb=1e-4, activation_value_ub=1e3),
+    "group128": _by_hand(GroupLinear),
+    "static": _by_hand(StaticLinear),
 }
 
 
@@ -94,17 +284,17 @@ def expected(model: nn.Module, *inputs: Tensor) -> tuple[Counter[str], int]:
     A norm that some linear layer reads is one site; so is the product that enters a linear layer beside an activation;
     every other linear layer quantises for itself.
     """
-    normed: dict[int, str] = {}
+    read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
     read: Counter[str] = Counter()
-    alone = 0
     keep: list[Tensor] = []  # so that no storage is used twice
     hooks = []
 
     def norm_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            keep.append(output)
-            normed[output.untyped_storage().data_ptr()] = name
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            keep.append(first)
+            read_from[first.untyped_storage().data_ptr()] = f"rms_norm_quant {name}"
 
         return hook
 
@@ -113,15 +303,9 @@ def expected(model: nn.Module, *inputs: Tensor) -> tuple[Counter[str], int]:
 
     def linear_hook(parent: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal alone
             keep.append(args[0])
-            producer = normed.get(args[0].untyped_storage().data_ptr())
-            if producer is not None:
-                read[producer] += 1
-            elif parent in activated:
-                read[f"act of {parent}"] += 1
-            else:
-                alone += 1
+            product = f"act_mul_quant {parent}" if parent in activated else ""
+            read[read_from.setdefault(args[0].untyped_storage().data_ptr(), product)] += 1
 
         return hook
 
@@ -129,16 +313,16 @@ def expected(model: nn.Module, *inputs: Tensor) -> tuple[Counter[str], int]:
         parent = name.rpartition(".")[0]
         if type(module).__name__.endswith("RMSNorm"):
             hooks.append(module.register_forward_hook(norm_hook(name)))
-        elif name.endswith("act_fn"):
+        elif name.endswith(("act_fn", "activation_fn")):
             hooks.append(module.register_forward_hook(act_hook(parent)))
-        elif isinstance(module, (nn.Linear, GroupLinear)):
+        elif isinstance(module, (nn.Linear, GroupLinear, StaticLinear)):
             hooks.append(module.register_forward_pre_hook(linear_hook(parent)))
     with torch.no_grad():
         model(*inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    families = Counter("act_mul_quant" if name.startswith("act of") else "rms_norm_quant" for name in read)
-    return families, alone
+    alone = read.pop("", 0)
+    return Counter(name.split()[0] for name in read), alone
 
 
 def tokens(batch: int = 1, length: int = 16) -> Tensor:
