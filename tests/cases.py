@@ -246,6 +246,19 @@ def q2_static_many_dims(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return (_saturated(y / scale.reshape((1,) * y.dim())),)
 
 
+def q1_bounded(y: Tensor) -> tuple[Tensor, ...]:
+    top = y.abs().amax(-1, keepdim=True).float().clamp(min=1e-4, max=1e3).to(y.dtype)
+    scale = (top / 448.0).float()
+    return _saturated(y.float() / scale), scale
+
+
+def q8_power_of_two(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.float().reshape(-1, 128)
+    top = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4)
+    scale = torch.exp2(torch.ceil(torch.log2(top / 448.0)))
+    return _saturated(groups / scale).reshape(y.shape), scale.reshape(*y.shape[:-1], y.shape[-1] // 128)
+
+
 @dataclass(frozen=True)
 class QuantForm:
     name: str
@@ -258,6 +271,7 @@ QUANTS = (
     QuantForm("Q1r", q1_row, "token"),
     QuantForm("Q1t", q1_tensor, "tensor"),
     QuantForm("Q1b", q1_block, "group128"),
+    QuantForm("Q1c", q1_bounded, "token"),
     QuantForm("Q2", q2_static, "static", static=True),
     QuantForm("Q2_half", q2_static_half, "static", static=True),
     QuantForm("Q2_product", q2_static_product, "static", static=True),
@@ -275,6 +289,7 @@ QUANTS = (
     QuantForm("Q7_32", q7(32), "group32"),
     QuantForm("Q7_64", q7(64), "group64"),
     QuantForm("Q7_128", q7(128), "group128"),
+    QuantForm("Q8", q8_power_of_two, "group128"),
 )
 
 
