@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_quickstart(tmp_path: Path) -> None:
+    models.need_scaled_rows()
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True, env=env, check=False
