@@ -232,7 +232,7 @@ def scales_rows() -> bool:
     """Whether this torch multiplies FP8 matrices with one scale a row on a CPU; 2.11 does not."""
     a, scale = torch.zeros(16, 16).to(cases.FN), torch.ones(16, 1)
     try:
-        torch._scaled_mm(a, a.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        torch.ops.aten._scaled_mm(a, a.t(), scale, scale.t(), out_dtype=torch.bfloat16)
     except RuntimeError:
         return False
     return True
