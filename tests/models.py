@@ -281,7 +281,7 @@ class StaticLinear(nn.Module):
 def _by_hand(layer: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:
     def quantise(module: nn.Module) -> None:
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # a router that inherits from it is something else
                 setattr(module, name, layer(child))
             else:
                 quantise(child)
@@ -298,18 +298,27 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-def expected(model: nn.Module, *inputs: Tensor) -> tuple[Counter[str], int]:
+def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Counter[str], int]:
     """What the eager model says: replaced sites by family, and quantisers whose input no fusion computes.
 
     Watched: which storage every norm returns, which modules call an activation, and what enters every linear layer.
     A norm that some linear layer reads is one site; so is the product that enters a linear layer beside an activation;
-    every other linear layer quantises for itself.
+    every other linear layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads,
+    which its reader sees joined to rows: only scales for the whole tensor fit both.
     """
     read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
     read: Counter[str] = Counter()
     keep: list[Tensor] = []  # so that no storage is used twice
     hooks = []
+
+    def gated_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            keep.append(output)
+            if quantisation in ("PerTensor", "static"):
+                read_from[output.untyped_storage().data_ptr()] = f"act_mul_quant {name}"
+
+        return hook
 
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -334,6 +343,8 @@ def expected(model: nn.Module, *inputs: Tensor) -> tuple[Counter[str], int]:
         parent = name.rpartition(".")[0]
         if type(module).__name__.endswith("RMSNorm"):
             hooks.append(module.register_forward_hook(norm_hook(name)))
+        elif type(module).__name__.endswith("RMSNormGated"):
+            hooks.append(module.register_forward_hook(gated_hook(name)))
         elif name.endswith(("act_fn", "activation_fn")):
             hooks.append(module.register_forward_hook(act_hook(parent)))
         elif isinstance(module, (nn.Linear, GroupLinear, StaticLinear)):

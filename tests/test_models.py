@@ -41,7 +41,7 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     model = models.build(family)
     models.QUANTISATIONS[quantisation](model)
     tokens = models.tokens(2)
-    replaced, alone = models.expected(model, tokens)
+    replaced, alone = models.expected(model, quantisation, tokens)
     assert replaced["rms_norm_quant"] > 0
 
     result = checked(model, verify=True)
