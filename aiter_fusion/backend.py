@@ -156,14 +156,15 @@ def explain(
 ) -> report.FusionReport:
     """Compile ``model``, run it once, and return one report for all graphs that this compiled.
 
-    Grad mode is the caller's: under grad mode, a model with parameters that require grad compiles training graphs,
-    which are left alone, and the report says so.
+    Runs without gradients, as the fused ops do, unless the model is a module in training mode: then grad mode is the
+    caller's, and under it the graphs are training graphs, which are left alone, and the report says so.
 
     Args:
         model: a module or function; args, kwargs: what to call it with; options: those of ``Backend``.
     """
     known = len(report.reports())
-    torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(model, "training", False)):
+        torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
     return report.merge(report.reports()[known:])
 
 

@@ -80,10 +80,26 @@ def test_explain() -> None:
         torch._dynamo.graph_break()
         return cases.q3(cases.llama(q.to(BF16), w))[0]
 
-    with torch.no_grad():
-        made = aiter_fusion.explain(two_graphs, inputs(), disable=["act_mul_quant"])
+    made = aiter_fusion.explain(two_graphs, inputs(), disable=["act_mul_quant"])
     assert made.replaced == {"rms_norm_quant": 2}
     assert len(aiter_fusion.reports()) == 2
+
+
+def test_explain_a_module_in_training_mode() -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(cases.H, dtype=BF16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, scale = site(x, self.weight)
+            return q.float().sum() + scale.sum()
+
+    x, _ = inputs()
+    made = aiter_fusion.explain(Module(), (x,))
+    assert [s.reason.split(":")[0] for s in made.skipped] == ["training"]
+    torch._dynamo.reset()
+    assert aiter_fusion.explain(Module().eval(), (x,)).replaced == {"rms_norm_quant": 1}
 
 
 # ---- levels and preferences ----------------------------------------------------------------------------------

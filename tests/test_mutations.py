@@ -110,6 +110,12 @@ def two_quantisers(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q2_static(value, scale), *cases.q7(64)(value))
 
 
+def returned_twice(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Equal quantisers, of which one op serves both; their results must stay tensors of their own."""
+    value = cases.llama(x, w)
+    return (*cases.q3(value), *cases.q3(value))
+
+
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
@@ -119,6 +125,7 @@ SOURCES = (
     combined("norm", "R2", "Q1r", sizes=(1,)),
     combined("norm", "R1", "Q1t", dtype=F32),
     combined("norm", "R2'", "Q2_unclamped", weight="w32"),
+    combined("norm", "R1'", "Q3_converted_first"),
     combined("norm", "R4", "Q3_tensor"),
     combined("add_norm", "R1", "Q1r"),
     combined("add_norm", "R2", "Q2"),
@@ -138,6 +145,7 @@ SOURCES = (
     Source("two_weights", two_weights, ("x", "r", "w", "w"), sites=2),
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2),
     Source("norm_and_activation", norm_and_activation, ("x", "w"), sites=2),
+    Source("returned_twice", returned_twice, ("x", "w")),
     Source("two_quantisers", two_quantisers, ("x", "w", "scale")),
 )
 
