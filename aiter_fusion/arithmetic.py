@@ -9,8 +9,8 @@ it bit for bit::
     "float32 clamp_min=1e-12 div=448.0"      by hand:  a floor in fp32, then the division
     "float32 div_scale clamp_min=-448.0 clamp_max=448.0"      values divided by the scale, then saturated
 
-A step is a name with an optional number. Names of dtypes convert; ``div_scale`` and ``mul_scale`` combine the value
-with the scale; every other name is the ATen operation called so.
+A step is a name with an optional number. Names of dtypes convert; ``div_scale``, ``mul_scale`` and ``scale_mul``
+combine the value with the scale; every other name is the ATen operation called so.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 WITH_SCALE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mul_scale": aten.mul.Tensor,
+    "scale_mul": lambda value, scale: aten.mul.Tensor(scale, value),  # rounds otherwise for a scale without dimensions
     "div_scale": aten.div.Tensor,
 }
 DTYPES: dict[str, torch.dtype] = {

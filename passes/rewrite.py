@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -21,25 +21,28 @@ INHERITED = ("nn_module_stack", "stack_trace", "original_aten", "source_fn_stack
 def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> None:
     """Insert every planned op after its last input, let its outputs take the place of what they replace, and erase
     the nodes that nothing reads any more."""
-    escaping = _escaping(graph)
+    returned = _sharing(graph.output_node().all_input_nodes)
+    written = _sharing([node for writer in graph.nodes if _writes(writer) for node in writer.all_input_nodes])
     moved: dict[fx.Node, fx.Node] = {}
     for plan in plans:
         arguments = [moved.get(v, v) if isinstance(v, fx.Node) else v for v in plan.arguments.values()]
-        origin = max(plan.replaced)
-        builder = _Builder(graph, max(a for a in arguments if isinstance(a, fx.Node)), origin.meta)
+        # not before the inputs that the plan was checked with, though what took their place may be earlier
+        inputs = [a for a in (*arguments, *plan.arguments.values()) if isinstance(a, fx.Node)]
+        builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
         fakes = plan.op.pack(plan.fakes)
         call = builder.add(plan.op.target, (*arguments, plan.provider.name), fakes)
         outputs = {
             name: call if len(plan.op.outputs) == 1 else builder.add(getitem, (call, index), plan.fakes[name])
             for index, name in enumerate(plan.op.outputs)
         }
-        returned: set[str] = set()
+        sharing: dict[str, list[fx.Node]] = {name: [] for name in outputs}
         for node, (name, sizes) in plan.replaced.items():
-            new = outputs[name]
-            if node in escaping:
-                if name in returned:  # two results that a caller may write to must stay two tensors
-                    new = builder.add(aten.clone.default, (new,), plan.fakes[name].clone())
-                returned.add(name)
+            new, others = outputs[name], sharing[name]
+            both_returned = node in returned and not returned.isdisjoint(others)
+            if others and (both_returned or not written.isdisjoint([node, *others])):
+                # results that a caller or a later node may write to must stay tensors of their own
+                new = builder.add(aten.clone.default, (new,), plan.fakes[name].clone())
+            others.append(node)
             if sizes is not None:
                 new = builder.reshape(new, sizes, node.meta["val"].shape)
             node.replace_all_uses_with(new)
@@ -74,17 +77,22 @@ class _Builder:
         return self.add(aten.reshape.default, (node, target), val.reshape(shape))
 
 
-def _escaping(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory a result of the graph may share."""
-    stack = list(graph.output_node().all_input_nodes)
-    escaping: set[fx.Node] = set()
+def _sharing(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes whose memory any of ``nodes`` may share."""
+    stack = list(nodes)
+    sharing: set[fx.Node] = set()
     while stack:
         node = stack.pop()
-        if node not in escaping:
-            escaping.add(node)
+        if node not in sharing:
+            sharing.add(node)
             if node.op == "call_function" and _may_alias(node.target):
                 stack += node.all_input_nodes
-    return escaping
+    return sharing
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _may_alias(target: Any) -> bool:

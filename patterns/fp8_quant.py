@@ -66,7 +66,8 @@ def _quantised(multiplier: Pattern) -> Pattern:
     combined = OneOf(
         (
             With(Call((aten.div.Tensor,), (elements, multiplier)), {"combine": "div_scale"}),
-            With(Call((aten.mul.Tensor,), (elements, multiplier), commute=True), {"combine": "mul_scale"}),
+            With(Call((aten.mul.Tensor,), (elements, multiplier)), {"combine": "mul_scale"}),
+            With(Call((aten.mul.Tensor,), (multiplier, elements)), {"combine": "scale_mul"}),
         )
     )
     return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", FP8)

@@ -227,6 +227,10 @@ def q7(group: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return call
 
 
+def q2_static_scale_first(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return ((scale.reshape(()) * y).to(FN),)
+
+
 def q3_converted_before_the_view(y: Tensor) -> tuple[Tensor, ...]:
     groups = y.float().reshape(-1, 128)
     scale = groups.abs().amax(-1, keepdim=True) / 448.0
@@ -277,6 +281,7 @@ QUANTS = (
     QuantForm("Q2_product", q2_static_product, "static", static=True),
     QuantForm("Q2_unclamped", q2_static_unclamped, "static", static=True),
     QuantForm("Q2_many_dims", q2_static_many_dims, "static", static=True),
+    QuantForm("Q2_scale_first", q2_static_scale_first, "static", static=True),
     QuantForm("Q3", q3, "token"),
     QuantForm("Q3_converted_first", q3_converted_before_the_view, "group128"),
     QuantForm("Q3_view_after_abs", q3_view_after_abs, "group128"),
@@ -399,6 +404,7 @@ def tensors(names: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, 
         "r": lambda: make(*sizes, H),
         "x2": lambda: make(*sizes, 2 * H),
         "w": lambda: weight,
+        "w2": lambda: weight * 3,
         "w32": lambda: weight.float(),
         "scale": lambda: torch.full((1,) * (len(sizes) + 1), 0.02),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from aiter_fusion import config
 from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.passes.oracle import copy_graph
 from aiter_fusion.passes.verify import same_bits
 
 BF16 = torch.bfloat16
@@ -187,6 +188,51 @@ def test_equal_quantisers_that_are_returned_stay_two_tensors() -> None:
     assert result.oracle.identical
     assert result.variants == ["rms_norm_quant:token"]
     assert len({t.untyped_storage().data_ptr() for t in (q1, s1, q2, s2)}) == 4
+
+
+def with_write(fn: Callable, names: tuple[str, ...], place: Callable[[fx.Graph], tuple[fx.Node, fx.Node]]) -> None:
+    """Compile ``fn``, write to a node before another one (``place`` gives both), and compare the bits."""
+    given = inputs(*names)
+    comparison = checked(fn)
+    with torch.no_grad():
+        comparison.call(*given)
+    graph = copy_graph(comparison.oracle.graphs[0].before.graph)
+    written, before = place(graph)
+    with graph.inserting_before(before):
+        write = graph.call_function(torch.ops.aten.mul_.Tensor, (written, 2))
+    write.meta["val"] = written.meta["val"]
+    rewritten = copy_graph(graph)
+    assert PassManager(config.options()).run(rewritten, True).replaced
+    results = [fx.Interpreter(torch.nn.Module(), graph=g).run(*(a.clone() for a in given)) for g in (graph, rewritten)]
+    for want, have in zip(*results, strict=True):
+        assert same_bits(want, have)
+
+
+def test_a_write_to_one_of_two_equal_results() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        (q1, s1), (q2, s2) = cases.q3(y), cases.q3(y)
+        return q1.float() + 1, q2.float() + 2, s1 + 1, s2 + 1
+
+    def place(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+        results = graph.output_node().all_input_nodes
+        return results[2].all_input_nodes[0], min(results[2:])
+
+    with_write(fn, ("x", "w"), place)
+
+
+def test_a_write_before_a_site_whose_input_another_site_returns() -> None:
+    """The first site's residual takes the place of the sum, earlier than the sum was; the second must not follow it."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+        summed = r + x
+        return (*cases.q3(cases.llama(summed, w)), *cases.q3(cases.llama(summed, w2)), summed)
+
+    def place(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+        placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim() == 1]
+        return placeholders[-1], next(n for n in graph.nodes if n.op == "call_function")
+
+    with_write(fn, ("x", "r", "w", "w2"), place)
 
 
 def test_overlapping_forms_count_once() -> None:
