@@ -83,6 +83,8 @@ class PassManager(CustomGraphPass):
                 place = f"{site.family} {site.variant} at {site.where or 'the top level'}"
                 notes += filter(None, [verify.check(made, place)])
         if planned.plans:
+            for provider in {made.provider.name: made.provider for made in planned.plans}.values():
+                provider.prepare()
             rewrite(graph, planned.plans)
         return report.FusionReport(
             sites=tuple(planned.sites),

@@ -41,7 +41,8 @@ def sources() -> list[tuple[str, Path]]:
 
 def imported(path: Path, layer: str) -> set[str]:
     """The layers that a file imports from, at module level or inside functions."""
-    depth = 2 if path.parent.name == layer else 1
+    below = path.relative_to(PACKAGES.get(layer, PACKAGES["aiter_fusion"])).parts
+    depth = len(below) + (layer in ("passes", "patterns"))
     layers = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
@@ -63,7 +64,10 @@ def test_import_direction() -> None:
 
 
 def test_vendor_imports_are_inside_bodies() -> None:
+    """But for the kernels, which are themselves imported inside bodies only."""
     for _, path in sources():
+        if path.parent.name == "kernels":
+            continue
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

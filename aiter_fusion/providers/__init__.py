@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import platform
 from ..op import FusedOp, Implementation
+from . import triton as triton_kernels
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Provider:
     refuse:   why it cannot compute this call (op, arguments by name, tensors being fakes), or None.
     run:      the implementation of an op: takes arguments by name, returns name -> tensor.
     exact:    whether it keeps the graph's sequence of roundings.
+    prepare:  called before a graph in which it was chosen is compiled.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Provider:
     refuse: Callable[[FusedOp, Mapping[str, Any]], str | None]
     run: Callable[[FusedOp], Implementation]
     exact: bool
+    prepare: Callable[[], None] = lambda: None
 
 
 def _no_kernels(op: FusedOp) -> Implementation:
@@ -44,10 +47,11 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "triton": Provider(
         "triton",
-        missing=lambda: "this version of aiter_fusion has no Triton kernels yet",
-        refuse=lambda op, arguments: "no kernel",
-        run=_no_kernels,
+        missing=triton_kernels.missing,
+        refuse=triton_kernels.refuse,
+        run=triton_kernels.run,
         exact=True,
+        prepare=triton_kernels.prepare,
     ),
     "reference": Provider(
         "reference",

@@ -1,0 +1,103 @@
+"""The provider ``triton``: kernels of this project's own, for GPUs of NVIDIA and AMD.
+
+Importing this package imports no triton; ``kernels`` does, when a call is compiled or run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ... import platform
+from ...op import FusedOp, Implementation
+from . import launches
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: builds of PyTorch for CUDA and ROCm bring their own"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return None
+
+
+@functools.cache
+def native_fp8(device: int) -> torch.dtype | None:
+    """The FP8 format that a GPU converts to in hardware: what its cast saturates in, or None if it has none."""
+    if torch.version.hip is not None:
+        return platform.SUPPORTED_ARCHITECTURES.get(platform.architecture(device) or "")
+    return torch.float8_e4m3fn if torch.cuda.get_device_capability(device) >= (8, 9) else None
+
+
+def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot compute a call (tensors may be fakes), or None."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors.values()))
+    if first.device.type != "cuda":
+        return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
+    native = native_fp8(first.device.index or 0)
+    if arguments["quant_dtype"] != native:
+        return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
+    for name, tensor in tensors.items():
+        if name == "scale":
+            continue
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} is {tensor.dtype}"
+        if not isinstance(tensor.shape[-1], int):
+            return f"the width of {name} is known only at run time"
+        if not statically_known_true(tensor.stride(-1) == 1):
+            return f"the columns of {name} are {tensor.stride(-1)} elements apart"
+        if launches.rows_of(tensor) is None:
+            return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
+    width = first.shape[-1]
+    if not 1 <= width <= 2 * 65536:
+        return f"rows of {width} elements"
+    block = arguments.get("block", 0)
+    if 0 < block < width and block > launches.rules.TILE:
+        return f"groups of {block} elements"
+    return None
+
+
+def run(op: FusedOp) -> Implementation:
+    """What computes a call outside a compiled graph."""
+    return functools.partial(_run, op)
+
+
+def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    outputs = op.allocate(**arguments)
+    first = next(iter(v for v in arguments.values() if isinstance(v, Tensor)))
+    plan = launches.of(op, arguments, saturates())
+    scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
+    known = {**arguments, **scratch, **outputs}
+    if "static" in op.features:
+        known["scale"] = arguments["scale"]
+    with torch.cuda.device(first.device):
+        for launch in plan.launches:
+            given = {n: known[v.name] if isinstance(v, launches.Ref) else v for n, v in launch.arguments.items()}
+            kernel(launch.kernel)[(launch.grid,)](**given, num_warps=launch.warps)
+    return outputs
+
+
+def prepare() -> None:
+    """Make Inductor launch the kernels itself in the graphs that it compiles from now on."""
+    from .lowering import register
+
+    register()
+
+
+def saturates() -> bool:
+    """Whether Triton's cast to FP8 turns what is too large into the largest number: on NVIDIA it does."""
+    return torch.version.hip is None
+
+
+def kernel(name: str) -> Any:
+    """The JIT function called ``name``."""
+    return getattr(import_module(f".kernels.{name}", __name__), f"{name}_kernel")

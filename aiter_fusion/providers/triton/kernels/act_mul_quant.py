@@ -1,0 +1,167 @@
+"""Gated activation and FP8 quantisation, from two tensors or from the columns of one."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .steps import apply_steps, dtype_called, mask_of, nan_max, whole_maximum
+
+
+@triton.jit
+def activated(x, one, ACT: tl.constexpr):
+    """The activation of float32 values, in PyTorch's order of operations.
+
+    A product that is added to something passes through ``fma(product, one, something)``, with ``one`` a number that
+    the compiler does not know: otherwise it would merge product and sum, and round once instead of twice.
+    """
+    if ACT == "silu_of_bfloat16":
+        # Near enough that every bfloat16 x gives the same bfloat16 result (tests/test_gpu.py tries all of them). The
+        # reciprocal is kept 16 times too large, so that it is a normal number for every x.
+        e = tl.exp2(x * -1.4426950408889634)
+        y = (x * libdevice.fast_dividef(1.0, tl.fma(e, 0.0625, 0.0625))) * 0.0625
+    elif ACT == "silu":
+        y = tl.div_rn(x, libdevice.exp(-x) + 1.0)
+    elif ACT == "swish":
+        y = x * tl.div_rn(1.0, libdevice.exp(-x) + 1.0)
+    elif ACT == "gelu_tanh":
+        inner = tl.fma(x * x * x * 0.044715, one, x) * 0.7978845608028654
+        y = (x * 0.5) * (libdevice.tanh(inner) + 1.0)
+    else:
+        tl.static_assert(ACT == "gelu", "unknown activation")
+        y = (x * 0.5) * (libdevice.erf(x * 0.7071067811865476) + 1.0)
+    return y
+
+
+@triton.jit
+def product(gate, up, gate_at, up_at, mask, one, ACT: tl.constexpr, CAST_FIRST: tl.constexpr, DTYPE: tl.constexpr):
+    """The value: activated gate times up, with the roundings of the graph."""
+    g = tl.load(gate + gate_at, mask=mask, other=0.0)
+    u = tl.load(up + up_at, mask=mask, other=0.0)
+    a = activated(g.to(tl.float32), one, ACT)
+    if CAST_FIRST:
+        a = a.to(dtype_called(DTYPE))
+        if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
+            y = a * u
+        else:
+            y = a.to(tl.float32) * u.to(tl.float32)
+    else:
+        y = (a * u.to(tl.float32)).to(dtype_called(DTYPE))
+    return y
+
+
+@triton.jit
+def act_mul_quant_kernel(
+    gate,
+    up,
+    scale,
+    maxima,
+    q,
+    scale_out,
+    value_out,
+    maxima_out,
+    rows,
+    gate_stride,
+    up_stride,
+    one,
+    GATE_FROM: tl.constexpr,
+    UP_FROM: tl.constexpr,
+    STEP: tl.constexpr,
+    DENSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACT: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    GROUPED: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+    FACTOR_STEPS: tl.constexpr,
+    VALUE_STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILES: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Element i of a row's gate is at ``GATE_FROM + STEP * i``, up likewise; ``DENSE``: all is contiguous.
+
+    A scale for each row: a program takes a row, ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements (padded
+    to ``SEGMENT``, a power of two). Otherwise rows do not matter: the tensor is one sequence of segments, and a program
+    takes ``SEGMENTS`` of them, in ``GROUPED`` kernels with a scale for each.
+
+    Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
+    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
+    """
+    ONE_SCALE: tl.constexpr = scale is not None or maxima is not None
+    BY_ROW: tl.constexpr = not (ONE_SCALE or GROUPED or maxima_out is not None)
+    IN_ROW: tl.constexpr = WIDTH // BLOCK
+    COLUMNS: tl.constexpr = SEGMENTS * BLOCK
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    element = tl.arange(0, SEGMENT)[None, :]
+
+    if ONE_SCALE:
+        if scale is not None:
+            whole = tl.load(scale)
+        else:
+            whole = whole_maximum(maxima, PARTS).to(dtype_called(VALUE))
+            if tl.program_id(0) == 0:
+                tl.store(scale_out, apply_steps(SCALE_STEPS, whole, whole))
+        factor = apply_steps(FACTOR_STEPS, whole, whole)
+
+    if BY_ROW:
+        for this in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row = this.to(tl.int64)
+            top = 0.0
+            for tile in tl.static_range(TILES):
+                columns = tile * COLUMNS + segment * BLOCK + element
+                mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
+                gate_at = row * gate_stride + GATE_FROM + STEP * columns
+                up_at = row * up_stride + UP_FROM + STEP * columns
+                y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+                size = tl.abs(y).to(tl.float32)
+                top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
+            largest = top.to(dtype_called(VALUE))
+            factor = apply_steps(FACTOR_STEPS, largest, largest)
+            tl.store(scale_out + row, apply_steps(SCALE_STEPS, largest, largest))
+            for tile in tl.static_range(TILES):
+                columns = tile * COLUMNS + segment * BLOCK + element
+                mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
+                if TILES > 1:
+                    gate_at = row * gate_stride + GATE_FROM + STEP * columns
+                    up_at = row * up_stride + UP_FROM + STEP * columns
+                    y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+                if value_out is not None:
+                    tl.store(value_out + row * WIDTH + columns, y, mask=mask)
+                codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+                tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
+    else:
+        total = rows * IN_ROW
+        best = 0.0
+        for first in range(tl.program_id(0) * SEGMENTS, total, tl.num_programs(0) * SEGMENTS):
+            at = first + segment
+            row = at // IN_ROW
+            columns = (at - row * IN_ROW) * BLOCK + element
+            mask = (at < total) & (element < BLOCK)
+            at = at.to(tl.int64)
+            if DENSE:
+                gate_at = at * BLOCK + element
+                up_at = gate_at
+            else:
+                gate_at = row.to(tl.int64) * gate_stride + GATE_FROM + STEP * columns
+                up_at = row.to(tl.int64) * up_stride + UP_FROM + STEP * columns
+            y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+            size = tl.abs(y).to(tl.float32)
+            if value_out is not None and maxima is None:
+                tl.store(value_out + at * BLOCK + element, y, mask=mask)
+            if maxima_out is not None:
+                best = nan_max(best, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
+            else:
+                if GROUPED:
+                    top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
+                    factor = apply_steps(FACTOR_STEPS, top, top)
+                codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+                tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
+                if GROUPED:
+                    tl.store(scale_out + at, apply_steps(SCALE_STEPS, top, top), mask=at < total)
+        if maxima_out is not None:
+            tl.store(maxima_out + tl.program_id(0), best)

@@ -1,0 +1,229 @@
+"""Which kernels compute a call, with which arguments: decided from shapes alone, for real and for fake tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...op import FusedOp
+from . import programs, rules
+
+F32 = torch.float32
+Int = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the call by name: an argument, an output, or scratch."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its name, how many programs, its arguments (tensors as ``Ref``), warps a program."""
+
+    kernel: str
+    grid: Int
+    arguments: Mapping[str, Any]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """All kernels of a call in order, and the scratch that they share: name -> (sizes, dtype)."""
+
+    launches: tuple[Launch, ...]
+    scratch: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+
+def rows_of(x: Tensor) -> tuple[Int, Int] | None:
+    """How many rows a tensor has and how far apart they are; None if they are not evenly spaced."""
+    rows, stride, follows = 1, None, None
+    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if not statically_known_true(size == 1):
+            if stride is None:
+                stride = step
+            elif not statically_known_true(step == follows):
+                return None
+            follows = step * size
+        rows = rows * size
+    return rows, x.shape[-1] if stride is None else stride
+
+
+def hint(size: Int, default: int) -> int:
+    """The example of a symbolic size."""
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else default
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _segment(width: int) -> int:
+    """A length that divides rows and is a power of two, if one of a useful size does."""
+    return math.gcd(width, 128)
+
+
+def of(op: FusedOp, arguments: Mapping[str, Any], saturates: bool) -> Launches:
+    """The kernels of a call that ``refuse`` accepts."""
+    return (_rms_norm_quant if op.family == "rms_norm_quant" else _act_mul_quant)(op, dict(arguments), saturates)
+
+
+def _quantiser(
+    op: FusedOp, arguments: Mapping[str, Any], width: int, value: torch.dtype, saturates: bool
+) -> dict[str, Any]:
+    static, block = "static" in op.features, arguments.get("block", 0)
+    return {
+        "scale": Ref("scale") if static else None,
+        "maxima": None,
+        "q": Ref("q"),
+        "scale_out": None if static else Ref("scale"),
+        "value_out": Ref("value") if "value" in op.features else None,
+        "maxima_out": None,
+        "WIDTH": width,
+        "BLOCK": block or width,
+        "VALUE": _name(value),
+        "GROUPED": 0 < block < width,
+        "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
+        "FACTOR_STEPS": programs.steps(arguments["factor_steps"]),
+        "VALUE_STEPS": programs.value_steps(
+            arguments["value_steps"], arguments["factor_steps"], arguments["quant_dtype"], static, saturates
+        ),
+        "PARTS": 1,
+    }
+
+
+def _finding(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes that make a kernel look for the largest value only."""
+    return {**common, "maxima_out": Ref("maxima"), "q": None, "scale_out": None}
+
+
+def _using(common: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes that make a kernel use the largest value that was found."""
+    return {**common, "maxima": Ref("maxima"), "PARTS": rules.PARTS, "value_out": None}
+
+
+def _tiling(shape: rules.Shape) -> dict[str, Any]:
+    return {"SEGMENTS": shape.segments, "SEGMENT": shape.segment, "TILES": shape.tiles, "RUN": shape.run}
+
+
+def _programs(rows: Int, together: int) -> Int:
+    """Programs for all rows, at least one: a scale for the whole tensor is written even if there are no rows."""
+    programs: Int = torch.sym_max(1, (rows + together - 1) // together)  # type: ignore[assignment]
+    return programs
+
+
+def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
+    x, residual, weight = arguments["x"], arguments.get("residual"), arguments["weight"]
+    width = x.shape[-1]
+    found = rows_of(x)
+    assert found is not None
+    rows, stride = found
+    apart = rows_of(residual) if residual is not None else None
+    value = op.shape(**arguments)["value"][1]
+    quantiser = _quantiser(op, arguments, width, value, saturates)
+    sum_dtype = arguments.get("sum_dtype", x.dtype)
+    common = quantiser | {
+        "x": Ref("x"),
+        "residual": Ref("residual") if residual is not None else None,
+        "weight": Ref("weight") if weight is not None else None,
+        "residual_out": Ref("residual_out") if residual is not None else None,
+        "rows": rows,
+        "x_stride": stride,
+        "residual_stride": apart[1] if apart is not None else 0,
+        "EPS": arguments["eps"],
+        "OFFSET": arguments["offset"],
+        "CAST_FIRST": arguments["cast_first"],
+        "SUM": _name(sum_dtype),
+        "DTYPE": _name(arguments["dtype"]),
+    }
+    shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
+    common |= {
+        "ROWS": shape.rows,
+        "SEGMENTS": shape.segments,
+        "SEGMENT": shape.segment,
+        "TILES": shape.tiles,
+        "RUN": shape.run,
+    }
+    grid = _programs(rows, shape.rows)
+    if "static" in op.features or arguments["block"]:
+        return Launches((Launch("rms_norm_quant", grid, common, shape.warps),))
+    finding, using = _finding(common), _using(common)
+    if residual is not None:
+        using["residual_out"] = None
+        if arguments.get("residual_dtype", x.dtype) == sum_dtype:
+            using |= {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
+    return Launches(
+        (
+            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps),
+            Launch("rms_norm_quant", grid, using, shape.warps),
+        ),
+        {"maxima": ((rules.PARTS,), F32)},
+    )
+
+
+def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> str:
+    """The activation, or its faster equal from bfloat16 to bfloat16."""
+    act, first = arguments["act"], arguments["gate_up" if "gate_up" in arguments else "gate"]
+    short = first.dtype == arguments["dtype"] == value == torch.bfloat16 and arguments["cast_first"]
+    return "silu_of_bfloat16" if short and act in ("silu", "swish") else act
+
+
+def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
+    packed = "packed" in op.features
+    gate = arguments["gate_up" if packed else "gate"]
+    up = gate if packed else arguments["up"]
+    width = gate.shape[-1] // 2 if packed else gate.shape[-1]
+    found, apart = rows_of(gate), rows_of(up)
+    assert found is not None
+    assert apart is not None
+    rows, stride = found
+    interleaved = arguments.get("interleaved", False)
+    second = (1 if interleaved else width) if packed else 0
+    gate_first = arguments.get("gate_first", True)
+    value = op.shape(**arguments)["value"][1]
+    quantiser = _quantiser(op, arguments, width, value, saturates)
+    by_row = "static" not in op.features and arguments["block"] == width
+    common = quantiser | {
+        "gate": Ref("gate_up" if packed else "gate"),
+        "up": Ref("gate_up" if packed else "up"),
+        "rows": rows,
+        "gate_stride": stride,
+        "up_stride": apart[1],
+        "one": 1.0,
+        "GATE_FROM": 0 if gate_first else second,
+        "UP_FROM": second if gate_first else 0,
+        "STEP": 2 if packed and interleaved else 1,
+        "DENSE": not packed and all(statically_known_true(s == width) for s in (stride, apart[1])),
+        "ACT": _activation(arguments, value),
+        "CAST_FIRST": arguments["cast_first"],
+        "DTYPE": _name(arguments["dtype"]),
+    }
+    if by_row:
+        shape = rules.row(width, hint(rows, rules.FEW))
+        grid = _programs(rows, 1)
+    else:
+        if not common["GROUPED"]:
+            common["BLOCK"] = _segment(width)
+        segments = rows * (width // common["BLOCK"])
+        shape = rules.flat(common["BLOCK"], hint(segments, rules.FEW * 2048), common["GROUPED"], packed)
+        grid = _programs(segments, shape.segments)
+    common |= _tiling(shape)
+    if "static" in op.features or arguments["block"]:
+        return Launches((Launch("act_mul_quant", grid, common, shape.warps),))
+    return Launches(
+        (
+            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps),
+            Launch("act_mul_quant", grid, _using(common), shape.warps),
+        ),
+        {"maxima": ((rules.PARTS,), F32)},
+    )

@@ -1,0 +1,124 @@
+"""Inside a compiled graph a fused op becomes kernels that Inductor launches itself, as it does a user's.
+
+The op stays in the graph, so its name shows in every dump; only Inductor's last stage, from graph to code, looks
+through it. Then a call costs what a generated kernel's does, where an opaque op goes through the dispatcher and costs
+several times that; outputs are buffers that Inductor plans; and kernels are compiled and cached with the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.virtualized import V
+
+from ...op import OPS, FusedOp
+from . import kernel, launches, saturates
+
+NAME = "triton"
+
+
+class _Launch(ir.UserDefinedTritonKernel):
+    """A kernel of which it is known what it writes.
+
+    Inductor finds out about a user's kernel by compiling it once more and reading its code. That takes longer than all
+    the rest of a site's compilation, and where it fails, inputs count as written to.
+    """
+
+    def __init__(self, kernel_idx: int, grid: Any, arguments: Mapping[str, Any], written: Sequence[str]) -> None:
+        given = {
+            name: self.unwrap_storage_for_input(self.realize_input(value)) if isinstance(value, ir.TensorBox) else value
+            for name, value in arguments.items()
+        }
+        inputs = [value for value in given.values() if isinstance(value, ir.IRNode)]
+        self.device = inputs[0].get_device()
+        constants = tuple(value for value in given.values() if not isinstance(value, ir.IRNode))
+        super(ir.UserDefinedTritonKernel, self).__init__(
+            None, ir.NoneLayout(device=self.device), inputs, constants, given
+        )
+        self.kernel_idx, self.grid = kernel_idx, grid
+        function: Any = self.get_kernel_and_metadata()[0]
+        self.ordered_kwargs_for_cpp_kernel = [name for name in function.arg_names if name in arguments]
+        self.mutable_args = [arguments[name] for name in written]
+        self.mutation_outputs = [
+            ir.MutationOutput(ir.NoneLayout(device=self.device), written_to, self) for written_to in self.mutable_args
+        ]
+        V.graph.register_operation(self)
+
+    def can_fuse_epilogue(self) -> bool:
+        return False
+
+
+# What the kernels write, by the names of their arguments.
+WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
+
+
+@functools.cache
+def _configured(name: str, warps: int) -> Any:
+    """A kernel with a number of warps, in the form in which Inductor takes one."""
+    triton: Any = import_module("triton")
+    return triton.autotune([triton.Config({}, num_warps=warps)], key=[])(kernel(name))
+
+
+def _expression(value: Any) -> Any:
+    """A size as Inductor has it."""
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def _empty(sizes: Sequence[Any], dtype: torch.dtype, device: torch.device) -> ir.TensorBox:
+    strides = ir.FlexibleLayout.contiguous_strides([_expression(size) for size in sizes])
+    make = lowerings[torch.ops.aten.empty_strided.default]
+    return make([_expression(size) for size in sizes], strides, dtype=dtype, device=device)
+
+
+def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> ir.TensorBox | tuple[ir.TensorBox, ...]:
+    """The kernels of a call: ``given`` has its arguments for Inductor, ``fakes`` the same as fake tensors."""
+    first = next(value for value in fakes.values() if isinstance(value, Tensor))
+    tensors = {
+        name: ir.ExternKernel.require_exact_strides(value, fakes[name].stride())
+        for name, value in given.items()
+        if isinstance(fakes[name], Tensor)
+    }
+    outputs = {name: _empty(*op.shape(**fakes)[name], first.device) for name in op.outputs}
+    plan = launches.of(op, fakes, saturates())
+    scratch = {name: _empty(sizes, dtype, first.device) for name, (sizes, dtype) in plan.scratch.items()}
+    known = tensors | scratch | outputs
+    for launch in plan.launches:
+        arguments = {
+            name: known[value.name] if isinstance(value, launches.Ref) else _expression(value)
+            for name, value in launch.arguments.items()
+        }
+        written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]
+        index = kernel_side_table.add_kernel(_configured(launch.kernel, launch.warps))
+        _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written)
+    ordered = [outputs[name] for name in op.outputs]
+    return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+def _lowering(op: FusedOp) -> Any:
+    opaque = fallback_handler(op.target, add_to_fallback_set=False)
+    names = [*op.arguments, "provider"]
+
+    def lower(*args: Any) -> Any:
+        if len(args) < len(names) or args[-1] != NAME:
+            return opaque(*args)
+        node = V.graph.current_node
+        fakes = [value.meta["val"] if isinstance(value, fx.Node) else value for value in node.args]
+        return _lower(op, dict(zip(op.arguments, args, strict=False)), dict(zip(op.arguments, fakes, strict=False)))
+
+    return lower
+
+
+@functools.cache
+def register() -> None:
+    """Tell Inductor how to lower every fused op; calls for other providers stay what they are, opaque."""
+    for overloads in OPS.values():
+        for op in overloads.values():
+            register_lowering(op.target, type_promotion_kind=None)(_lowering(op))

@@ -1,0 +1,79 @@
+"""How kernels are launched: a small rule of the row's width and the number of rows.
+
+Found on an NVIDIA H200 (torch 2.11.0, triton 3.6.0, 2026-11-21) by timing, in CUDA graphs, 1 to 32 warps, 8 or 16
+elements a thread and several numbers of programs, for widths of 2880, 4096, 8192 and 14336 and for 1, 32 and 8192 to
+32768 rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The most elements that one program holds at a time; wider rows are read in tiles, more than once.
+TILE = 16384
+# Programs that look for the maximum of a whole tensor, each leaving one number. A power of two.
+PARTS = 512
+# Fewer rows than this leave processors idle: then only the time of one program counts, not its registers.
+FEW = 256
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program takes.
+
+    rows, segments: at a time; segment: a segment's length, padded to a power of two; tiles: of a row; warps: that work
+    on it; run: consecutive elements of a thread.
+    """
+
+    rows: int
+    segments: int
+    segment: int
+    tiles: int
+    warps: int
+    run: int
+
+
+def _tile(width: int, block: int) -> tuple[int, int, int, int]:
+    """(rows, segments, segment, tiles) for whole rows; narrow ones are taken together."""
+    segment = power_of_two(block)
+    segments = min(power_of_two(width // block), max(1, TILE // segment))
+    tiles = -(-width // (segments * block))
+    return max(1, 1024 // (segments * segment)), segments, segment, tiles
+
+
+def _warps(wanted: int, elements: int) -> int:
+    """``wanted`` unless there are fewer elements than threads can take four of."""
+    return max(1, min(wanted, elements // 128))
+
+
+def norm(width: int, block: int, rows: int) -> Shape:
+    """For norms; ``block`` is the length of a segment, ``rows`` a hint."""
+    together, segments, segment, tiles = _tile(width, block)
+    elements = together * segments * segment
+    grouped = block < width
+    warps = 8 if rows < FEW or elements > 8192 else 4
+    return Shape(together, segments, segment, tiles, _warps(warps, elements), 16 if grouped and rows >= FEW else 8)
+
+
+def row(width: int, rows: int) -> Shape:
+    """For activations with a scale for each row."""
+    _, segments, segment, tiles = _tile(width, width)
+    warps = (16 if segment <= 4096 else 32) if rows < FEW else (8 if segment <= 4096 else 16)
+    return Shape(1, segments, segment, tiles, _warps(warps, segment), 8)
+
+
+def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape:
+    """For activations whose rows do not matter."""
+    segment = power_of_two(block)
+    few = segments_in_all * segment < FEW * 2048
+    segments = max(1, (1024 if few else 2048) // segment)
+    if few or not (grouped or packed):
+        warps, run = (4, 8) if few else (8, 8)
+    else:
+        warps, run = (2, 16) if packed else (4, 8)
+    return Shape(1, segments, segment, 1, _warps(warps, segments * segment), run)
