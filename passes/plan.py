@@ -226,6 +226,10 @@ def _attempt(
     if base is None:
         raise Refused(f"overload: {fusion.family} has none for {', '.join(sorted(features))}")
     dead = _dead(nodes, {node for node, name in outputs.items() if name in base.outputs})
+    for position, record in enumerate(chain):
+        if record.rooted is not None and record.root not in dead:
+            chain = [*chain[:position], record.rooted, *chain[position + 1 :]]
+            return _attempt(fusion, chain, group, features, options, training, writes)
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
     op = find(fusion.family, features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -24,6 +24,7 @@ class Record:
     """A recognised form: one value (``outputs[form.output]``), what it is computed from, and how.
 
     branches: attributes that came with further outputs; they override ``attributes``.
+    rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
@@ -40,6 +41,7 @@ class Record:
     root: fx.Node
     serves: str | None = None
     refusal: str | None = None
+    rooted: Record | None = None
 
 
 @dataclass
@@ -131,25 +133,31 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 continue
-            outputs, nodes, branches = {form.output: node}, {node, *found.nodes}, {}
-            for branch in form.branches:
-                end = follow(branch, found, node)
-                if end is not None:
-                    outputs[branch.output], branches[branch.steps], way = end
-                    nodes.update(way)
-            return Record(
+            record = Record(
                 kind=form.kind,
                 variant=completion.variant or form.name,
                 inputs=found.inputs,
-                outputs=outputs,
+                outputs={form.output: node},
                 attributes=completion.attributes,
-                branches=branches,
+                branches={},
                 features=completion.features,
-                nodes=frozenset(nodes - set(found.inputs.values())),
+                nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
                 root=node,
                 serves=form.serves,
                 refusal=completion.refusal,
             )
+            for branch in form.branches:
+                end = follow(branch, found, node)
+                if end is not None:
+                    last, steps, way = end
+                    record = replace(
+                        record,
+                        outputs={**record.outputs, branch.output: last},
+                        branches={**record.branches, branch.attribute: branch.value(last, steps)},
+                        nodes=record.nodes.union(way),
+                        rooted=record if branch.output == form.output else None,
+                    )
+            return record
     return None
 
 

@@ -178,7 +178,7 @@ FORMS = (
         _quantised(OneOf((FACTOR, SPREAD))),
         output="q",
         complete=_complete_dynamic,
-        branches=(Branch("scale", source="maximum", start=_start, steps="scale_steps", test=_is_scale),),
+        branches=(Branch("scale", source="maximum", attribute="scale_steps", test=_is_scale, start=_start),),
     ),
     Form(
         "fp8_quant",

@@ -163,16 +163,19 @@ class Completion:
 class Branch:
     """A second output, looked for forward from the node named ``source`` through scalar operations and views.
 
-    It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts; the
-    operations up to it, after those of ``start``, become the attribute ``steps``. Records that differ only in whether
-    they have the branch compute the same.
+    It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts, where
+    ``steps`` is the program of ``start`` and of the operations up to it; ``value(node, steps)`` becomes the attribute
+    ``attribute``. Records that differ only in whether they have the branch compute the same.
+
+    A branch whose ``output`` is also the form's takes the place of the form's value, unless that is read elsewhere.
     """
 
     output: str
     source: str
-    start: Callable[[Found], tuple[str, ...]]
-    steps: str
+    attribute: str
     test: Callable[[fx.Node, str], bool]
+    start: Callable[[Found], tuple[str, ...]] = lambda found: ()
+    value: Callable[[fx.Node, str], Any] = lambda node, steps: steps
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from torch import fx
 from .language import (
     FLOATS,
     HALVES,
+    Branch,
     Call,
     Completion,
     Const,
     Form,
     Found,
+    Named,
     OneOf,
     Pattern,
     Var,
@@ -103,18 +105,30 @@ def _complete_residual(root: fx.Node, found: Found) -> Completion | str:
     x, residual = found.inputs["x"], found.inputs["residual"]
     if not same_shape(shape(x), shape(residual)):
         return "the residual is broadcast"
-    if dtype(x) != dtype(residual):
-        return f"the residual is {dtype(residual)}, the activation {dtype(x)}"
-    return Completion(features=frozenset({"add"}))
+    for node in (x, residual):
+        if dtype(node) not in FLOATS:
+            return f"{node.name}, which is added, is {dtype(node)}"
+    # one rounding of the exact sum, whether the operands were converted by the graph or by type promotion
+    return Completion({"sum_dtype": dtype(root), "residual_dtype": dtype(root)}, frozenset({"add"}))
 
 
 RESIDUAL_FORMS = (
     Form(
         "residual_add",
         "residual_add",
-        Call((aten.add.Tensor,), (Var("residual"), Var("x"))),
+        Named("sum", Call((aten.add.Tensor,), (in_float32(Var("residual")), in_float32(Var("x"))))),
         output="residual_out",
         complete=_complete_residual,
+        # inference engines normalise the float32 sum, and pass on its rounded copy
+        branches=(
+            Branch(
+                "residual_out",
+                source="sum",
+                attribute="residual_dtype",
+                test=lambda node, steps: steps in ("bfloat16", "float16"),
+                value=lambda node, steps: dtype(node),
+            ),
+        ),
         serves="rms_norm",
     ),
 )

@@ -329,6 +329,26 @@ def _add_dead(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor,
     return lambda x, r, w, *scale: quantise(norm(x + r, w), *scale)
 
 
+def _add_float32_sum(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    """As inference engines do: the sum is normalised in float32, and passed on rounded."""
+
+    def call(x: Tensor, r: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        summed = x.float() + r.float()
+        return (*quantise(norm(summed, w).to(x.dtype), *scale), summed.to(x.dtype))
+
+    return call
+
+
+def _add_float32_residual(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    """A residual stream in float32, whatever the activations are."""
+
+    def call(x: Tensor, r32: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        summed = r32 + x
+        return (*quantise(norm(summed, w).to(x.dtype), *scale), summed)
+
+    return call
+
+
 def _value(norm: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
     def call(x: Tensor, w: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
         value = norm(x, w)
@@ -376,6 +396,8 @@ NORM_FUSIONS = (
     FusionCase("norm_value", "rms_norm_quant", "", "value", _value, ("x", "w")),
     FusionCase("add_norm_value", "rms_norm_quant", "add", "value", _add_value, ("x", "r", "w")),
     FusionCase("norm_thrice", "rms_norm_quant", "", "", _thrice, ("x", "w")),
+    FusionCase("add_norm_float32_sum", "rms_norm_quant", "add", "", _add_float32_sum, ("x", "r", "w")),
+    FusionCase("add_norm_float32_residual", "rms_norm_quant", "add", "", _add_float32_residual, ("x", "r32", "w")),
 )
 ACT_FUSIONS = (
     FusionCase("act", "act_mul_quant", "", "", _act, ("x2",)),
@@ -402,6 +424,7 @@ def tensors(names: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, 
     known = {
         "x": lambda: make(*sizes, H),
         "r": lambda: make(*sizes, H),
+        "r32": lambda: make(*sizes, H).float(),
         "x2": lambda: make(*sizes, 2 * H),
         "w": lambda: weight,
         "w2": lambda: weight * 3,

@@ -60,6 +60,19 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert all(site.where for site in made.sites) or family == "T5"  # whose activation is in the outermost module
 
 
+def test_sums_in_float32_are_fused() -> None:
+    """An engine's norms take the residual with them, and no addition is left over."""
+    model = models.build("engine")
+    models.QUANTISATIONS["PerTensor"](model)
+    result = checked(model)
+    with torch.no_grad():
+        result.call(models.tokens(2))
+    assert result.oracle.identical
+    norms = [variant for variant in result.variants if variant.startswith("rms_norm_quant")]
+    assert norms == ["rms_norm_quant:tensor", *["rms_norm_quant:add+tensor"] * (2 * models.LAYERS)]
+    assert "aten.add.Tensor" not in result.targets
+
+
 def test_one_dynamic_graph_serves_all_lengths() -> None:
     model = models.build("Llama")
     models.QUANTISATIONS["PerRow"](model)

@@ -64,6 +64,7 @@ class Source:
         known = {
             "x": ((*self.sizes, self.width), self.dtype),
             "r": ((*self.sizes, self.width), self.dtype),
+            "r32": ((*self.sizes, self.width), F32),
             "x2": ((*self.sizes, 2 * self.width), self.dtype),
             "w": ((self.width,), self.dtype),
             "w32": ((self.width,), F32),
@@ -133,6 +134,8 @@ SOURCES = (
     combined("add_norm_dead_residual", "R1", "Q7_128"),
     combined("norm_value", "R1'", "Q5_unclamped"),
     combined("add_norm_value", "R2'", "Q1b"),
+    combined("add_norm_float32_sum", "R1'", "Q3"),
+    combined("add_norm_float32_residual", "R4", "Q1r", dtype=F16),
     combined("norm_thrice", "R3", "Q4"),
     combined("norm_thrice", "R1", "Q2_half"),
     combined("act", "S1", "Q3", **SQUARE),

@@ -9,7 +9,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import checked, fused
+from conftest import Checked, checked, fused
 from torch import Tensor, fx
 
 from aiter_fusion import config
@@ -17,7 +17,7 @@ from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
 from aiter_fusion.passes.verify import same_bits
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 def inputs(*names: str, sizes: tuple[int, ...] = (4,)) -> list[Tensor]:
@@ -154,10 +154,53 @@ def test_a_residual_with_alpha_stays_outside() -> None:
     assert result.variants == ["rms_norm_quant:token"]
 
 
-def test_a_residual_in_another_dtype_stays_outside() -> None:
+def dtypes_of_the_sum(result: Checked) -> list[tuple[torch.dtype, torch.dtype]]:
+    """(sum_dtype, residual_dtype) of every fused op with a residual."""
+    calls = [n for g in result.oracle.graphs for n in g.after.graph.nodes if "rms_norm_quant.add" in str(n.target)]
+    return [(call.args[2], call.args[3]) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("read", "residual_dtype"),
+    [
+        (lambda summed: (), F32),
+        (lambda summed: (summed,), F32),
+        (lambda summed: (summed.to(BF16),), BF16),
+        (lambda summed: (summed.to(torch.float16).view(-1),), torch.float16),
+        (lambda summed: (summed.to(BF16), summed * 2), F32),  # the rounded copy is made from the float32 sum
+        (lambda summed: ((summed * 2).to(BF16),), F32),
+        (lambda summed: (summed.to(BF16), *cases.q3(cases.no_weight(summed, summed))), F32),
+    ],
+    ids=["unread", "wide", "rounded", "half_behind_a_view", "both", "scaled", "another_norm"],
+)
+def test_what_is_read_of_a_float32_sum(read: Callable[..., tuple[Tensor, ...]], residual_dtype: torch.dtype) -> None:
+    """The op returns the sum as the graph passes it on, and no addition remains beside it."""
+
     def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        summed = r.float() + x
-        return (*cases.q1_row(cases.llama(summed, w)), summed)
+        summed = x.float() + r.float()
+        return (*cases.q3(cases.llama(summed, w).to(BF16)), *read(summed))
+
+    result = fused(fn, *inputs("x", "r", "w"))
+    assert result.variants[0] == "rms_norm_quant:add+token"
+    assert dtypes_of_the_sum(result) == [(F32, residual_dtype)]
+    assert "aten.add.Tensor" not in result.targets
+
+
+def test_operands_of_three_dtypes() -> None:
+    """One operand converted by the graph, the other by type promotion, in either order."""
+    x, r, w = inputs("x", "r", "w")
+    for fn in (
+        lambda x, r, w: cases.q3(cases.llama(x.float() + r, w)),
+        lambda x, r, w: cases.q3(cases.llama(x + r, w)),
+        lambda x, r, w: cases.q3(cases.llama(r + x.to(BF16), w)),
+    ):
+        result = fused(fn, x.to(torch.float16), r, w)
+        assert result.variants == ["rms_norm_quant:add+token"]
+
+
+def test_a_residual_in_float64_stays_outside() -> None:
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return cases.q1_row(cases.llama((r.double() + x).float(), w))
 
     assert fused(fn, *inputs("x", "r", "w")).variants == ["rms_norm_quant:token"]
 

@@ -20,6 +20,8 @@ NORM = {
     "cast_first": "bool",
     "dtype": "ScalarType",
 }
+# summed = residual.to(sum_dtype) + x.to(sum_dtype) is normalised; summed.to(residual_dtype) is returned
+ADD = {"residual": "Tensor", "sum_dtype": "ScalarType", "residual_dtype": "ScalarType"}
 
 
 def rms_norm(
@@ -49,20 +51,26 @@ def _value_dtype(weight: Tensor | None, cast_first: bool, dtype: torch.dtype) ->
 def _declaration(features: frozenset[str]) -> FusedOp:
     add = "add" in features
 
-    def reference(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
-        summed = x if residual is None else residual + x
+    def reference(
+        x: Tensor,
+        residual: Tensor | None = None,
+        sum_dtype: torch.dtype | None = None,
+        residual_dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> dict[str, Tensor]:
+        summed = x if residual is None else residual.to(sum_dtype) + x.to(sum_dtype)
         norm = {name: arguments.pop(name) for name in NORM}
         value = rms_norm(summed, **norm).contiguous()
         return {
             **fp8_quant.reference(value, **arguments),
             "value": value,
-            "residual_out": summed.contiguous(),
+            "residual_out": summed.to(residual_dtype).contiguous(),
         }
 
-    def shape(x: Tensor, residual: Tensor | None = None, **arguments: Any) -> dict[str, Spec]:
+    def shape(x: Tensor, residual_dtype: torch.dtype | None = None, **arguments: Any) -> dict[str, Spec]:
         norm = {name: arguments.pop(name) for name in NORM}
         dtype = _value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
-        return {**fp8_quant.shape(x.shape, dtype, **arguments), "residual_out": (x.shape, x.dtype)}
+        return {**fp8_quant.shape(x.shape, dtype, **arguments), "residual_out": (x.shape, residual_dtype or x.dtype)}
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
@@ -77,20 +85,25 @@ def _declaration(features: frozenset[str]) -> FusedOp:
             rows = torch.Size(sizes[:-1]).numel()
             x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
             weight = fp8_quant.hostile_rows(1, 64, dtype, seed + 100)[0]
-            tensors = {"x": x} | ({"residual": x.flip(-1).contiguous()} if add else {})
+            residual = x.flip(-1).contiguous()
+            sums = [
+                {"residual": residual, "sum_dtype": dtype, "residual_dtype": dtype},
+                {"residual": residual, "sum_dtype": F32, "residual_dtype": dtype},
+                {"residual": residual.to(F32), "sum_dtype": F32, "residual_dtype": F32},
+            ]
             norms = [
                 {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype},
                 {"weight": weight.to(F32), "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
                 {"weight": None, "eps": 1e-6, "offset": None, "cast_first": False, "dtype": dtype},
             ]
-            for norm in norms:
+            for norm, summed in zip(norms, sums, strict=True):
                 for quant in fp8_quant.sample_arguments(features, 64):
-                    yield tensors | norm | quant
+                    yield {"x": x} | (summed if add else {}) | norm | quant
 
     return FusedOp(
         family="rms_norm_quant",
         features=features,
-        arguments={"x": "Tensor"} | ({"residual": "Tensor"} if add else {}) | NORM | fp8_quant.arguments(features),
+        arguments={"x": "Tensor"} | (ADD if add else {}) | NORM | fp8_quant.arguments(features),
         outputs=(*fp8_quant.outputs(features), *(("residual_out",) if add else ())),
         reference=reference,
         shape=shape,
