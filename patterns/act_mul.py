@@ -1,4 +1,4 @@
-"""Gated activations: ``act(gate) * up``, from two tensors or from the halves of one.
+"""Gated activations: ``act(gate) * up``, from two tensors, or from the halves or every other column of one.
 
 Each activation is written as Inductor decomposes it, since its rounding is part of the contract; the names are the
 values of the ops' argument ``act``.
@@ -7,6 +7,7 @@ values of the ops' argument ``act``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import getitem
 
 import torch
@@ -33,6 +34,7 @@ from .language import (
     in_float32,
     is_last_dim,
     mul,
+    number,
     same_shape,
     same_size,
     shape,
@@ -66,9 +68,24 @@ def _ends_at(half: int):
     return test
 
 
-def _half(half: int) -> Pattern:
-    """The first or second half of the columns of ``gate_up``, by split, split_with_sizes, chunk or slice."""
+def _is_offset(offset: int):
+    """Every other column from ``offset`` on is half of them only if their number is even."""
+
+    def test(node: fx.Node, start: object) -> bool:
+        return start == offset and same_size(shape(node.args[0])[-1] % 2, 0)  # type: ignore[arg-type]
+
+    return test
+
+
+def _part(half: int, interleaved: bool) -> Pattern:
+    """One half of the columns of ``gate_up``: the first or second by split, split_with_sizes, chunk or slice, or,
+    interleaved, the even or odd ones."""
     packed, last = Var("gate_up"), Attr("", is_last_dim)
+    if interleaved:
+        return Call(
+            (aten.slice.Tensor,),
+            (packed, last, Attr("", _is_offset(half)), Attr("", _ends_at(1)), Const(2)),
+        )
     split = Call(
         (aten.split.Tensor, aten.split_with_sizes.default),
         (packed, Attr("", _is_half), last),
@@ -115,30 +132,45 @@ ACTIVATIONS: dict[str, Callable[[Pattern], Pattern]] = {
     ),
 }
 
-# gate and up are the two halves of one tensor, in either order, or two tensors: With lets no other pair match.
-PACKED = [_half(0), _half(1)]
-GATE = OneOf(
-    (
-        With(PACKED[0], {"packed": True, "gate_first": True}),
-        With(PACKED[1], {"packed": True, "gate_first": False}),
-        With(Var("gate"), {"packed": False}),
+
+def _operand(name: str, first: bool) -> Pattern:
+    """gate and up are parts of one tensor, in either order, or two tensors: With lets no other pair match."""
+    parts = [
+        With(_part(half, interleaved), {"packed": True, "gate_first": (half == 0) == first, "interleaved": interleaved})
+        for interleaved in (False, True)
+        for half in (0, 1)
+    ]
+    return OneOf((*parts, With(Var(name), {"packed": False})))
+
+
+GATE, UP = _operand("gate", True), _operand("up", False)
+
+
+def _either(early: Pattern, product: Pattern) -> Pattern:
+    """The rounding before the product, or the product, in float32, rounded (or left so)."""
+    late = With(product, {"cast_first": False})
+    return OneOf(
+        (With(early, {"cast_first": True}), convert_to(late, "dtype", HALVES), With(late, {"dtype": F32})),
     )
-)
-UP = OneOf(
-    (
-        With(PACKED[1], {"packed": True, "gate_first": True}),
-        With(PACKED[0], {"packed": True, "gate_first": False}),
-        With(Var("up"), {"packed": False}),
-    )
-)
 
 
 def _pattern(act: str) -> Pattern:
-    """The activation rounded before the product, or the product rounded (or left in float32)."""
+    """The activation rounded before the product, or the product rounded."""
     activated = ACTIVATIONS[act](in_float32(GATE))
-    early = With(mul(convert_to(activated, "dtype", HALVES), UP), {"act": act, "cast_first": True})
-    product = With(_mul(activated, in_float32(UP)), {"act": act, "cast_first": False})
-    return OneOf((early, convert_to(product, "dtype", HALVES), With(product, {"dtype": F32})))
+    either = _either(mul(convert_to(activated, "dtype", HALVES), UP), _mul(activated, in_float32(UP)))
+    return With(either, {"act": act})
+
+
+# GPT-OSS: (clamp(up, -limit, limit) + 1) * (g * sigmoid(g * alpha)) with g = clamp(gate, max=limit). Half precision is
+# clamped in float32; every step rounds.
+CLAMPED_GATE = _call(aten.clamp_max.default, in_float32(GATE), number("limit"))
+CLAMPED_UP = _call(
+    aten.clamp_max.default, _call(aten.clamp_min.default, in_float32(UP), number("lower")), number("limit")
+)
+
+
+def _clamped_swiglu(gate: Pattern, up: Pattern) -> Pattern:
+    return mul(add(up, Const(1)), mul(gate, Call((aten.sigmoid.default,), (mul(gate, number("alpha")),))))
 
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:
@@ -151,4 +183,26 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
     return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())
 
 
-FORMS = tuple(Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS)
+def _complete_clamped(root: fx.Node, found: Found) -> Completion | str:
+    alpha, limit, lower = (float(found.attributes[name]) for name in ("alpha", "limit", "lower"))
+    if lower != -limit:
+        return f"up is clamped to {lower} and {limit}, which are not opposite"
+    completed = _complete(root, found)
+    if isinstance(completed, str):
+        return completed
+    return replace(completed, attributes={**completed.attributes, "act": f"clamped_swiglu={alpha!r},{limit!r}"})
+
+
+FORMS = (
+    *(Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS),
+    Form(
+        "act_mul",
+        "clamped_swiglu",
+        _either(
+            _clamped_swiglu(convert_to(CLAMPED_GATE, "dtype", HALVES), convert_to(CLAMPED_UP, "dtype", HALVES)),
+            _clamped_swiglu(CLAMPED_GATE, CLAMPED_UP),
+        ),
+        output="value",
+        complete=_complete_clamped,
+    ),
+)

@@ -121,6 +121,38 @@ def swish(x: Tensor) -> Tensor:
     return (x.float() * torch.sigmoid(x.float())).to(x.dtype)
 
 
+def interleaved(act: Callable[[Tensor], Tensor], up_first: bool = False) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        a, b = x[..., ::2], x[..., 1::2]
+        return a * act(b) if up_first else act(a) * b
+
+    return call
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    gate = gate.clamp(min=None, max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def gpt_oss(x: Tensor) -> Tensor:
+    return clamped_swiglu(x[..., ::2], x[..., 1::2])
+
+
+def gpt_oss_other_numbers(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return clamped_swiglu(gate, up, 0.3, 1)
+
+
+def gpt_oss_separate(x: Tensor) -> Tensor:
+    up, gate = x[..., ::2] * 1, x[..., 1::2] * 1
+    return clamped_swiglu(gate, up)
+
+
+def gpt_oss_rounded_late(x: Tensor) -> Tensor:
+    return clamped_swiglu(x[..., 1::2].float(), x[..., ::2].float()).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class ActForm:
     name: str
@@ -140,6 +172,12 @@ ACTS = (
     ActForm("S3_gelu_tanh", chunked(gelu_tanh, up_first=True), True),
     ActForm("S4", sliced, True),
     ActForm("S4_up_first", sliced_up_first, True),
+    ActForm("S7", interleaved(F.silu), True),
+    ActForm("S7_gelu_tanh", interleaved(gelu_tanh, up_first=True), True),
+    ActForm("S6", gpt_oss, True),
+    ActForm("S6_other_numbers", gpt_oss_other_numbers, True),
+    ActForm("S6_separate", gpt_oss_separate, False),
+    ActForm("S6_rounded_late", gpt_oss_rounded_late, True),
 )
 
 

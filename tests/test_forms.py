@@ -86,7 +86,7 @@ def test_every_dtype_and_rank(norm: cases.NormForm, sizes: tuple[int, ...], dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", RANKS, ids=str)
 def test_activations_of_every_dtype_and_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    for act in (cases.ACTS[0], cases.ACTS[5]):
+    for act in (act for act in cases.ACTS if act.name in ("S1", "S2", "S7", "S6", "S6_separate", "S6_rounded_late")):
         result = run(cases.ACT_FUSIONS[0], act, cases.QUANTS[0], sizes, dtype, rows=("normal", "nonfinite"))
         assert len(result.variants) == 1
 

@@ -71,10 +71,55 @@ def broadcast_up(x: Tensor) -> Tensor:
     return F.silu(x[..., : cases.H] * 1) * (x[:1, cases.H :] * 1)
 
 
-@pytest.mark.parametrize("act", [half_swish, half_silu, half_sigmoid_only, broadcast_up])
+def swiglu_clamped_elsewhere(x: Tensor) -> Tensor:
+    """Like GPT-OSS's, with bounds that are not opposite."""
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-5.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def swiglu_of_two_limits(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].clamp(max=5.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def swiglu_of_another_gate(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(up * 1.702))
+
+
+def swiglu_rounded_sometimes(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return ((up + 1).float() * (gate * torch.sigmoid(gate * 1.702)).float()).to(x.dtype)
+
+
+SWIGLUS = [swiglu_clamped_elsewhere, swiglu_of_two_limits, swiglu_of_another_gate, swiglu_rounded_sometimes]
+
+
+@pytest.mark.parametrize("act", [half_swish, half_silu, half_sigmoid_only, broadcast_up, *SWIGLUS])
 def test_not_an_activation(act: Callable[[Tensor], Tensor]) -> None:
     """In half precision every step rounds."""
     assert fused(lambda x2: cases.q3(act(x2)), *inputs("x2")).report.replaced == {}
+
+
+def test_interleaved_columns_of_an_odd_number() -> None:
+    """Two even columns and one odd: up is broadcast."""
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(F.silu(x[..., ::2]) * x[..., 1::2])
+
+    assert fused(fn, torch.randn(4, 3).to(BF16)).report.replaced == {}
+
+
+def test_columns_that_are_not_the_two_interleaved_parts() -> None:
+    """Every other column, but of another part, or up to another end: two tensors to the op."""
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        even, odd = x[..., ::2], x[..., 1::2]
+        part = x[..., : cases.H : 2]
+        return (*cases.q3(F.silu(even) * even), *cases.q3(F.silu(odd[..., :128]) * part))
+
+    result = fused(fn, *inputs("x2"))
+    assert result.variants == ["act_mul_quant:token"] * 2
 
 
 def test_tensors_without_dimensions() -> None:

@@ -1,4 +1,4 @@
-"""Gated activation and FP8 quantisation, from two tensors or from the halves of one."""
+"""Gated activation and FP8 quantisation, from two tensors, or from the halves or every other column of one."""
 
 from __future__ import annotations
 
@@ -20,35 +20,57 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: (x * 0.5) * (torch.tanh((x + (x * x * x) * 0.044715) * 0.7978845608028654) + 1),
     "gelu": lambda x: (x * 0.5) * (torch.erf(x * 0.7071067811865476) + 1),
 }
+CLAMPED = "clamped_swiglu="  # alpha and limit follow, so that any are possible: "clamped_swiglu=1.702,7.0"
 ACT = {"act": "str", "cast_first": "bool", "dtype": "ScalarType"}
 
 
 def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.dtype) -> Tensor:
     """``act(gate) * up`` with the activation in float32.
 
-    gate, up ``[..., H]``; act: a key of ``ACTIVATIONS``, else a ValueError names the keys.
+    gate, up ``[..., H]``; act: a key of ``ACTIVATIONS`` or a clamped swiglu, else a ValueError names them.
     cast_first: ``act(gate32).to(dtype) * up``, else ``(act(gate32) * up32).to(dtype)``.
 
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    ``clamped_swiglu=<alpha>,<limit>`` is ``(clamp(up, -limit, limit) + 1) * (g * sigmoid(g * alpha))`` with
+    ``g = clamp(gate, max=limit)``. cast_first: the result of every operation (the two clamps of up are one) is rounded
+    to dtype, else all are in float32 and the last is.
+
+    Sources: Shazeer, "GLU Variants Improve Transformer", 2020; OpenAI, gpt-oss, 2025.
     """
+    if act.startswith(CLAMPED):
+        alpha, limit = map(float, act.removeprefix(CLAMPED).split(","))
+        return clamped_swiglu(gate, up, alpha, limit, dtype if cast_first else F32).to(dtype)
     if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"unknown activation {act!r}; known are {', '.join(ACTIVATIONS)}, {CLAMPED}<alpha>,<limit>")
     activated = ACTIVATIONS[act](gate.to(F32))
     return activated.to(dtype) * up if cast_first else (activated * up.to(F32)).to(dtype)
 
 
-def _halves(gate_up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
-    first, second = gate_up.tensor_split(2, -1)
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float, dtype: torch.dtype) -> Tensor:
+    """Every operation's result in ``dtype``; clamped in float32, which matters where ``dtype`` lacks the limit."""
+    gate = gate.to(F32).clamp_max(limit).to(dtype)
+    up = up.to(F32).clamp_min(-limit).clamp_max(limit).to(dtype)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def _value_dtype(up: Tensor, act: str, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, up.dtype) if cast_first and act in ACTIVATIONS else dtype
+
+
+def _parts(gate_up: Tensor, gate_first: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """gate and up of ``gate_up`` ``[..., 2 H]``: its halves, or interleaved its even and odd columns; gate_first says
+    whether the first of them is the gate."""
+    first, second = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.tensor_split(2, -1)
     return (first, second) if gate_first else (second, first)
 
 
 def _declaration(features: frozenset[str]) -> FusedOp:
     packed = "packed" in features
-    inputs = {"gate_up": "Tensor", "gate_first": "bool"} if packed else {"gate": "Tensor", "up": "Tensor"}
+    columns = {"gate_up": "Tensor", "gate_first": "bool", "interleaved": "bool"}
+    inputs = columns if packed else {"gate": "Tensor", "up": "Tensor"}
 
     def reference(**arguments: Any) -> dict[str, Tensor]:
         given = [arguments.pop(name) for name in inputs]
-        gate, up = _halves(*given) if packed else given
+        gate, up = _parts(*given) if packed else given
         value = act_mul(gate, up, **{name: arguments.pop(name) for name in ACT}).contiguous()
         return {**fp8_quant.reference(value, **arguments), "value": value}
 
@@ -56,8 +78,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         given = [arguments.pop(name) for name in inputs]
         act = {name: arguments.pop(name) for name in ACT}
         sizes = [*given[0].shape[:-1], given[0].shape[-1] // 2] if packed else given[0].shape
-        dtype = torch.promote_types(act["dtype"], given[0].dtype) if act["cast_first"] else act["dtype"]
-        return fp8_quant.shape(sizes, dtype, **arguments)
+        return fp8_quant.shape(sizes, _value_dtype(given[0], **act), **arguments)
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
@@ -71,11 +92,12 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         ):
             rows = torch.Size(sizes[:-1]).numel()
             both = fp8_quant.hostile_rows(rows, 128, dtype, seed).reshape(*sizes[:-1], 128)
-            gate, up = _halves(both, True)
-            for index, act in enumerate(ACTIVATIONS):
-                tensors = {"gate_up": both, "gate_first": index % 2 == 0} if packed else {"gate": gate, "up": up}
+            gate, up = _parts(both, True, False)
+            for index, act in enumerate([*ACTIVATIONS, f"{CLAMPED}1.702,7.0"]):
+                columns = {"gate_up": both, "gate_first": index % 2 == 0, "interleaved": index % 3 == 1}
+                tensors = columns if packed else {"gate": gate, "up": up}
                 for quant in fp8_quant.sample_arguments(features, 64):
-                    yield tensors | {"act": act, "cast_first": index < 2, "dtype": dtype} | quant
+                    yield tensors | {"act": act, "cast_first": index % 2 == 0, "dtype": dtype} | quant
 
     return FusedOp(
         family="act_mul_quant",
