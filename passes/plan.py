@@ -34,22 +34,33 @@ class Size:
     dim: int
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How an output takes the place of a node: reshaped to ``shape`` (``sizes`` are how to spell that in a graph; None
+    if it has this shape), then permuted by ``dims`` (None if not)."""
+
+    shape: torch.Size
+    sizes: tuple[int | Size, ...] | None
+    dims: tuple[int, ...] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """One fused op to insert.
 
     arguments: the op's arguments in order; nodes where they are values of the graph.
+    permuted:  for each argument to permute, the order of its dimensions.
     fakes:     its outputs by name, as fake tensors.
-    replaced:  for each node that the op replaces, the output that takes its place, and the sizes to reshape that
-               to, or None where it has the node's shape.
+    replaced:  for each node that the op replaces, the output that takes its place, and how.
     nodes:     all nodes of the records; those without users are erased afterwards.
     """
 
     op: FusedOp
     provider: Provider
     arguments: Mapping[str, Any]
+    permuted: Mapping[str, tuple[int, ...]]
     fakes: Mapping[str, Tensor]
-    replaced: Mapping[fx.Node, tuple[str, tuple[int | Size, ...] | None]]
+    replaced: Mapping[fx.Node, tuple[str, Fit]]
     nodes: frozenset[fx.Node]
 
 
@@ -250,12 +261,12 @@ def _attempt(
     arguments = _arguments(op, records)
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
     _check_order(inputs, replaced, dead)
-    _check_writes(inputs, nodes, writes)
     known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
+    known, permuted, fakes, fitted = _laid_out(op, known, replaced, dead)
+    nodes = nodes.union(fitted)
+    _check_writes(inputs, nodes, writes)
     provider = _provider(op, known, options)
-    fakes = op.allocate(**known)
-    fitted = {node: (name, _fit(node, name, fakes[name])) for node, name in replaced.items()}
-    return Plan(op, provider, arguments, fakes, fitted, nodes), features
+    return Plan(op, provider, arguments, permuted, fakes, fitted, nodes), features
 
 
 def _views_between(records: Sequence[Record]) -> set[fx.Node]:
@@ -355,17 +366,103 @@ def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provid
     raise Refused(refusals[0])
 
 
-def _fit(node: fx.Node, name: str, have: Tensor) -> tuple[int | Size, ...] | None:
-    """The sizes to reshape an output to so that it can take the place of ``node``, or None if it can as it is."""
+def _laid_out(
+    op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node]
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor], dict[fx.Node, tuple[str, Fit]]]:
+    """The op's arguments, those of them to permute, the outputs, and how these take the places of what is replaced.
+
+    Outputs are contiguous, but a norm of a permuted tensor is itself a permuted tensor. Then the rows are given to the
+    op in the order in which the results lie in memory, and the results are permuted back: both are views.
+    """
+    first = next(value for value in known.values() if isinstance(value, Tensor))
+    rows = first.shape[:-1]
+    orders = [_order(node.meta["val"], rows) for node in replaced]
+    refusals: list[str] = []
+    for order in dict.fromkeys([None, *orders]):
+        permuted = {}
+        if order is not None:
+            dims = (*order, len(order))
+            permuted = {
+                name: dims
+                for name, value in known.items()
+                if isinstance(value, Tensor) and value.dim() == len(dims) and same_shape(value.shape[:-1], rows)
+            }
+        given = known | {name: known[name].permute(dims) for name, dims in permuted.items()}
+        fakes = op.allocate(**given)
+        fitted: dict[fx.Node, tuple[str, Fit]] = {}
+        try:
+            for node, name in replaced.items():
+                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead)}
+        except Refused as refusal:
+            refusals.append(str(refusal))
+        else:
+            return given, permuted, fakes, fitted
+    others = [f"; with the rows in that order, {refusal.removeprefix('layout: ')}" for refusal in refusals[1:]]
+    raise Refused("".join([refusals[0], *others]))
+
+
+def _order(want: Tensor, rows: Sequence[Any]) -> tuple[int, ...] | None:
+    """The dimensions of rows, the outermost in memory first, if ``want`` is those rows densely in another order."""
+    count = len(rows)
+    if not same_shape(want.shape[:count], rows):
+        return None
+    left = [d for d in range(count) if not same_size(want.shape[d], 1)]
+    ones = [d for d in range(count) if d not in left]
+    inner: list[int] = []
+    expected: Any = 1
+    for size, stride in zip(reversed(want.shape[count:]), reversed(want.stride()[count:]), strict=True):
+        if not same_size(size, 1) and not same_size(stride, expected):
+            return None
+        expected = expected * size
+    while left:
+        dim = next((d for d in left if same_size(want.stride(d), expected)), None)
+        if dim is None:
+            return None
+        left.remove(dim)
+        inner.insert(0, dim)
+        expected = expected * want.shape[dim]
+    return None if inner == sorted(inner) else (*ones, *inner)
+
+
+def _fits(
+    node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, dead: set[fx.Node]
+) -> list[tuple[fx.Node, Fit]]:
+    """How an output takes the place of a node, or of the copies of it, if nothing else reads it."""
+    try:
+        return [(node, _fit(node, name, have, order))]
+    except Refused:
+        readers = [user for user in node.users if user not in dead]
+        if not readers or any(reader.target is not torch.ops.aten.clone.default for reader in readers):
+            raise
+        return [(reader, _fit(reader, name, have, order)) for reader in readers]
+
+
+def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None) -> Fit:
+    """How an output, whose rows are in ``order`` (None: as the op's inputs), takes the place of ``node``."""
     want = node.meta["val"]
     for what in ("dtype", "device"):
         if getattr(want, what) != getattr(have, what):
             raise Refused(f"layout: {node.name} has {what} {getattr(want, what)}, {name} {getattr(have, what)}")
+    dims = None
+    if order is not None and have.dim() >= len(order):
+        if want.dim() < len(order):
+            raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
+        outermost = (*order, *range(len(order), want.dim()))
+        want = want.permute(outermost)
+        dims = tuple(outermost.index(d) for d in range(want.dim()))
     expected = 1
     for size, stride in zip(reversed(want.shape), reversed(want.stride()), strict=True):
         if not same_size(size, 1) and not same_size(stride, expected):
-            raise Refused(f"layout: {node.name} has strides {tuple(want.stride())}; {name} is contiguous")
+            kind = "contiguous" if dims is None else "not in its order"
+            raise Refused(f"layout: {node.name} has strides {tuple(node.meta['val'].stride())}; {name} is {kind}")
         expected = expected * size
+    if dims is not None and not same_shape(want.shape[: len(order or ())], have.shape[: len(order or ())]):
+        raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
+    return Fit(want.shape, _sizes(node, name, want, have), dims)
+
+
+def _sizes(node: fx.Node, name: str, want: Tensor, have: Tensor) -> tuple[int | Size, ...] | None:
+    """How to spell the shape of ``want`` in a reshape of ``have``; None if it has that shape."""
     if same_shape(want.shape, have.shape):
         return None
     if not same_size(want.numel(), have.numel()):

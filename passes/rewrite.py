@@ -30,21 +30,27 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> None:
         inputs = [a for a in (*arguments, *plan.arguments.values()) if isinstance(a, fx.Node)]
         builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
         fakes = plan.op.pack(plan.fakes)
+        arguments = [
+            builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
+            for name, value in zip(plan.arguments, arguments, strict=True)
+        ]
         call = builder.add(plan.op.target, (*arguments, plan.provider.name), fakes)
         outputs = {
             name: call if len(plan.op.outputs) == 1 else builder.add(getitem, (call, index), plan.fakes[name])
             for index, name in enumerate(plan.op.outputs)
         }
         sharing: dict[str, list[fx.Node]] = {name: [] for name in outputs}
-        for node, (name, sizes) in plan.replaced.items():
+        for node, (name, fit) in plan.replaced.items():
             new, others = outputs[name], sharing[name]
             both_returned = node in returned and not returned.isdisjoint(others)
             if others and (both_returned or not written.isdisjoint([node, *others])):
                 # results that a caller or a later node may write to must stay tensors of their own
                 new = builder.add(aten.clone.default, (new,), plan.fakes[name].clone())
             others.append(node)
-            if sizes is not None:
-                new = builder.reshape(new, sizes, node.meta["val"].shape)
+            if fit.sizes is not None:
+                new = builder.reshape(new, fit.sizes, fit.shape)
+            if fit.dims is not None:
+                new = builder.permute(new, fit.dims)
             node.replace_all_uses_with(new)
             moved[node] = new
     for node in sorted({node for plan in plans for node in plan.nodes}, reverse=True):
@@ -66,6 +72,9 @@ class _Builder:
             self._last = self._graph.call_function(target, args)
         self._last.meta.update(self._meta, val=val)
         return self._last
+
+    def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
+        return self.add(aten.permute.default, (node, list(dims)), node.meta["val"].permute(dims))
 
     def reshape(self, node: fx.Node, sizes: tuple[int | Size, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""

@@ -64,11 +64,12 @@ def check(plan: Plan, site: str) -> str | None:
     known: dict[fx.Node, Any] = {node: _random_like(node.meta["val"], generator) for node in inputs}
     original = {node: _evaluate(node, known) for node in plan.replaced}
     arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
+    arguments |= {name: arguments[name].permute(dims) for name, dims in plan.permuted.items()}
     fused = implementation(plan.op, plan.provider.name)(**arguments)
-    for node, (name, _) in plan.replaced.items():
-        problem = _difference(
-            plan.op, plan.provider.exact, name, original[node], fused[name].reshape(original[node].shape)
-        )
+    for node, (name, fit) in plan.replaced.items():
+        have = fused[name].reshape([_hint(size) for size in fit.shape])
+        have = have if fit.dims is None else have.permute(fit.dims)
+        problem = _difference(plan.op, plan.provider.exact, name, original[node], have)
         if problem:
             raise MismatchError(
                 f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"

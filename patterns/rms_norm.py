@@ -65,8 +65,9 @@ EPS_IS_A_TENSOR = (
 
 
 def _either(product: Call) -> Pattern:
-    """The product rounded to half precision, or left in float32."""
-    return OneOf((convert_to(product, "dtype", HALVES), With(product, {"dtype": F32})))
+    """The product rounded to half precision, or left in float32; F.rms_norm copies that of a permuted tensor."""
+    copied = OneOf((product, Call((aten.clone.default,), (product, anything()))))
+    return OneOf((convert_to(copied, "dtype", HALVES), With(product, {"dtype": F32})))
 
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:

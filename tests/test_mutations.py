@@ -117,6 +117,17 @@ def returned_twice(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q3(value), *cases.q3(value))
 
 
+def permuted(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """All but the weight in another order of rows than their indices', and so are the results."""
+    summed = r.transpose(0, 1) + x.transpose(0, 1)
+    value = cases.llama(summed, w)
+    return (*cases.q3_tensor(value), value, summed)
+
+
+def permuted_and_copied(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return cases.q1_row(cases.gemma(x.transpose(0, 1), w))
+
+
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
@@ -152,6 +163,8 @@ SOURCES = (
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2),
     Source("norm_and_activation", norm_and_activation, ("x", "w"), sites=2),
     Source("returned_twice", returned_twice, ("x", "w")),
+    Source("permuted", permuted, ("x", "r", "w"), sizes=(2, 3)),
+    Source("permuted_and_copied", permuted_and_copied, ("x", "w"), sizes=(2, 3)),
     Source("two_quantisers", two_quantisers, ("x", "w", "scale")),
 )
 

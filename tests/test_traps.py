@@ -422,8 +422,8 @@ def test_a_view_that_changes_the_rows_is_a_boundary() -> None:
     assert result.report.replaced == {}
 
 
-def test_a_permuted_norm_is_left_alone() -> None:
-    """The original's strides are the permuted ones; the fused op's are not."""
+def test_a_permuted_norm_whose_scales_are_not_is_left_alone() -> None:
+    """The original's values lie in the permuted order, its scales in that of the indices; the op's in one order."""
 
     def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return cases.q3(cases.llama(x.transpose(0, 1), w))
