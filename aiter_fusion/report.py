@@ -17,9 +17,10 @@ logger = logging.getLogger("aiter_fusion")
 
 REPLACED, SKIPPED, BARE = "replaced", "skipped", "bare"
 
-# Every reason starts with one of these codes and a colon; what follows is particular to the site.
+# Every reason why a site is not replaced starts with one of these codes and a colon; what follows is particular to it.
 REASONS = {
     "producer": "what is quantised comes from an operation that no fusion takes",
+    "boundary": "the value comes from outside the graph: its producer is an input or in the graph before a break",
     "unquantised": "the value is not quantised to FP8",
     "unknown": "a cast to FP8 whose arithmetic no form describes",
     "starved": "another site has taken the value that this one would fuse with",
@@ -47,7 +48,8 @@ class Site:
     op:       the fused op, e.g. ``aiter_fusion::rms_norm_quant.add``; empty unless replaced.
     provider: what computes it; empty unless replaced.
     status:   ``replaced``, ``skipped`` or ``bare``.
-    reason:   why it was not replaced: a code of ``REASONS``, a colon, the particulars.
+    reason:   why it was not replaced: a code of ``REASONS``, a colon, the particulars. For a replaced site empty, or
+              what it goes without and why: ``without residual_add: the residual is broadcast``.
     where:    the module whose computation it is, e.g. ``model.layers.0.input_layernorm``.
     records:  how many recognised forms it accounts for.
     """
@@ -298,10 +300,10 @@ def log(report: FusionReport) -> None:
         logger.info("%s", line)
     for site in report.sites:
         logger.debug(
-            "aiter_fusion: %s %s %s at %s%s",
+            "aiter_fusion: %s %s %s at %s: %s",
             site.status,
             site.family,
             site.variant,
             site.where or "?",
-            f": {site.reason}" if site.reason else f": {site.op} ({site.provider})",
+            "; ".join(filter(None, [site.op and f"{site.op} ({site.provider})", site.reason])),
         )

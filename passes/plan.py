@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..config import Options
 from ..op import FusedOp, find
-from ..patterns.language import Fusion, same_shape, same_size
+from ..patterns.language import VIEWS, Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
 from ..report import BARE, REPLACED, SKIPPED, Site
 from .recognise import Recognised, Record, behind_views
@@ -108,7 +108,7 @@ def plan(
         account(planner.decide(group))
     for record in recognised.records:
         if record not in accounted and record.serves is None:
-            reason = "unquantised: no FP8 quantiser reads it"
+            reason = "unquantised: no FP8 quantiser in this graph reads it"
             account(_Draft([record], record.kind, record.variant, BARE, reason, record.root))
     for record in recognised.records:
         if record not in accounted:  # it serves a record that is not fused with it
@@ -138,7 +138,7 @@ class _Planner:
         self._fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
         self._value_of = {record.root: record for record in recognised.records}
         self._options, self._training = options, training
-        self._near_miss = recognised.near_miss
+        self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._writes = list(_writes(graph))
         self._claimed: set[Record] = set()
 
@@ -170,16 +170,37 @@ class _Planner:
             else:
                 self._claimed.update(records)
                 variant = fusion.variant(features, tail.attributes, value)
-                return _Draft(records, fusion.family, variant, REPLACED, "", value, made)
+                without = self._without(records, refused)
+                return _Draft(records, fusion.family, variant, REPLACED, without, value, made)
             variant = fusion.variant(features, tail.attributes, value)
             refused = refused or _Draft(records, fusion.family, variant, SKIPPED, reason, value)
         if refused is not None:
             return refused
-        source = tail.inputs["x"]
-        reason = misfit or f"its input is {source.target if source.op == 'call_function' else source.op}"
-        if misfit is None and (near := self._near_miss(source)) is not None:
-            reason += f", almost one of the forms, but {near}"
-        return _Draft(list(group), tail.kind, tail.variant, BARE, f"producer: {reason}", tail.root)
+        reason = f"producer: {misfit}" if misfit is not None else self._where_from(tail.inputs["x"])
+        return _Draft(list(group), tail.kind, tail.variant, BARE, reason, tail.root)
+
+    def _without(self, records: list[Record], refused: _Draft | None) -> str:
+        """What a larger fusion of these records would have included, and why it does not."""
+        if refused is not None:
+            kinds = ", ".join(record.kind for record in refused.records if record not in records)
+            return f"without {kinds}: {refused.reason}"
+        first = records[0].inputs.get("x")
+        unserved = self._unserved.get(behind_views(first)) if first is not None else None
+        return f"without {unserved}" if unserved is not None else ""
+
+    def _where_from(self, source: fx.Node) -> str:
+        """Why nothing before a value can be fused with what reads it."""
+        given: fx.Node = source
+        while given.target in VIEWS:
+            given = given.args[0]  # type: ignore[assignment]
+        if given.op == "placeholder":
+            return (
+                f"boundary: it is {given.name}, an input of this graph; if a graph break cut the graph there, "
+                "torch.compile(..., fullgraph=True) says where and why"
+            )
+        reason = f"producer: its input is {source.target if source.op == 'call_function' else source.op}"
+        near = self._near_miss(source)
+        return reason if near is None else f"{reason}, almost one of the forms, but {near}"
 
 
 def where(node: fx.Node) -> str:

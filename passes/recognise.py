@@ -46,12 +46,13 @@ class Record:
 
 @dataclass
 class Recognised:
-    """The records of a graph in its order, what no form explains (node, kind, reason), and the forms by the calls that
-    they end in."""
+    """The records of a graph in its order, what no form explains (node, kind, reason), the forms by the calls that
+    they end in, and why a value that would serve a record does not (kind and condition)."""
 
     records: list[Record] = field(default_factory=list)
     unknown: list[tuple[fx.Node, str, str]] = field(default_factory=list)
     by_target: Mapping[Any, Sequence[Form]] = field(default_factory=dict)
+    unserved: dict[fx.Node, str] = field(default_factory=dict)
 
     def near_miss(self, node: fx.Node) -> str | None:
         """Which node kept a value from being one of the forms, if a good part of one matched."""
@@ -114,6 +115,8 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         root = behind_views(record.inputs["x"]) if helpers else None
         if root is not None and root not in served:
             served[root] = first(helpers, root)
+            if served[root] is None and (failed := _failed(Matcher(), helpers, root)) is not None:
+                found.unserved[root] = f"{next(iter(helpers)).kind}: {failed[0]}"
     found.records += [helper for helper in served.values() if helper is not None]
     found.records.sort(key=lambda record: record.root)
     return found
@@ -170,10 +173,18 @@ def _why(node: fx.Node, forms: Iterable[Form]) -> tuple[str, int]:
     """Why no form explains a value, and how many nodes deep the best match went: a condition that a complete match
     failed, else the node at which matching ended."""
     matcher = Matcher(trace=True)
+    failed = _failed(matcher, forms, node)
+    if failed is not None:
+        return failed
+    culprit = matcher.misfit if matcher.misfit is not None else node
+    return f"{culprit.name} ({culprit.target}) fits none", matcher.depth
+
+
+def _failed(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> tuple[str, int] | None:
+    """The condition that a complete match failed, and its number of nodes; None if no pattern matches."""
     for form in forms:
         for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 return completion, len(found.nodes)
-    culprit = matcher.misfit if matcher.misfit is not None else node
-    return f"{culprit.name} ({culprit.target}) fits none", matcher.depth
+    return None

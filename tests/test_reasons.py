@@ -88,7 +88,8 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 
 PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
-    "producer": lambda patch: sites(cases.q3, ("x",)),
+    "producer": lambda patch: sites(lambda x: cases.q3(x * 2), ("x",)),
+    "boundary": lambda patch: sites(lambda x: cases.q3(x.view(2, 2, -1)), ("x",)),
     "unquantised": lambda patch: sites(cases.llama),
     "unknown": lambda patch: sites(unknown, ("x",)),
     "starved": lambda patch: sites(two_kinds),
@@ -125,6 +126,50 @@ def test_the_table_in_the_readme() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for code, sentence in report.REASONS.items():
         assert f"| `{code}` | {sentence} |" in readme
+
+
+def test_a_graph_break_is_a_boundary() -> None:
+    """Both halves say that the other is missing, and how to find what cut them apart."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        torch._dynamo.graph_break()
+        return cases.q3(y)
+
+    norm, quantiser = sites(fn)
+    assert norm.reason == "unquantised: no FP8 quantiser in this graph reads it"
+    assert quantiser.reason.startswith("boundary: it is arg0_1, an input of this graph; ")
+    assert "fullgraph=True" in quantiser.reason
+
+
+def early_sum(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """The weight is computed from the sum."""
+    summed = r + x
+    return (*cases.q3(cases.llama(summed, w * summed.amax(0))), summed)
+
+
+def sum_of_two_norms(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    summed = r + x
+    return (*cases.q3(cases.llama(summed, w)), *cases.q3(cases.olmo2(summed, w)))
+
+
+WITHOUT = {
+    "without residual_add: the residual is broadcast": lambda x, r, w: cases.q3(cases.llama(x + w, w)),
+    "without residual_add: convert_element_type, which is added, is torch.int32": (
+        lambda x, r, w: cases.q3(cases.llama(x + r.int(), w))
+    ),
+    "without residual_add: order: ": early_sum,
+    "without residual_add: starved: ": sum_of_two_norms,
+    "": lambda x, r, w: cases.q3(cases.llama(x * r, w)),
+}
+
+
+@pytest.mark.parametrize("reason", WITHOUT)
+def test_what_a_replaced_site_goes_without(reason: str) -> None:
+    last = [site for site in sites(WITHOUT[reason], ("x", "r", "w")) if site.status == report.REPLACED][-1]
+    assert last.variant == "token"
+    assert last.reason.startswith(reason)
+    assert bool(last.reason) == bool(reason)
 
 
 NEAR_MISSES = {
