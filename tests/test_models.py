@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from itertools import product
 
+import cases
 import models
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_sums_in_float32_are_fused() -> None:
     norms = [variant for variant in result.variants if variant.startswith("rms_norm_quant")]
     assert norms == ["rms_norm_quant:tensor", *["rms_norm_quant:add+tensor"] * (2 * models.LAYERS)]
     assert "aten.add.Tensor" not in result.targets
+
+
+def test_the_activation_of_gpt_oss_itself() -> None:
+    """Its experts are not quantised by anything that runs on a CPU; here their activation's result is, by hand."""
+    experts = models.build("GptOss").model.layers[0].mlp.experts  # type: ignore[union-attr]
+    result = checked(lambda x: cases.q3(experts._apply_gate(x)))
+    with torch.no_grad():
+        for rows in cases.ROWS:
+            result.call(*cases.tensors(("x2",), (6,), torch.bfloat16, rows))
+    assert result.oracle.identical
+    assert result.variants == ["act_mul_quant:packed+token"]
 
 
 def test_one_dynamic_graph_serves_all_lengths() -> None:
