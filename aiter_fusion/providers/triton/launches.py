@@ -171,11 +171,15 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> 
     )
 
 
-def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> str:
+def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, Any]:
     """The activation, or its faster equal from bfloat16 to bfloat16."""
-    act, first = arguments["act"], arguments["gate_up" if "gate_up" in arguments else "gate"]
+    name, _, numbers = arguments["act"].partition("=")
+    first = arguments["gate_up" if "gate_up" in arguments else "gate"]
     short = first.dtype == arguments["dtype"] == value == torch.bfloat16 and arguments["cast_first"]
-    return "silu_of_bfloat16" if short and act in ("silu", "swish") else act
+    if short and name in ("silu", "swish"):
+        name = "silu_of_bfloat16"
+    alpha, limit = map(float, numbers.split(",")) if numbers else (0.0, 0.0)
+    return {"ACT": name, "ALPHA": alpha, "LIMIT": limit}
 
 
 def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
@@ -202,9 +206,9 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> L
         "one": 1.0,
         "GATE_FROM": 0 if gate_first else second,
         "UP_FROM": second if gate_first else 0,
-        "STEP": 2 if packed and interleaved else 1,
+        "INTERLEAVED": interleaved,
         "DENSE": not packed and all(statically_known_true(s == width) for s in (stride, apart[1])),
-        "ACT": _activation(arguments, value),
+        **_activation(arguments, value),
         "CAST_FIRST": arguments["cast_first"],
         "DTYPE": _name(arguments["dtype"]),
     }

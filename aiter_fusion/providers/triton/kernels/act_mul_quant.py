@@ -33,19 +33,58 @@ def activated(x, one, ACT: tl.constexpr):
 
 
 @triton.jit
-def product(gate, up, gate_at, up_at, mask, one, ACT: tl.constexpr, CAST_FIRST: tl.constexpr, DTYPE: tl.constexpr):
+def clamped_swiglu(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """``(clamp(u) + 1) * (g * sigmoid(g * ALPHA))`` of float32 values, each operation's result rounded to ``DTYPE``."""
+    dtype: tl.constexpr = dtype_called(DTYPE)
+    g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)
+    u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)
+    inner = (g * ALPHA).to(dtype).to(tl.float32)
+    sigmoid = tl.div_rn(1.0, libdevice.exp(-inner) + 1.0).to(dtype).to(tl.float32)
+    swish = (g * sigmoid).to(dtype).to(tl.float32)
+    return ((u + 1.0).to(dtype).to(tl.float32) * swish).to(dtype)
+
+
+@triton.jit
+def product(
+    gate,
+    up,
+    gate_at,
+    up_at,
+    mask,
+    one,
+    GATE_FROM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """The value: activated gate times up, with the roundings of the graph."""
-    g = tl.load(gate + gate_at, mask=mask, other=0.0)
-    u = tl.load(up + up_at, mask=mask, other=0.0)
-    a = activated(g.to(tl.float32), one, ACT)
-    if CAST_FIRST:
-        a = a.to(dtype_called(DTYPE))
-        if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
-            y = a * u
+    if INTERLEAVED:  # read as pairs: every other element alone would be read two bytes at a time
+        pair = gate_at[:, :, None] + tl.arange(0, 2)[None, None, :]
+        first, second = tl.split(tl.load(gate + pair, mask=mask[:, :, None], other=0.0))
+        if GATE_FROM == 0:
+            g, u = first, second
         else:
-            y = a.to(tl.float32) * u.to(tl.float32)
+            g, u = second, first
     else:
-        y = (a * u.to(tl.float32)).to(dtype_called(DTYPE))
+        g = tl.load(gate + gate_at, mask=mask, other=0.0)
+        u = tl.load(up + up_at, mask=mask, other=0.0)
+    if ACT == "clamped_swiglu":
+        STEPS: tl.constexpr = DTYPE if CAST_FIRST else "float32"
+        y = clamped_swiglu(g.to(tl.float32), u.to(tl.float32), ALPHA, LIMIT, STEPS).to(dtype_called(DTYPE))
+    else:
+        a = activated(g.to(tl.float32), one, ACT)
+        if CAST_FIRST:
+            a = a.to(dtype_called(DTYPE))
+            if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
+                y = a * u
+            else:
+                y = a.to(tl.float32) * u.to(tl.float32)
+        else:
+            y = (a * u.to(tl.float32)).to(dtype_called(DTYPE))
     return y
 
 
@@ -65,11 +104,13 @@ def act_mul_quant_kernel(
     one,
     GATE_FROM: tl.constexpr,
     UP_FROM: tl.constexpr,
-    STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DENSE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     CAST_FIRST: tl.constexpr,
     DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
@@ -83,7 +124,8 @@ def act_mul_quant_kernel(
     TILES: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Element i of a row's gate is at ``GATE_FROM + STEP * i``, up likewise; ``DENSE``: all is contiguous.
+    """A row's gate begins at its column ``GATE_FROM``, up at ``UP_FROM``; ``INTERLEAVED``: they take turns. ``DENSE``:
+    both are contiguous.
 
     A scale for each row: a program takes a row, ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements (padded
     to ``SEGMENT``, a power of two). Otherwise rows do not matter: the tensor is one sequence of segments, and a program
@@ -95,6 +137,8 @@ def act_mul_quant_kernel(
     ONE_SCALE: tl.constexpr = scale is not None or maxima is not None
     BY_ROW: tl.constexpr = not (ONE_SCALE or GROUPED or maxima_out is not None)
     IN_ROW: tl.constexpr = WIDTH // BLOCK
+    GATE_START: tl.constexpr = 0 if INTERLEAVED else GATE_FROM
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     segment = tl.arange(0, SEGMENTS)[:, None]
     element = tl.arange(0, SEGMENT)[None, :]
@@ -115,9 +159,11 @@ def act_mul_quant_kernel(
             for tile in tl.static_range(TILES):
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
-                gate_at = row * gate_stride + GATE_FROM + STEP * columns
+                gate_at = row * gate_stride + GATE_START + STEP * columns
                 up_at = row * up_stride + UP_FROM + STEP * columns
-                y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+                y = product(
+                    gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE
+                )
                 size = tl.abs(y).to(tl.float32)
                 top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
             largest = top.to(dtype_called(VALUE))
@@ -127,9 +173,23 @@ def act_mul_quant_kernel(
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
                 if TILES > 1:
-                    gate_at = row * gate_stride + GATE_FROM + STEP * columns
+                    gate_at = row * gate_stride + GATE_START + STEP * columns
                     up_at = row * up_stride + UP_FROM + STEP * columns
-                    y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+                    y = product(
+                        gate,
+                        up,
+                        gate_at,
+                        up_at,
+                        mask,
+                        one,
+                        GATE_FROM,
+                        INTERLEAVED,
+                        ACT,
+                        ALPHA,
+                        LIMIT,
+                        CAST_FIRST,
+                        DTYPE,
+                    )
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
@@ -147,9 +207,11 @@ def act_mul_quant_kernel(
                 gate_at = at * BLOCK + element
                 up_at = gate_at
             else:
-                gate_at = row.to(tl.int64) * gate_stride + GATE_FROM + STEP * columns
+                gate_at = row.to(tl.int64) * gate_stride + GATE_START + STEP * columns
                 up_at = row.to(tl.int64) * up_stride + UP_FROM + STEP * columns
-            y = product(gate, up, gate_at, up_at, mask, one, ACT, CAST_FIRST, DTYPE)
+            y = product(
+                gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE
+            )
             size = tl.abs(y).to(tl.float32)
             if value_out is not None and maxima is None:
                 tl.store(value_out + at * BLOCK + element, y, mask=mask)
