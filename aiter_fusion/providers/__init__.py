@@ -22,6 +22,7 @@ class Provider:
     refuse:   why it cannot compute this call (op, arguments by name, tensors being fakes), or None.
     run:      the implementation of an op: takes arguments by name, returns name -> tensor.
     exact:    whether it keeps the graph's sequence of roundings.
+    reorders: whether it sums the elements of a row in an order of its own; the statistic's last bits depend on it.
     prepare:  called before a graph in which it was chosen is compiled.
     """
 
@@ -30,6 +31,7 @@ class Provider:
     refuse: Callable[[FusedOp, Mapping[str, Any]], str | None]
     run: Callable[[FusedOp], Implementation]
     exact: bool
+    reorders: bool = False
     prepare: Callable[[], None] = lambda: None
 
 
@@ -51,6 +53,7 @@ PROVIDERS: dict[str, Provider] = {
         refuse=triton_kernels.refuse,
         run=triton_kernels.run,
         exact=True,
+        reorders=True,
         prepare=triton_kernels.prepare,
     ),
     "reference": Provider(

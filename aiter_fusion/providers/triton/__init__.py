@@ -57,8 +57,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"the columns of {name} are {tensor.stride(-1)} elements apart"
         if launches.rows_of(tensor) is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
-    width = first.shape[-1]
-    if not 1 <= width <= 2 * 65536:
+    width = first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
+    if not 1 <= width <= 65536:
         return f"rows of {width} elements"
     block = arguments.get("block", 0)
     if 0 < block < width and block > launches.rules.TILE:

@@ -96,7 +96,12 @@ def _quantiser(
         "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
         "FACTOR_STEPS": programs.steps(arguments["factor_steps"]),
         "VALUE_STEPS": programs.value_steps(
-            arguments["value_steps"], arguments["factor_steps"], arguments["quant_dtype"], static, saturates
+            arguments["value_steps"],
+            arguments["factor_steps"],
+            value,
+            arguments["quant_dtype"],
+            "any" if static else "block" if block else "tensor",
+            saturates,
         ),
         "PARTS": 1,
     }

@@ -7,17 +7,27 @@ from functools import cache
 
 import torch
 
-from ...arithmetic import is_inverse, parse
+from ...arithmetic import is_inverse, parse, result_dtype
 
 Steps = tuple[tuple[str, float | None], ...]
-
-# What the cast to FP8 rounds up to the largest number; beyond it lies NaN, in PyTorch. Halfway to where the next
-# number would be, were there one.
-LAST_FINITE = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 248.0}
 
 
 def _float32(number: float) -> float:
     return ctypes.c_float(number).value
+
+
+@cache
+def nan_from(quant_dtype: torch.dtype) -> float | None:
+    """The least float32 that PyTorch's cast to FP8 turns into NaN; None if its cast saturates.
+
+    That depends on the format, and on the version: the cast to e4m3fn saturates in newer ones.
+    """
+    top = torch.finfo(quant_dtype).max
+    if not torch.tensor(1e9).to(quant_dtype).float().isnan():
+        return None
+    middle = torch.tensor(top + top / (28 if top == 448.0 else 30))  # of the largest number and what would follow it
+    following = torch.nextafter(middle, torch.tensor(1e9))
+    return middle.item() if middle.to(quant_dtype).float().isnan() else following.item()
 
 
 @cache
@@ -39,22 +49,34 @@ def steps(program: str) -> Steps:
 
 
 @cache
-def value_steps(program: str, factor_program: str, quant_dtype: torch.dtype, static: bool, saturates: bool) -> Steps:
-    """A program of the values, up to the cast to FP8.
+def value_steps(
+    program: str, factor_program: str, value: torch.dtype, quant_dtype: torch.dtype, given: str, saturates: bool
+) -> Steps:
+    """A program of the values, which are of dtype ``value``, up to the cast to FP8.
 
+    given: what a factor belongs to: a ``block``, the ``tensor``, or, given from outside (static), ``any``.
     saturates: the target's cast to FP8 turns what is too large into the largest number. Then clamps to that number
-        before the cast are left out, and where there are none, what PyTorch's cast makes NaN is made so first.
+        before the cast are left out. Where there are none, the program ends as PyTorch's own cast would.
     """
     translated = list(steps(program))
+    if given == "block":
+        # a factor that has dimensions promotes the values; one for the whole tensor has none, and does not
+        combine = next((i for i, (name, _) in enumerate(translated) if name.endswith("_scale")), 0)
+        before = result_dtype(" ".join(program.split()[:combine]), value)
+        if torch.promote_types(before, result_dtype(factor_program, value)) != before:
+            translated.insert(combine, ("float32", None))
     top = torch.finfo(quant_dtype).max
-    clamps = [step for step in translated[-2:] if step in (("clamp_min", -top), ("clamp_max", top))]
-    bounded = len(clamps) == 2
+    clamps: Steps = (("clamp_min", -top), ("clamp_max", top))
+    nan = nan_from(quant_dtype)
+    bounded = sorted(translated[-2:]) == sorted(clamps)
     if bounded and saturates:
         translated = translated[:-2]
-    if not bounded:
-        translated.append(("nan_above", LAST_FINITE[quant_dtype]))
+    elif not bounded and nan is not None:
+        translated.append(("nan_from", nan))
+    elif not bounded and not saturates:
+        translated += clamps
     if translated[:2] == [("float32", None), ("div_scale", None)]:
-        covered = not static and _covers(factor_program)
+        covered = given != "any" and _covers(factor_program)
         translated[:2] = [("covered_div_scale" if covered else "shared_div_scale", None)]
     return tuple(translated)
 

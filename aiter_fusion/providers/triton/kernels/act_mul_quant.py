@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, whole_maximum
+from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, whole_maximum
 
 
 @triton.jit
@@ -16,9 +16,9 @@ def activated(x, one, ACT: tl.constexpr):
     """
     if ACT == "silu_of_bfloat16":
         # Near enough that every bfloat16 x gives the same bfloat16 result (tests/test_gpu.py tries all of them). The
-        # reciprocal is kept 16 times too large, so that it is a normal number for every x.
+        # reciprocal is 16 times too large and x 16 times too small, so that neither is subnormal nor overflows.
         e = tl.exp2(x * -1.4426950408889634)
-        y = (x * libdevice.fast_dividef(1.0, tl.fma(e, 0.0625, 0.0625))) * 0.0625
+        y = (x * 0.0625) * reciprocal_of_normal(tl.fma(e, 0.0625, 0.0625))
     elif ACT == "silu":
         y = tl.div_rn(x, libdevice.exp(-x) + 1.0)
     elif ACT == "swish":

@@ -126,9 +126,11 @@ def rms_norm_quant_kernel(
                     value = summed_row(
                         x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM
                     )
-                    if weight is not None:
-                        weights = tl.load(weight + columns, mask=mask, other=0.0)
-                y = normalised(value, statistic, weights, OFFSET, CAST_FIRST, DTYPE)
+                if weight is not None and TILES > 1:
+                    these = tl.load(weight + columns, mask=mask, other=0.0)
+                else:
+                    these = weights
+                y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE)
                 if value_out is not None and maxima_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 size = tl.abs(y).to(tl.float32)
@@ -149,10 +151,12 @@ def rms_norm_quant_kernel(
                     value = summed_row(
                         x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM
                     )
-                    if weight is not None:
-                        weights = tl.load(weight + columns, mask=mask, other=0.0)
                 if TILES > 1 or not ROW_FIRST:
-                    y = normalised(value, statistic, weights, OFFSET, CAST_FIRST, DTYPE)
+                    if weight is not None and TILES > 1:
+                        these = tl.load(weight + columns, mask=mask, other=0.0)
+                    else:
+                        these = weights
+                    y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE)
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 if GROUPED:

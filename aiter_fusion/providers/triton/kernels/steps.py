@@ -104,8 +104,8 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale):
             y = tl.ceil(x)
         elif NAME == "floor":
             y = tl.floor(x)
-        elif NAME == "nan_above":
-            y = tl.where(tl.abs(x) > NUMBER, float("nan"), x)
+        elif NAME == "nan_from":
+            y = tl.where(tl.abs(x) >= NUMBER, float("nan"), x)
         else:
             # a factor of a wider dtype than the values has no dimensions, and PyTorch converts it first
             s = scale.to(value.dtype).to(tl.float32)

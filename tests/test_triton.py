@@ -1,0 +1,203 @@
+"""The Triton provider, as far as it can be tested without a GPU: rules, arguments, refusals, programs, compilation."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.providers import triton as provider
+from aiter_fusion.providers.triton import launches, programs, rules
+
+KERNELS = Path(provider.__file__).parent / "kernels"
+EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
+BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
+
+# What kernels are compiled for, without having it: (Triton's target, its FP8 format, Triton's name of that)
+TARGETS = {
+    "sm_89": (("cuda", 89, 32), FN, "fp8e4nv"),
+    "sm_90": (("cuda", 90, 32), FN, "fp8e4nv"),
+    "sm_100": (("cuda", 100, 32), FN, "fp8e4nv"),
+    "gfx942": (("hip", "gfx942", 64), FNUZ, "fp8e4b8"),
+    "gfx950": (("hip", "gfx950", 64), FN, "fp8e4nv"),
+}
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def covers(shape: rules.Shape, width: int, block: int) -> None:
+    assert all(map(is_power_of_two, (shape.rows, shape.segments, shape.segment, shape.warps, shape.run)))
+    assert shape.segment >= block
+    assert shape.segments * block * shape.tiles >= width
+    assert shape.warps <= 32
+    # Triton's limit on a tensor's elements, and what registers hold
+    assert shape.rows * shape.segments * shape.segment <= 2**17
+
+
+@given(width=st.integers(1, 65536), rows=st.integers(0, 10**6), divisor=st.integers(1, 64))
+@settings(deadline=None, derandomize=True, database=None)
+def test_rules_cover_every_row(width: int, rows: int, divisor: int) -> None:
+    block = width // divisor if width % divisor == 0 else width
+    covers(rules.norm(width, block, rows), width, block)
+    covers(rules.row(width, rows), width, width)
+    for grouped in (False, True):
+        for packed in (False, True):
+            shape = rules.flat(block, rows * divisor, grouped, packed)
+            assert shape.segment >= block
+            assert is_power_of_two(shape.segments)
+
+
+def parameters(name: str) -> list[str]:
+    """The parameters of a kernel, from its source: Triton need not be installed."""
+    tree = ast.parse((KERNELS / f"{name}.py").read_text())
+    (kernel,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == f"{name}_kernel")
+    return [argument.arg for argument in kernel.args.args]
+
+
+@pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+def test_every_call_binds(op: FusedOp) -> None:
+    """Every kernel gets exactly its parameters; every tensor that it names exists; every output is written once."""
+    for arguments in op.samples():
+        known = {name: arguments[name] for name in op.arguments}
+        plan = launches.of(op, known, True)
+        assert 1 <= len(plan.launches) <= 2
+        written = []
+        for launch in plan.launches:
+            assert sorted(launch.arguments) == sorted(parameters(launch.kernel))
+            refs = {name: value.name for name, value in launch.arguments.items() if isinstance(value, launches.Ref)}
+            for ref in refs.values():
+                assert ref in {*op.outputs, *plan.scratch} or isinstance(known[ref], Tensor)
+            written += [refs[name] for name in ("q", "scale_out", "value_out", "residual_out") if name in refs]
+            assert launch.grid >= 1
+        assert sorted(written) == sorted(op.outputs)
+
+
+def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
+    """Grids are expressions; no guard is added."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    environment = ShapeEnv()
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    real = torch.empty(3, 5, 256, dtype=torch.bfloat16)
+    with FakeTensorMode(shape_env=environment) as mode:
+        x = mode.from_tensor(real, symbolic_context=dynamic, source=ConstantSource("x"))
+        op = OPS["rms_norm_quant"][frozenset()]
+        known = {**next(iter(op.samples())), "x": x, "weight": None, "block": 256}
+        (launch,) = launches.of(op, {name: known[name] for name in op.arguments}, True).launches
+        assert isinstance(launch.grid, torch.SymInt)
+    assert environment.guards == []
+
+
+# What the kernels refuse, with the reason's first words.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
+    "format": ({"quant_dtype": FNUZ}, "this GPU converts to torch.float8_e4m3fn, not to torch.float8_e4m3fnuz"),
+    "float64": ({"x": (4, 256, torch.float64)}, "x is torch.float64"),
+    "columns": ({"x": (4, 256, torch.bfloat16, "columns")}, "the columns of x are 2 elements apart"),
+    "rows": ({"x": (8, 256, torch.bfloat16, "rows")}, "the rows of x are not evenly spaced"),
+    "wide": ({"x": (1, 262144, torch.bfloat16), "block": 262144}, "rows of 262144 elements"),
+    "groups": ({"x": (1, 65536, torch.bfloat16), "block": 32768}, "groups of 32768 elements"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "native_fp8", lambda device: FN)
+    changes, reason = REFUSED[case]
+    op = OPS["rms_norm_quant"][frozenset()]
+    arguments = {**next(iter(op.samples())), "weight": None}
+    with FakeTensorMode():
+        usual = torch.empty(4, 256, dtype=torch.bfloat16, device="cuda")
+        known = {**arguments, "x": usual, "block": 256, "quant_dtype": FN}
+        assert provider.refuse(op, {name: known[name] for name in op.arguments}) is None
+        for name, change in changes.items():
+            if isinstance(change, tuple):
+                sizes, dtype = change[:2], change[2]
+                strides = {"columns": (512, 2), "rows": (1024, 256, 1)}.get(change[-1], (sizes[-1], 1))
+                sizes = (2, 3, 256) if len(strides) == 3 else sizes
+                known[name] = torch.empty_strided(sizes, strides, dtype=dtype, device="cuda")
+            else:
+                known[name] = change
+        answer = provider.refuse(op, {name: known[name] for name in op.arguments})
+    assert answer is not None
+    assert answer.startswith(reason)
+
+
+def test_programs() -> None:
+    """As PyTorch computes on a GPU: a division by a number is a product with its float32 reciprocal."""
+    assert programs.steps("div=448.0 float32") == (("mul", 0.0022321429569274187), ("float32", None))
+    assert programs.steps("float32 clamp_min=1e-12") == (("float32", None), ("clamp_min", 9.999999960041972e-13))
+    torchao = "float32 div_scale clamp_min=-448.0 clamp_max=448.0"
+    scale = "div=448.0 float32"
+    # the cast saturates, and no quotient is much larger than FP8's largest number
+    assert programs.value_steps(torchao, scale, BF16, FN, "block", True) == (("covered_div_scale", None),)
+    # a given scale may be anything
+    assert programs.value_steps(torchao, "", BF16, FN, "any", True) == (("shared_div_scale", None),)
+    # a bound on the maximum does not bound the values
+    assert programs.value_steps(torchao, "clamp_max=1e3 div=448.0", BF16, FN, "block", True)[0][0] == "shared_div_scale"
+    # no clamp: the cast's own end
+    assert programs.value_steps("float32 div_scale", scale, BF16, FNUZ, "block", True)[-1] == ("nan_from", 248.0)
+    # a cast that does not saturate keeps the clamps
+    assert programs.value_steps(torchao, scale, BF16, FN, "block", False)[1:] == (
+        ("clamp_min", -448.0),
+        ("clamp_max", 448.0),
+    )
+    # half precision stays half precision, unless a factor with dimensions promotes it
+    assert programs.value_steps("div_scale", scale, BF16, FN, "tensor", True)[0] == ("div_scale", None)
+    assert programs.value_steps("div_scale", "div=448.0", BF16, FN, "block", True)[0] == ("div_scale", None)
+    assert programs.value_steps("div_scale", scale, BF16, FN, "block", True)[0] == ("covered_div_scale", None)
+
+
+@pytest.mark.parametrize("dtype", [FN, FNUZ], ids=str)
+def test_where_pytorch_casts_to_nan(dtype: torch.dtype) -> None:
+    every = torch.arange(0x43000000, 0x44000000, 1 << 12, dtype=torch.int32).view(torch.float32)  # 128 to 512
+    every = torch.cat([every, torch.tensor([248.0, 464.0, 1e9, float("inf")])])
+    least = programs.nan_from(dtype)
+    want = torch.zeros_like(every, dtype=torch.bool) if least is None else every >= least
+    assert torch.equal(every.to(dtype).float().isnan(), want)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", EVERY_OP[::3], ids=lambda op: op.name.split("::")[1])
+def test_kernels_compile(op: FusedOp, target: str) -> None:
+    """For GPUs that need not be here."""
+    triton = import_module("triton")
+    compiler = import_module("triton.compiler")
+    machine_of = import_module("triton.backends.compiler").GPUTarget
+
+    machine, quant_dtype, fp8 = TARGETS[target]
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", quant_dtype: f"*{fp8}"}
+    samples = list(op.samples())
+    for arguments in samples[:: max(1, len(samples) // 4)]:
+        known = {name: arguments[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
+        plan = launches.of(op, known, machine[0] == "cuda")
+        outputs = op.allocate(**known)
+        for launch in plan.launches:
+            function = provider.kernel(launch.kernel)
+            signature, constants = {}, {}
+            for index, parameter in enumerate(function.params):
+                value = launch.arguments[parameter.name]
+                if isinstance(value, launches.Ref):
+                    tensor = outputs.get(value.name, known.get(value.name))
+                    signature[parameter.name] = names[tensor.dtype if tensor is not None else torch.float32]
+                elif value is None or parameter.is_constexpr:
+                    signature[parameter.name] = "constexpr"
+                    constants[(index,)] = value
+                else:
+                    signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            source = compiler.ASTSource(function, signature=signature, constexprs=constants)
+            triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
