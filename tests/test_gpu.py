@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cases
+import models
 import pytest
 import torch
 from conftest import checked
@@ -36,6 +37,20 @@ def test_activations_on_the_gpu(act: cases.ActForm) -> None:
             result.call(*(t.cuda() for t in cases.tensors(("x2",), (2, 3), torch.bfloat16, rows)))
             assert result.oracle.identical, rows
     assert len(result.variants) == 1
+
+
+def test_torchaos_blocks_on_the_gpu() -> None:
+    """Their product is a Triton kernel, which the CPU's tests replace."""
+    model = models.build("Llama").cuda()
+    models.QUANTISATIONS["PerBlock"](model)
+    tokens = models.tokens(2).cuda()
+    replaced, _ = models.expected(model, "PerBlock", tokens)
+    result = checked(model, provider="reference")
+    with torch.no_grad():
+        result.call(tokens, use_cache=False)
+    assert result.oracle.identical
+    assert result.report.replaced == dict(replaced)
+    assert any("ao.blockwise_fp8_gemm" in target for target in result.targets)
 
 
 def test_auto_never_means_the_reference() -> None:

@@ -33,6 +33,7 @@ def chosen() -> Sequence[tuple[str, str, str]]:
         *once,
         *(("Llama", q, s) for q in ("bounded", "static") for s in SIZES),
         ("Qwen2", "PerRow", "marked"),
+        ("Llama", "PerBlock", "static"),
     ]
 
 
