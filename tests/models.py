@@ -39,8 +39,11 @@ def _hugging_face(name: str, **changes: Any) -> Callable[[], nn.Module]:
     return make
 
 
-class NativeNorm(nn.Module):
-    """RMSNorm with an optional residual, as inference engines write it: the sum in float32."""
+# The next classes have these names so that the hooks below take them for norms.
+
+
+class RoundFirstRMSNorm(nn.Module):
+    """RMSNorm with an optional residual as vLLM runs it without kernels: summed in float32, rounded, weighted."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -48,47 +51,57 @@ class NativeNorm(nn.Module):
         self.eps = 1e-5
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = x.float()
+        dtype, x = x.dtype, x.float()
         if residual is not None:
-            h = h + residual.float()
-        residual = h.to(x.dtype)
-        h = h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight, residual
+            x = x + residual.float()
+        return self.finish(x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps), dtype), x.to(dtype)
+
+    def finish(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
+        return normalised.to(dtype) * self.weight
 
 
-class NativeRMSNorm(NativeNorm):
-    """So named that the hooks below take it for a norm."""
+class WeighFirstRMSNorm(RoundFirstRMSNorm):
+    """As SGLang runs it: weighted, then rounded."""
+
+    def finish(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
+        return (normalised * self.weight).to(dtype)
+
+
+class SiluAndMul(nn.Module):
+    """SiLU of the first half of the columns, times the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1] // 2
+        return nn.functional.silu(x[..., :size]) * x[..., size:]
 
 
 class EngineBlock(nn.Module):
     """A decoder block in the style of inference engines: flat tokens, packed projections, residual beside the value."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[RoundFirstRMSNorm]) -> None:
         super().__init__()
-        self.first, self.second = NativeRMSNorm(HIDDEN), NativeRMSNorm(HIDDEN)
+        self.first, self.second = norm(HIDDEN), norm(HIDDEN)
         self.qkv_proj, self.o_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.gate_up_proj = nn.Linear(HIDDEN, 1024, bias=False)
         self.down_proj = nn.Linear(512, HIDDEN, bias=False)
-        self.act_fn = nn.SiLU()
+        self.act_fn = SiluAndMul()
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         x, residual = self.first(x, before)
         q, k, v = (t.view(-1, 4, 64).transpose(0, 1) for t in self.qkv_proj(x).chunk(3, -1))
         x = self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1, HIDDEN))
         x, residual = self.second(x, residual)
-        gate_up = self.gate_up_proj(x)
-        size = gate_up.shape[-1] // 2
-        return self.down_proj(self.act_fn(gate_up[..., :size]) * gate_up[..., size:]), residual
+        return self.down_proj(self.act_fn(self.gate_up_proj(x))), residual
 
 
 class Engine(nn.Module):
     """Blocks in the style of inference engines over an embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[RoundFirstRMSNorm]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(EngineBlock() for _ in range(LAYERS))
-        self.norm, self.head = NativeRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.blocks = nn.ModuleList(EngineBlock(norm) for _ in range(LAYERS))
+        self.norm, self.head = norm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
         x, residual = self.embed(tokens).flatten(0, 1), None
@@ -198,11 +211,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         layer_types=["linear_attention", "full_attention"],
         **MOE,
     ),
-    "engine": Engine,
+    "vLLM": lambda: Engine(RoundFirstRMSNorm),
+    "SGLang": lambda: Engine(WeighFirstRMSNorm),
     "torch.nn": lambda: TorchModel(modulated=False),
     "diffusion": lambda: TorchModel(modulated=True),
     "T5": T5Model,
 }
+
+
+ENGINES = ("vLLM", "SGLang")
 
 
 def build(family: str) -> nn.Module:
@@ -217,14 +234,22 @@ def build(family: str) -> nn.Module:
 class GroupLinear(nn.Module):
     """A linear layer that quantises its input by hand, one scale for 128 elements."""
 
+    quantise = staticmethod(cases.q7(128))
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale = cases.q7(128)(x)
+        q, scale = self.quantise(x)
         back = q.to(x.dtype) * scale.to(x.dtype).repeat_interleave(128, -1)
         return nn.functional.linear(back, self.weight)
+
+
+class EngineLinear(GroupLinear):
+    """As inference engines quantise without kernels."""
+
+    quantise = staticmethod(cases.q7_floor_in_half)
 
 
 @functools.cache
@@ -335,6 +360,7 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "bounded": _torchao("PerRow", activation_value_lb=1e-4, activation_value_ub=1e3),
     "group128": _by_hand(GroupLinear),
     "static": _by_hand(StaticLinear),
+    "engine": _by_hand(EngineLinear),
 }
 
 
