@@ -125,6 +125,17 @@ def returned_twice(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q3(value), *cases.q3(value))
 
 
+def in_groups(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Quantised, and returned, with a dimension for the groups."""
+    groups = cases.llama(x, w).unflatten(-1, (2, -1))
+    return cases.q3(groups)
+
+
+def flat(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Normalised in three dimensions, quantised in two."""
+    return cases.q3(cases.olmo2(x, w).flatten(0, 1))
+
+
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
@@ -162,6 +173,8 @@ SOURCES = (
     combined("norm_thrice", "R3", "Q1b", sizes=(3, 2), dynamic=True),
     combined("act", "S4", "Q7_128", dynamic=True),
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2, dynamic=True),
+    Source("in_groups", in_groups, ("x", "w"), dynamic=True),
+    Source("flat", flat, ("x", "w"), sizes=(3, 2), dynamic=True),
 )
 
 
