@@ -55,6 +55,10 @@ class Backend:
         enable: str | Iterable[str] = (),
     ) -> None:
         platform.require_torch(torch.__version__)
+        untested = platform.why_untested(torch.__version__)
+        if untested is not None:
+            report.configure_logging()
+            _warn_once(untested)
         self.options = config.options(
             level=level,
             provider=provider,
@@ -111,7 +115,7 @@ class Backend:
 
     def _check(self, made: report.FusionReport) -> None:
         if any(site.provider == "reference" for site in made.sites) and self.options.provider == "auto":
-            _warn_once()
+            _warn_once(SLOW)
         if self.options.strict and made.skipped:
             raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
         if self.options.expect is not None:
@@ -120,17 +124,16 @@ class Backend:
                 raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
 
 
-_warned = False
+SLOW = "on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than Inductor's own code"
+
+_warned: set[str] = set()
 
 
-def _warn_once() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        report.logger.warning(
-            "aiter_fusion: on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than "
-            "Inductor's own code"
-        )
+def _warn_once(message: str) -> None:
+    """One line a process."""
+    if message not in _warned:
+        _warned.add(message)
+        report.logger.warning("aiter_fusion: %s", message)
 
 
 def aiter_fusion(

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 OLDEST_TORCH = (2, 11)
+NEWEST_TESTED_TORCH = (2, 15)
 
 # Native FP8 by architecture (AITER's own table): gfx94x has e4m3fnuz, everything after it e4m3fn.
 SUPPORTED_ARCHITECTURES = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
@@ -25,12 +26,28 @@ SUPPORTED_ARCHITECTURES = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.floa
 
 def require_torch(version: str = torch.__version__) -> None:
     """Raise a RuntimeError if PyTorch is older than this package can work with."""
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    if numbers < OLDEST_TORCH:
+    if _release(version) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise RuntimeError(
             f"aiter_fusion needs torch >= {oldest}, found {version}: pip install --upgrade 'torch>={oldest}'"
         )
+
+
+def why_untested(version: str = torch.__version__) -> str | None:
+    """What to say about a PyTorch newer than any that this package was tested with, or None if it is not."""
+    if _release(version) <= NEWEST_TESTED_TORCH:
+        return None
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
+    return (
+        f"torch {version} is newer than those that aiter_fusion was tested with, {oldest} to {newest}; verify=True "
+        "compares every fused op with the nodes it replaces; please report what goes wrong to aiter_fusion's issue "
+        "tracker, with both versions"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 13) of 2.13.0+cpu."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 def architecture(device: int = 0) -> str | None:

@@ -265,6 +265,12 @@ def q7(group: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return call
 
 
+def q7_floor_in_half(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(-1, 128)
+    scale = groups.abs().max(dim=-1, keepdim=True)[0].clamp(min=1e-10).float() / 448.0
+    return _saturated(groups / scale).reshape(y.shape), scale.reshape(*y.shape[:-1], y.shape[-1] // 128)
+
+
 def q2_static_scale_first(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return ((scale.reshape(()) * y).to(FN),)
 
@@ -332,6 +338,7 @@ QUANTS = (
     QuantForm("Q7_32", q7(32), "group32"),
     QuantForm("Q7_64", q7(64), "group64"),
     QuantForm("Q7_128", q7(128), "group128"),
+    QuantForm("Q7_floor_in_half", q7_floor_in_half, "group128"),
     QuantForm("Q8", q8_power_of_two, "group128"),
 )
 

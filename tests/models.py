@@ -39,8 +39,11 @@ def _hugging_face(name: str, **changes: Any) -> Callable[[], nn.Module]:
     return make
 
 
-class NativeNorm(nn.Module):
-    """RMSNorm with an optional residual, as inference engines write it: the sum in float32."""
+# The next classes have these names so that the hooks below take them for norms.
+
+
+class RoundFirstRMSNorm(nn.Module):
+    """RMSNorm with an optional residual as vLLM runs it without kernels: summed in float32, rounded, weighted."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -48,47 +51,57 @@ class NativeNorm(nn.Module):
         self.eps = 1e-5
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = x.float()
+        dtype, x = x.dtype, x.float()
         if residual is not None:
-            h = h + residual.float()
-        residual = h.to(x.dtype)
-        h = h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight, residual
+            x = x + residual.float()
+        return self.finish(x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps), dtype), x.to(dtype)
+
+    def finish(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
+        return normalised.to(dtype) * self.weight
 
 
-class NativeRMSNorm(NativeNorm):
-    """So named that the hooks below take it for a norm."""
+class WeighFirstRMSNorm(RoundFirstRMSNorm):
+    """As SGLang runs it: weighted, then rounded."""
+
+    def finish(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
+        return (normalised * self.weight).to(dtype)
+
+
+class SiluAndMul(nn.Module):
+    """SiLU of the first half of the columns, times the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1] // 2
+        return nn.functional.silu(x[..., :size]) * x[..., size:]
 
 
 class EngineBlock(nn.Module):
     """A decoder block in the style of inference engines: flat tokens, packed projections, residual beside the value."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[RoundFirstRMSNorm]) -> None:
         super().__init__()
-        self.first, self.second = NativeRMSNorm(HIDDEN), NativeRMSNorm(HIDDEN)
+        self.first, self.second = norm(HIDDEN), norm(HIDDEN)
         self.qkv_proj, self.o_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.gate_up_proj = nn.Linear(HIDDEN, 1024, bias=False)
         self.down_proj = nn.Linear(512, HIDDEN, bias=False)
-        self.act_fn = nn.SiLU()
+        self.act_fn = SiluAndMul()
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         x, residual = self.first(x, before)
         q, k, v = (t.view(-1, 4, 64).transpose(0, 1) for t in self.qkv_proj(x).chunk(3, -1))
         x = self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1, HIDDEN))
         x, residual = self.second(x, residual)
-        gate_up = self.gate_up_proj(x)
-        size = gate_up.shape[-1] // 2
-        return self.down_proj(self.act_fn(gate_up[..., :size]) * gate_up[..., size:]), residual
+        return self.down_proj(self.act_fn(self.gate_up_proj(x))), residual
 
 
 class Engine(nn.Module):
     """Blocks in the style of inference engines over an embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[RoundFirstRMSNorm]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(EngineBlock() for _ in range(LAYERS))
-        self.norm, self.head = NativeRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.blocks = nn.ModuleList(EngineBlock(norm) for _ in range(LAYERS))
+        self.norm, self.head = norm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
         x, residual = self.embed(tokens).flatten(0, 1), None
@@ -198,11 +211,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         layer_types=["linear_attention", "full_attention"],
         **MOE,
     ),
-    "engine": Engine,
+    "vLLM": lambda: Engine(RoundFirstRMSNorm),
+    "SGLang": lambda: Engine(WeighFirstRMSNorm),
     "torch.nn": lambda: TorchModel(modulated=False),
     "diffusion": lambda: TorchModel(modulated=True),
     "T5": T5Model,
 }
+
+
+ENGINES = ("vLLM", "SGLang")
 
 
 def build(family: str) -> nn.Module:
@@ -217,14 +234,22 @@ def build(family: str) -> nn.Module:
 class GroupLinear(nn.Module):
     """A linear layer that quantises its input by hand, one scale for 128 elements."""
 
+    quantise = staticmethod(cases.q7(128))
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale = cases.q7(128)(x)
+        q, scale = self.quantise(x)
         back = q.to(x.dtype) * scale.to(x.dtype).repeat_interleave(128, -1)
         return nn.functional.linear(back, self.weight)
+
+
+class EngineLinear(GroupLinear):
+    """As inference engines quantise without kernels."""
+
+    quantise = staticmethod(cases.q7_floor_in_half)
 
 
 @functools.cache
@@ -244,18 +269,57 @@ def need_scaled_rows() -> None:
         pytest.skip("needs a torch whose _scaled_mm takes a scale for each row on a CPU: 2.12 or newer")
 
 
+@torch.library.custom_op("aiter_fusion_tests::blockwise_gemm", mutates_args=())
+def blockwise_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int) -> Tensor:
+    """``a @ b.T`` of FP8 tensors with a scale for each 1 x 128 block of a and 128 x 128 block of b."""
+    a32 = (a.float().view(-1, block_size) * a_scale.reshape(-1, 1)).view(a.shape)
+    b32 = b.float() * b_scale.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    return (a32 @ b32.t()).to(torch.bfloat16)
+
+
+@blockwise_gemm.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.bfloat16)
+
+
+def _run_blockwise_gemm_on_a_cpu() -> None:
+    """torchao has this product in Triton only. It is as opaque in the graph as theirs; what quantises is torchao's."""
+    from torchao.quantization.quantize_.workflows.float8 import float8_tensor
+
+    theirs = float8_tensor.blockwise_fp8_gemm
+    if getattr(theirs, "on_cpu", False):
+        return
+
+    def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = 128) -> Tensor:
+        ours = a.device.type == "cpu"
+        return (blockwise_gemm if ours else theirs)(a, a_scale, b, b_scale, block_size)
+
+    multiply.on_cpu = True  # type: ignore[attr-defined]
+    float8_tensor.blockwise_fp8_gemm = multiply
+
+
+def _of_whole_blocks(module: nn.Module, name: str) -> bool:
+    """torchao takes no other weights; DeepSeek-V3 has one of another shape in each layer."""
+    return isinstance(module, nn.Linear) and all(size % 128 == 0 for size in module.weight.shape)
+
+
 def _torchao(granularity: str, **options: Any) -> Callable[[nn.Module], None]:
     def quantise(model: nn.Module) -> None:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quant_api, quantize_
-        from torchao.quantization.granularity import PerRow, PerTensor
+        from torchao.quantization.granularity import PerBlock, PerRow, PerTensor
 
         if granularity == "PerRow":
             need_scaled_rows()
-        chosen = {"PerRow": PerRow, "PerTensor": PerTensor}[granularity]()
+        layers = None  # all linear layers
+        if granularity == "PerBlock":
+            _run_blockwise_gemm_on_a_cpu()
+            layers = _of_whole_blocks
+        blocks = [PerBlock(size) for size in ([1, 128], [128, 128])]  # type: ignore[arg-type]  # a tuple fails
+        chosen = {"PerRow": PerRow(), "PerTensor": PerTensor(), "PerBlock": blocks}[granularity]
         check = quant_api._check_hardware_support
         quant_api._check_hardware_support = lambda granularity: None  # it demands a GPU
         try:
-            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=chosen, **options))
+            quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=chosen, **options), layers)
         finally:
             quant_api._check_hardware_support = check
 
@@ -292,19 +356,27 @@ def _by_hand(layer: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], N
 QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "PerRow": _torchao("PerRow"),
     "PerTensor": _torchao("PerTensor"),
+    "PerBlock": _torchao("PerBlock"),
     "bounded": _torchao("PerRow", activation_value_lb=1e-4, activation_value_ub=1e3),
     "group128": _by_hand(GroupLinear),
     "static": _by_hand(StaticLinear),
+    "engine": _by_hand(EngineLinear),
 }
+
+
+def quantises(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that quantises its input."""
+    by_torchao = isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter
+    return by_torchao or isinstance(module, (GroupLinear, StaticLinear))
 
 
 def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Counter[str], int]:
     """What the eager model says: replaced sites by family, and quantisers whose input no fusion computes.
 
-    Watched: which storage every norm returns, which modules call an activation, and what enters every linear layer.
-    A norm that some linear layer reads is one site; so is the product that enters a linear layer beside an activation;
-    every other linear layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads,
-    which its reader sees joined to rows: only scales for the whole tensor fit both.
+    Watched: which storage every norm returns, which modules call an activation, and what enters every quantised linear
+    layer. A norm that such a layer reads is one site; so is the product that enters one beside an activation; every
+    other such layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads, which its
+    reader sees joined to rows: only scales for the whole tensor fit both.
     """
     read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
@@ -347,7 +419,7 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
             hooks.append(module.register_forward_hook(gated_hook(name)))
         elif name.endswith(("act_fn", "activation_fn")):
             hooks.append(module.register_forward_hook(act_hook(parent)))
-        elif isinstance(module, (nn.Linear, GroupLinear, StaticLinear)):
+        elif quantises(module):
             hooks.append(module.register_forward_pre_hook(linear_hook(parent)))
     with torch.no_grad():
         model(*inputs, use_cache=False)

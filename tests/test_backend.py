@@ -22,7 +22,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import aiter_fusion
-from aiter_fusion import config, platform
+from aiter_fusion import backend, config, platform
 from aiter_fusion.passes import manager, recognise
 from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.passes.verify import MismatchError
@@ -201,6 +201,22 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"needs torch >= 2.11, found 2.10.1\+cpu: pip install --upgrade"):
         aiter_fusion.Backend()
     platform.require_torch("2.11.0a0+git123")
+
+
+def test_newer_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning a process, and everything works."""
+    assert platform.why_untested("2.15.3+rocm7") is None
+    assert platform.why_untested("2.9.1") is None
+    monkeypatch.setattr(backend, "_warned", {backend.SLOW})
+    monkeypatch.setattr(torch, "__version__", "2.16.0.dev20261121+cpu")
+    with caplog.at_level(logging.INFO, logger="aiter_fusion"):
+        for _ in range(2):
+            assert checked_report(site, verify=True).replaced == {"rms_norm_quant": 1}
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith("aiter_fusion: torch 2.16.0.dev20261121+cpu is newer than those that ")
+    for part in ("2.11 to 2.15", "verify=True", "issue tracker"):
+        assert part in warning
+    assert "\n" not in warning
 
 
 @pytest.mark.parametrize("name", ["passes", "patterns"])
