@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 
 from . import __version__, config, platform
+from .bench import model as bench_model
 from .bench import ops as bench_ops
 from .bench.timing import Refused
 from .providers import PROVIDERS
@@ -171,6 +172,16 @@ def _add_bench(commands: Any) -> None:
     ops.add_argument(
         "--from", dest="source", metavar="FILE.json", help="show a result that --json wrote; measures nothing"
     )
+    sizes = bench_model.Sizes()
+    summary = "a Llama quantised by torchao, compiled by aiter_fusion and by Inductor (needs the extra 'bench')"
+    model = _command(kinds, "model", bench_model.command, summary)
+    for name, default in (("hidden", sizes.hidden), ("intermediate", sizes.intermediate), ("layers", sizes.layers)):
+        model.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"default: {default}")
+    text = f"decode-<rows> or prefill-<tokens> (default: {' '.join(bench_model.WORKLOADS)})"
+    model.add_argument("--workloads", nargs="+", default=bench_model.WORKLOADS, metavar="NAME", help=text)
+    text = f"also the host's time to launch {bench_model.HOST_WORKLOAD}, without CUDA graphs"
+    model.add_argument("--host", action="store_true", help=text)
+    model.add_argument("--json", metavar="FILE", help="write the result")
 
 
 def _positive(text: str) -> int:

@@ -9,14 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
+import torchao
 from torch import Tensor
 
+import aiter_fusion
 from aiter_fusion import cli
-from aiter_fusion.bench import ops
+from aiter_fusion.bench import model, ops
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
+from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
 
 RESULT = Result(
     conditions=Conditions("GPU", "2.11.0", "3.6.0", "0.1.0", "2026-11-21T10:00:00+00:00", "aiter-fusion bench ops"),
@@ -115,6 +119,11 @@ def test_info_of_a_preference_that_does_not_exist(
         (["bench", "ops", "--only", "norms"], "there are rms_norm_quant add+group128, "),
         (["bench", "ops", "--hidden", "100", "--only", "group128"], "--hidden 100: groups of 128 need"),
         (["bench", "ops", "--json", "/no/such/folder/x.json"], "there is no such folder"),
+        (["bench", "model", "--hidden", "700"], "must be a multiple of 512"),
+        (["bench", "model", "--intermediate", "700"], "must be a multiple of 16"),
+        (["bench", "model", "--workloads", "decode"], "must be decode-<rows> or prefill-<tokens>"),
+        (["bench", "model", "--workloads", "decode-32", "--host"], "--host measures decode-1"),
+        (["bench", "model", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "ops", "--from", "/no/such/file.json"], "No such file"),
     ],
 )
@@ -127,6 +136,7 @@ def test_bad_options(argv: list[str], named: str, capsys: pytest.CaptureFixture[
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PyTorch sees none; --from FILE" in fails("bench", "ops", capsys=capsys)
+    assert "PyTorch sees none" in fails("bench", "model", capsys=capsys)
     with pytest.raises(RuntimeError, match="PyTorch sees none"):
         cli.main(["bench", "ops", "--debug"])
 
@@ -270,3 +280,74 @@ def test_different_results_are_not_compared() -> None:
         ops._verify(case.op, (codes, scale), (codes, scale * 2))
     with pytest.raises(Refused, match="scale is torch"):
         ops._verify(case.op, (codes, scale), (codes, scale.double()))
+
+
+# ---- bench model -------------------------------------------------------------------------------------------------
+
+
+def test_workloads() -> None:
+    assert [(w.batch, w.length) for w in map(model.Workload.parse, model.WORKLOADS)] == [
+        (1, 1),
+        (32, 1),
+        (128, 1),
+        (1, 2048),
+        (1, 16384),
+    ]
+
+
+def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    models.need_scaled_rows()
+    monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda granularity: None)
+    oracle = aiter_fusion.Backend(strict=True).oracle()
+    seen = []
+
+    def eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph
+
+    with torch.no_grad():
+        llama = model.build(model.Sizes(512, 1024, 2), "cpu")
+        # two backends of one module, called in turn, as the benchmark does
+        ours, other = model.compiled(llama, oracle), model.compiled(llama, eager)
+        for tokens in (torch.tensor([[1], [2]]), torch.tensor([[1, 2, 3]])):
+            for call in (ours, other, ours, other):
+                assert call(tokens).shape == (*tokens.shape, 512)
+    assert len(oracle.graphs) == len(seen) == 2
+    assert oracle.identical
+    assert [graph.calls for graph in oracle.graphs] == [2, 2]
+    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [{"rms_norm_quant": 4, "act_mul_quant": 2}]
+
+
+def test_nothing_replaced_is_no_comparison() -> None:
+    site = Site("rms_norm_quant", "token", "", "", SKIPPED, "no_kernel: triton: PyTorch sees no GPU", "layers.0")
+    with pytest.raises(Refused, match=r"decode-1: nothing was replaced.* no_kernel: triton"):
+        model.check(model.Workload.parse("decode-1"), FusionReport((site,)))
+    with pytest.raises(Refused, match="level 0: plain Inductor"):
+        model.check(model.Workload.parse("decode-1"), FusionReport(note="level 0: plain Inductor"))
+    model.check(model.Workload.parse("decode-1"), FusionReport((replace(site, status=REPLACED, reason=""),)))
+
+
+@pytest.mark.parametrize("host", [None, model.Pair(500.0, 400.0)], ids=["", "host"])
+def test_the_table_of_a_model(host: model.Pair | None) -> None:
+    row = model.Row(
+        workload="decode-1",
+        replaced={"rms_norm_quant": 16, "act_mul_quant": 8},
+        skipped=0,
+        gpu_us=model.Pair(450.0, 500.0),
+        wall_us=model.Pair(480.0, 600.0),
+        captured=host is None,
+        kernels=model.Pair(120.0, 136.0),
+        peak_bytes=model.Pair(2.5e9, 2.75e9),
+        difference=0.012,
+        host_us=host,
+    )
+    result = model.Result(RESULT.conditions, model.Sizes(), (row,), 60.0)
+    lines = str(result).splitlines()
+    (line,) = (line for line in lines if line.startswith("decode-1"))
+    star = "" if host is None else "*"
+    cells = ["450.0", "500.0", "0.900", f"480.0{star}", f"600.0{star}", "0.800", "120", "136", "2.500", "2.750"]
+    cells += [] if host is None else ["500.0", "400.0", "1.250"]
+    assert line.split()[1:] == ["rms_norm_quant", "16,", "act_mul_quant", "8", "0", *cells, "1.2e-02"]
+    assert ("host us" in str(result)) == (host is not None)
+    assert lines[-1].startswith("*") == (host is not None)
+    assert json.loads(result.to_json())["rows"][0]["gpu_us"] == {"ours": 450.0, "inductor": 500.0}

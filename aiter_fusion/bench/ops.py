@@ -28,7 +28,7 @@ from ..op import FusedOp, find
 from ..passes.verify import differing_codes
 from ..providers import PROVIDERS
 from ..providers.triton import native_fp8
-from .timing import Conditions, Refused, alternate, capture, conditions, need, need_gpu, progress
+from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
 VARIANTS = (
     ("rms_norm_quant", "add+group128"),
@@ -362,8 +362,7 @@ def command(args: Any) -> None:
     if args.plot:
         need("matplotlib")
     for path in (args.json, args.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no such folder; make it first")
+        check_folder(path)
     if args.source:
         result = Result.from_json(Path(args.source).read_text())
     else:

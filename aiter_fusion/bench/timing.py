@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -91,22 +92,28 @@ def capture(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: in
 def alternate(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """The median time of each run in microseconds of the GPU's clock.
 
-    All run once in every round, in reverse order in every second one, so that a drifting clock rate hits all alike;
-    nothing waits in between, so that the GPU does not either.
+    All run once in every round; nothing waits in between, so that the GPU does not either.
     """
     for run in runs:
         run()
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
-    for turn in range(rounds):
-        for index in _order(len(runs), turn):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            runs[index]()
-            end.record()
-            events[index].append((begin, end))
+    for index in in_turn(len(runs), rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        runs[index]()
+        end.record()
+        events[index].append((begin, end))
     torch.cuda.synchronize()
     return [1e3 * statistics.median(begin.elapsed_time(end) for begin, end in pairs) for pairs in events]
 
 
-def _order(count: int, turn: int) -> Sequence[int]:
-    return range(count) if turn % 2 == 0 else range(count)[::-1]
+def in_turn(count: int, rounds: int) -> Iterator[int]:
+    """All indices in every round, in reverse order in every second one: a drifting clock rate hits all alike."""
+    for turn in range(rounds):
+        yield from range(count) if turn % 2 == 0 else range(count)[::-1]
+
+
+def check_folder(path: str | None) -> None:
+    """Raise a ValueError if a file could not be written there: before measuring, not after."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no such folder; make it first")
