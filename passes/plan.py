@@ -382,6 +382,8 @@ def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provid
             refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
         elif (reason := provider.refuse(op, known)) is not None:
             refusals.append(f"provider: {provider.name}: {reason}")
+        elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:
+            refusals.append(f"slower: {provider.name}: {reason}")
         else:
             return provider
     raise Refused(refusals[0])

@@ -38,9 +38,11 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
     yield from PassManager(options()).run(graph.graph, True).sites
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, **changes: object) -> Iterator[report.Site]:
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, numerics: str | None = "exact", **changes: object
+) -> Iterator[report.Site]:
     monkeypatch.setitem(providers.PROVIDERS, "reference", replace(providers.PROVIDERS["reference"], **changes))
-    yield from sites(numerics="exact")
+    yield from sites(numerics=numerics)
 
 
 def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
@@ -100,6 +102,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "numerics": lambda patch: refusing(patch, exact=False),
     "no_kernel": nowhere,
     "provider": lambda patch: refusing(patch, refuse=lambda op, arguments: "rows are too long"),
+    "slower": lambda patch: refusing(patch, numerics=None, slower=lambda op, arguments: "two kernels"),
     "overload": without_overloads,
     "layout": lambda patch: sites(lambda x, w: cases.q3(cases.llama(x.view(2, 2, -1).transpose(0, 1), w))),
     "order": lambda patch: sites(early_reader),
@@ -190,3 +193,9 @@ def test_a_near_miss_names_the_first_node_that_does_not_fit(name: str) -> None:
 
     (site,) = sites(fn)
     assert f"almost one of the forms, but {node} (aten." in site.reason
+
+
+def test_a_slower_provider_can_be_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = replace(providers.PROVIDERS["reference"], slower=lambda op, arguments: "two kernels")
+    monkeypatch.setitem(providers.PROVIDERS, "reference", changed)
+    assert [site.status for site in sites(provider="reference")] == [report.REPLACED]

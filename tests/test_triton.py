@@ -136,6 +136,20 @@ def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.startswith(reason)
 
 
+def test_where_inductor_is_faster() -> None:
+    op = OPS["rms_norm_quant"][frozenset()]
+    known = {name: next(iter(op.samples()))[name] for name in op.arguments}
+    for rows, width, block, faster in (
+        (1, 4096, 0, True),
+        (1, 8192, 0, True),
+        (3, 4096, 0, False),
+        (1, 4096, 4096, False),
+        (1, 4096, 128, False),
+    ):
+        reason = provider.slower(op, known | {"x": torch.empty(rows, width, dtype=BF16), "block": block})
+        assert (reason is not None) == faster
+
+
 def test_programs() -> None:
     """As PyTorch computes on a GPU: a division by a number is a product with its float32 reciprocal."""
     assert programs.steps("div=448.0 float32") == (("mul", 0.0022321429569274187), ("float32", None))

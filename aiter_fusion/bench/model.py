@@ -1,8 +1,8 @@
-"""``bench model``: the decoder stack of a Llama quantised by torchao, compiled by this backend and by plain Inductor.
+"""``bench model``: a Llama quantised by torchao, compiled by this backend and by plain Inductor.
 
-The stack is what a server runs at every step: embedding, layers, last norm; not the head. Weights are random, and both
-compiled models share them. Attention is causal without a mask tensor, so that PyTorch may choose flash attention: in a
-compiled graph transformers makes a mask of tokens x tokens, with which it may not, and which inference engines avoid.
+The head is quantised too, and gives the logits of every token. Weights are random, and both compiled models share them.
+Attention is causal without a mask tensor, so that PyTorch may choose flash attention: in a compiled graph transformers
+makes a mask of tokens x tokens, with which it may not, and which inference engines avoid.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Result:
         return "\n".join(
             [
                 str(self.conditions),
-                f"Llama decoder stack, torchao FP8 per row: hidden {sizes.hidden}, intermediate {sizes.intermediate}, "
+                f"Llama, torchao FP8 per row: hidden {sizes.hidden}, intermediate {sizes.intermediate}, "
                 f"layers {sizes.layers}; measured in {self.seconds:.0f} s",
                 "",
                 tabulate(lines, headers=headers, disable_numparse=True, colalign=align if lines else None),
@@ -165,7 +165,7 @@ def _cells(pair: Pair, style: str, ratio: str = "") -> list[str]:
 
 
 def build(sizes: Sizes, device: str) -> nn.Module:
-    """A random bf16 Llama without head, its linear layers quantised by torchao: FP8, one scale a row.
+    """A random bf16 Llama, its linear layers quantised by torchao: FP8, one scale a row.
 
     Raises:
         RuntimeError: transformers or torchao is missing.
@@ -181,7 +181,9 @@ def build(sizes: Sizes, device: str) -> nn.Module:
         vocab_size=VOCABULARY,
     )
     with torch.device(device):
-        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="causal").eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="causal"
+        ).eval()
     granularity = quantization.PerRow()
     quantization.quantize_(model, quantization.Float8DynamicActivationFloat8WeightConfig(granularity=granularity))
     return model
@@ -199,9 +201,9 @@ def _attention(
 
 
 def compiled(model: nn.Module, chosen: Any) -> Callable[[Tensor], Tensor]:
-    """The model, compiled whole by a backend, from tokens to the last hidden state."""
+    """The model, compiled whole by a backend, from tokens to logits."""
     call: Any = torch.compile(model, backend=chosen, dynamic=False, fullgraph=True)
-    return lambda tokens: call(tokens, use_cache=False).last_hidden_state
+    return lambda tokens: call(tokens, use_cache=False).logits
 
 
 def bench(sizes: Sizes, workloads: Sequence[Workload], *, host: bool, command: str) -> Result:

@@ -24,6 +24,8 @@ class Provider:
     exact:    whether it keeps the graph's sequence of roundings.
     reorders: whether it sums the elements of a row in an order of its own; the statistic's last bits depend on it.
     prepare:  called before a graph in which it was chosen is compiled.
+    slower:   why the code that Inductor would generate is faster for this call, by recorded measurements, or None.
+              Asked unless the provider was chosen by name.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Provider:
     exact: bool
     reorders: bool = False
     prepare: Callable[[], None] = lambda: None
+    slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
 
 
 def _no_kernels(op: FusedOp) -> Implementation:
@@ -55,6 +58,7 @@ PROVIDERS: dict[str, Provider] = {
         exact=True,
         reorders=True,
         prepare=triton_kernels.prepare,
+        slower=triton_kernels.slower,
     ),
     "reference": Provider(
         "reference",

@@ -66,6 +66,16 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why Inductor's own code is faster for a call, as measured; of a symbolic number of rows its example counts."""
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    width = first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
+    rows, _ = launches.rows_of(first) or (1, width)
+    if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
+        return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
+    return None
+
+
 def run(op: FusedOp) -> Implementation:
     """What computes a call outside a compiled graph."""
     return functools.partial(_run, op)
