@@ -30,7 +30,7 @@ VOCABULARY = 32000
 HEAD = 128
 
 WALL_ROUNDS = 21
-PROFILES, PROFILED_FORWARDS = 5, 3
+PROFILES, PROFILED_FORWARDS = 2, 8  # few: starting and stopping a profile takes seconds
 # Between two waits for the GPU no more kernels than these are put in its queue, so that the host never waits for room.
 HOST_ROUNDS, HOST_QUEUE = 101, 400
 
