@@ -97,14 +97,14 @@ def sliced_up_first(x: Tensor) -> Tensor:
 
 def separate(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def call(x: Tensor) -> Tensor:
-        gate, up = x[..., ::2] * 1, x[..., 1::2] * 1  # two tensors, as two projections give
+        gate, up = x[..., ::2] * 2, x[..., 1::2] * 2  # two tensors, as two projections give (times 1 is left out)
         return act(gate) * up
 
     return call
 
 
 def separate_up_first(x: Tensor) -> Tensor:
-    gate, up = x[..., ::2] * 1, x[..., 1::2] * 1
+    gate, up = x[..., ::2] * 2, x[..., 1::2] * 2
     return up * F.silu(gate)
 
 
@@ -145,7 +145,7 @@ def gpt_oss_other_numbers(x: Tensor) -> Tensor:
 
 
 def gpt_oss_separate(x: Tensor) -> Tensor:
-    up, gate = x[..., ::2] * 1, x[..., 1::2] * 1
+    up, gate = x[..., ::2] * 2, x[..., 1::2] * 2
     return clamped_swiglu(gate, up)
 
 

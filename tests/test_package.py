@@ -99,6 +99,17 @@ def test_torch_may_import_it_while_being_imported() -> None:
     assert done.stdout.strip() == "3"
 
 
+def test_every_package_is_installed() -> None:
+    """What setuptools is not told of is missing from every installation but an editable one."""
+    listed = (ROOT / "pyproject.toml").read_text()
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("__init__.py"):
+            parts = path.parent.relative_to(folder).parts
+            if not {"passes", "patterns"} & set(parts[:1]):
+                name = ".".join(["aiter_fusion", *([package] if package != "aiter_fusion" else []), *parts])
+                assert f'"{name}",' in listed, name
+
+
 def test_dependencies() -> None:
     required = importlib.metadata.requires("aiter-fusion") or []
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in required}
