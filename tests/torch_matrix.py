@@ -33,8 +33,8 @@ def run(version: str) -> str:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], file=sys.stderr)
     summary = re.findall(r"^(.*\b(?:passed|failed)\b.*) in [\d.]+s", done.stdout, re.MULTILINE)
-    replaced = re.findall(r"^\w+ \w+: replaced (\d+) of (\d+) sites", done.stdout, re.MULTILINE)
-    counts = f"{sum(int(n) for n, _ in replaced)} of {sum(int(n) for _, n in replaced)} in {len(replaced)} models"
+    replaced = re.findall(r"^[\w.]+ \w+ \w+: replaced (\d+) of (\d+) sites", done.stdout, re.MULTILINE)
+    counts = f"{sum(int(n) for n, _ in replaced)} of {sum(int(n) for _, n in replaced)} in {len(replaced)} cases"
     return f"| {version} | {summary[-1] if summary else 'no summary'} | {counts} |"
 
 
