@@ -25,11 +25,13 @@ class Tolerance:
     scale:  relative difference of any other output: two roundings to bf16 (2**-8 each) of the values below the maximum.
     share:  share of the elements that may have another code, where the provider keeps the graph's roundings but sums a
             row in its own order: 3e-8 to 4e-7 were seen (32768 rows of 2880 to 8192, bf16).
+    few:    elements that may in any case: of few, one is a large share, and a row's last bit can move several.
     """
 
     codes: int = 1
     scale: float = 1e-2
     share: float = 1e-5
+    few: int = 16
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: T
     """How an output differs from the original's by more than the provider may, or None.
 
     A provider that keeps the graph's roundings and the order of its sums: not at all. One that sums in another order:
-    one code in a share of the elements (or in 16, where there are few). One with roundings of its own: one code.
+    one code in a share of the elements, or in a few. One with roundings of its own: one code.
     """
     tolerance = op.tolerance
     if same_bits(want, have):
@@ -93,7 +93,11 @@ def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: T
         if codes > tolerance.codes:
             return f"{codes} FP8 codes apart"
         count = int((want.view(torch.uint8) != have.view(torch.uint8)).sum()) if provider.exact else 0
-        return f"{count} of {want.numel()} codes differ" if count > max(16, tolerance.share * want.numel()) else None
+        return (
+            f"{count} of {want.numel()} codes differ"
+            if count > max(tolerance.few, tolerance.share * want.numel())
+            else None
+        )
     close = torch.allclose(want.float(), have.float(), rtol=tolerance.scale, atol=0.0, equal_nan=True)
     return None if close else f"more than {tolerance.scale:.0e} apart"
 

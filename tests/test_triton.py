@@ -104,6 +104,7 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 # What the kernels refuse, with the reason's first words.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
+    "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
     "format": ({"quant_dtype": FNUZ}, "this GPU converts to torch.float8_e4m3fn, not to torch.float8_e4m3fnuz"),
     "float64": ({"x": (4, 256, torch.float64)}, "x is torch.float64"),
     "columns": ({"x": (4, 256, torch.bfloat16, "columns")}, "the columns of x are 2 elements apart"),

@@ -47,6 +47,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if arguments["quant_dtype"] != native:
         return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
     for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
         if name == "scale":
             continue
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -57,7 +59,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"the columns of {name} are {tensor.stride(-1)} elements apart"
         if launches.rows_of(tensor) is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
-    width = first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
+    width = launches.width_of(op, first)
     if not 1 <= width <= 65536:
         return f"rows of {width} elements"
     block = arguments.get("block", 0)
@@ -69,7 +71,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why Inductor's own code is faster for a call, as measured; of a symbolic number of rows its example counts."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    width = first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
+    width = launches.width_of(op, first)
     rows, _ = launches.rows_of(first) or (1, width)
     if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
         return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"

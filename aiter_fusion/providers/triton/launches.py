@@ -57,6 +57,11 @@ def rows_of(x: Tensor) -> tuple[Int, Int] | None:
     return rows, x.shape[-1] if stride is None else stride
 
 
+def width_of(op: FusedOp, first: Tensor) -> int:
+    """The length of the rows that a call quantises, from its first tensor."""
+    return first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
+
+
 def hint(size: Int, default: int) -> int:
     """The example of a symbolic size."""
     if isinstance(size, int):
@@ -129,7 +134,7 @@ def _programs(rows: Int, together: int) -> Int:
 
 def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
     x, residual, weight = arguments["x"], arguments.get("residual"), arguments["weight"]
-    width = x.shape[-1]
+    width = width_of(op, x)
     found = rows_of(x)
     assert found is not None
     rows, stride = found
@@ -152,13 +157,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> 
         "DTYPE": _name(arguments["dtype"]),
     }
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
-    common |= {
-        "ROWS": shape.rows,
-        "SEGMENTS": shape.segments,
-        "SEGMENT": shape.segment,
-        "TILES": shape.tiles,
-        "RUN": shape.run,
-    }
+    common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if "static" in op.features or arguments["block"]:
         return Launches((Launch("rms_norm_quant", grid, common, shape.warps),))
@@ -191,7 +190,7 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> L
     packed = "packed" in op.features
     gate = arguments["gate_up" if packed else "gate"]
     up = gate if packed else arguments["up"]
-    width = gate.shape[-1] // 2 if packed else gate.shape[-1]
+    width = width_of(op, gate)
     found, apart = rows_of(gate), rows_of(up)
     assert found is not None
     assert apart is not None

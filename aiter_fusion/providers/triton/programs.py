@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 
 import torch
@@ -25,7 +26,8 @@ def nan_from(quant_dtype: torch.dtype) -> float | None:
     top = torch.finfo(quant_dtype).max
     if not torch.tensor(1e9).to(quant_dtype).float().isnan():
         return None
-    middle = torch.tensor(top + top / (28 if top == 448.0 else 30))  # of the largest number and what would follow it
+    _, exponent = math.frexp(top)
+    middle = torch.tensor(top + 2.0 ** (exponent - 5))  # of the largest of four-bit significands and what would follow
     following = torch.nextafter(middle, torch.tensor(1e9))
     return middle.item() if middle.to(quant_dtype).float().isnan() else following.item()
 

@@ -45,8 +45,8 @@ def reciprocal_of_normal(x):
 def shared_division(x, s, CORRECTIONS: tl.constexpr, COVERS: tl.constexpr):
     """``x / s`` in float32 for many x that share an s, correctly rounded as far as FP8 reaches.
 
-    A reciprocal for each s and corrections by fused multiply-adds for each x (Markstein 1990), where a division costs
-    many times as much. Two corrections are right for every x. For an x of half precision one is, as far as the cast to
+    A reciprocal for each s and corrections by fused multiply-adds for each x (Markstein 1990), where a division takes
+    more instructions. Two corrections are right for every x. For an x of half precision one is, as far as the cast to
     FP8 that follows can tell: only quotients beside the middle of two FP8 numbers matter, which are few enough to try
     all (``tests/test_gpu.py`` does).
 
