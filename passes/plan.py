@@ -37,11 +37,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an output takes the place of a node: reshaped to ``shape`` (``sizes`` are how to spell that in a graph; None
-    if it has this shape), then permuted by ``dims`` (None if not)."""
+    """How an output takes the place of a node: reshaped to ``shape`` (``sizes`` are how to spell that in a graph, a
+    node being a size that the graph has; None if it has this shape), then permuted by ``dims`` (None if not)."""
 
     shape: torch.Size
-    sizes: tuple[int | Size, ...] | None
+    sizes: tuple[int | Size | fx.Node, ...] | None
     dims: tuple[int, ...] | None
 
 
@@ -284,7 +284,7 @@ def _attempt(
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
     _check_order(inputs, replaced, dead)
     known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
-    known, permuted, fakes, fitted = _laid_out(op, known, replaced, dead)
+    known, permuted, fakes, fitted = _laid_out(op, known, replaced, dead, _known_sizes(nodes, max(inputs)))
     nodes = nodes.union(fitted)
     _check_writes(inputs, nodes, writes)
     provider = _provider(op, known, options)
@@ -405,7 +405,7 @@ def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _laid_out(
-    op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node]
+    op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node], sizes: Sequence[fx.Node]
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor], dict[fx.Node, tuple[str, Fit]]]:
     """The op's arguments, those of them to permute, the outputs, and how these take the places of what is replaced.
 
@@ -430,7 +430,7 @@ def _laid_out(
         fitted: dict[fx.Node, tuple[str, Fit]] = {}
         try:
             for node, name in replaced.items():
-                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead)}
+                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead, sizes)}
         except Refused as refusal:
             refusals.append(str(refusal))
         else:
@@ -463,19 +463,24 @@ def _order(want: Tensor, rows: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 def _fits(
-    node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, dead: set[fx.Node]
+    node: fx.Node,
+    name: str,
+    have: Tensor,
+    order: tuple[int, ...] | None,
+    dead: set[fx.Node],
+    sizes: Sequence[fx.Node],
 ) -> list[tuple[fx.Node, Fit]]:
     """How an output takes the place of a node, or of the copies of it, if nothing else reads it."""
     try:
-        return [(node, _fit(node, name, have, order))]
+        return [(node, _fit(node, name, have, order, sizes))]
     except Refused:
         readers = [user for user in node.users if user not in dead]
         if not readers or any(reader.target is not torch.ops.aten.clone.default for reader in readers):
             raise
-        return [(reader, _fit(reader, name, have, order)) for reader in readers]
+        return [(reader, _fit(reader, name, have, order, sizes)) for reader in readers]
 
 
-def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None) -> Fit:
+def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, sizes: Sequence[fx.Node]) -> Fit:
     """How an output, whose rows are in ``order`` (None: as the op's inputs), takes the place of ``node``."""
     want = node.meta["val"]
     for what in ("dtype", "device"):
@@ -496,22 +501,33 @@ def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None) 
         expected = expected * size
     if dims is not None and not same_shape(want.shape[: len(order or ())], have.shape[: len(order or ())]):
         raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
-    return Fit(want.shape, _sizes(node, name, want, have), dims)
+    return Fit(want.shape, _sizes(node, name, want, have, sizes), dims)
 
 
-def _sizes(node: fx.Node, name: str, want: Tensor, have: Tensor) -> tuple[int | Size, ...] | None:
+def _known_sizes(nodes: Iterable[fx.Node], last: fx.Node) -> list[fx.Node]:
+    """The symbolic sizes that views among ``nodes`` are given, where the graph has them when it comes to ``last``."""
+    sizes = {size for node in nodes if node.target in VIEWS for size in node.all_input_nodes[1:]}
+    return [size for size in sorted(sizes) if size.op == "placeholder" or not last < size]
+
+
+def _sizes(
+    node: fx.Node, name: str, want: Tensor, have: Tensor, known: Sequence[fx.Node]
+) -> tuple[int | Size | fx.Node, ...] | None:
     """How to spell the shape of ``want`` in a reshape of ``have``; None if it has that shape."""
     if same_shape(want.shape, have.shape):
         return None
     if not same_size(want.numel(), have.numel()):
         raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
-    sizes: list[int | Size] = []
+    sizes: list[int | Size | fx.Node] = []
     for size in want.shape:
         same = next((d for d, s in enumerate(have.shape) if same_size(s, size)), None)
+        given = next((n for n in known if same_size(n.meta["val"], size)), None)
         if isinstance(size, int):
             sizes.append(size)
         elif same is not None:
             sizes.append(Size(same))
+        elif given is not None:
+            sizes.append(given)
         elif -1 not in sizes:
             sizes.append(-1)
         else:

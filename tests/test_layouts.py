@@ -1,4 +1,4 @@
-"""Norms and activations of permuted tensors: every result has the bits, shape and strides of the original's."""
+"""Norms and activations of permuted and regrouped tensors: results keep bits, shapes and strides."""
 
 from __future__ import annotations
 
@@ -88,6 +88,12 @@ def packed(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q2_static(cases.gpt_oss(heads(x)), SCALE)
 
 
+def heads_joined(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Rows are heads; the quantiser sees batch and sequence again, two sizes that no tensor of rows shows."""
+    y = cases.llama(x.reshape(-1, cases.H), w)
+    return cases.q3_tensor(y.reshape(x.shape))
+
+
 def scale_of_rows(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q3(cases.llama(heads(x), w))
 
@@ -110,6 +116,7 @@ TAKEN: dict[Callable[..., tuple[Tensor, ...]], str] = {
     split_into_groups: "static+value",
     activation: "tensor+value",
     packed: "packed+static",
+    heads_joined: "tensor",
 }
 
 

@@ -195,9 +195,14 @@ def act_mul_quant_kernel(
                 codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
                 tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
     else:
-        total = rows * IN_ROW
+        begin = tl.program_id(0)
+        if BLOCK < 32:  # there may be more segments than 32 bits count
+            begin = begin.to(tl.int64)
+            total = rows * tl.full([], IN_ROW, tl.int64)
+        else:
+            total = rows * IN_ROW
         best = 0.0
-        for first in range(tl.program_id(0) * SEGMENTS, total, tl.num_programs(0) * SEGMENTS):
+        for first in range(begin * SEGMENTS, total, tl.num_programs(0) * SEGMENTS):
             at = first + segment
             row = at // IN_ROW
             columns = (at - row * IN_ROW) * BLOCK + element

@@ -64,7 +64,7 @@ def shared_division(x, s, CORRECTIONS: tl.constexpr, COVERS: tl.constexpr):
         near = tl.abs(near)
     r = reciprocal_of_normal(near) * -1.0  # a minus sign would make +0 of 0
     s2 = tl.minimum(tl.maximum(near, 2.0**-126), 2.0**126)
-    r2 = tl.where(near == 0.0, 1.0, r)
+    r2 = tl.where(near == 0.0, -1.0, r)
     if x.dtype == tl.bfloat16:  # a product with a power of two is exact, and two products are one instruction
         n = (x * (-c).to(tl.bfloat16)).to(tl.float32)
     else:
