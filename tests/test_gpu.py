@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -233,8 +234,8 @@ def test_activations_of_every_number(dtype: torch.dtype, act: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 11])
 def test_divisions_beside_the_middle_of_two_codes(bits: int) -> None:
-    """One correction is enough for half precision. Only quotients within a few last places of the middle of two FP8
-    numbers can be rounded to the wrong one: all of them, for every significand that such an x has."""
+    """A reciprocal in two parts is enough for half precision. Only quotients within a few last places of the middle of
+    two FP8 numbers can be rounded to the wrong one: all of them, for every significand that such an x has."""
     divide = import_module("division_kernel").divide_kernel
     significands = torch.arange(2 ** (bits - 1), 2**bits, device="cuda").float()
     normal = [1 + (k + 0.5) / 8 for k in range(8)]
@@ -248,6 +249,17 @@ def test_divisions_beside_the_middle_of_two_codes(bits: int) -> None:
         q = torch.empty(x.shape, dtype=cases.FN, device="cuda")
         divide[(-(-x.numel() // 1024),)](x, s, q, x.numel(), 1024)
         assert same_bits((x.float() / s).to(cases.FN), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, 1e-39, -1e-38, 0.02, -2.0, 3e38, math.inf, -math.inf, math.nan])
+def test_divisions_of_every_number(scale: float, dtype: torch.dtype) -> None:
+    divide = import_module("division_kernel").divide_kernel
+    x = every(dtype)
+    s = torch.full(x.shape, scale, device="cuda")
+    q = torch.empty(x.shape, dtype=cases.FN, device="cuda")
+    divide[(-(-x.numel() // 1024),)](x, s, q, x.numel(), 1024)
+    assert same_bits((x.float() / s).clamp(-448, 448).to(cases.FN), q)
 
 
 def test_rare_differences_with_random_rows() -> None:

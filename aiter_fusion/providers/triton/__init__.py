@@ -86,7 +86,7 @@ def run(op: FusedOp) -> Implementation:
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     outputs = op.allocate(**arguments)
     first = next(iter(v for v in arguments.values() if isinstance(v, Tensor)))
-    plan = launches.of(op, arguments, saturates())
+    plan = launches.of(op, arguments, nvidia())
     scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
     known = {**arguments, **scratch, **outputs}
     if "static" in op.features:
@@ -105,8 +105,9 @@ def prepare() -> None:
     register()
 
 
-def saturates() -> bool:
-    """Whether Triton's cast to FP8 turns what is too large into the largest number: on NVIDIA it does."""
+def nvidia() -> bool:
+    """Whether kernels are for GPUs of NVIDIA, where they may hold PTX, and where Triton's cast to FP8 turns what is too
+    large into the largest number."""
     return torch.version.hip is None
 
 

@@ -20,7 +20,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 from ...op import OPS, FusedOp
-from . import kernel, launches, saturates
+from . import kernel, launches, nvidia
 
 NAME = "triton"
 
@@ -87,7 +87,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         if isinstance(fakes[name], Tensor)
     }
     outputs = {name: _empty(*op.shape(**fakes)[name], first.device) for name in op.outputs}
-    plan = launches.of(op, fakes, saturates())
+    plan = launches.of(op, fakes, nvidia())
     scratch = {name: _empty(sizes, dtype, first.device) for name, (sizes, dtype) in plan.scratch.items()}
     known = tensors | scratch | outputs
     for launch in plan.launches:

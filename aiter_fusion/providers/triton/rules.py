@@ -15,7 +15,7 @@ TILE = 16384
 # Programs that look for the maximum of a whole tensor, each leaving one number. A power of two.
 PARTS = 512
 # Fewer rows than this leave processors idle: then only the time of one program counts.
-FEW, VERY_FEW = 256, 16
+FEW = 256
 # Up to so many elements Inductor's code, one kernel, is faster than ours, two, where one scale is for the whole tensor:
 # 1.1 to 2.0 times for 1 row of 2880 to 8192. From 8 rows of 4096 on ours is, 1.1 to 1.6 times.
 TENSOR = 8192
@@ -61,9 +61,9 @@ def norm(width: int, block: int, rows: int) -> Shape:
     elements = together * segments * segment
     grouped = block < width
     if rows < FEW:
-        warps, run = (4 if rows < VERY_FEW else 8), 8
+        warps, run = 8, 8
     else:
-        warps, run = (8 if elements > 8192 else 4), (16 if grouped and elements <= 4096 else 8)
+        warps, run = (8 if elements > 8192 else 4), (16 if grouped and elements <= 8192 else 8)
     return Shape(together, segments, segment, tiles, _warps(warps, elements), run)
 
 
