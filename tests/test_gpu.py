@@ -89,6 +89,7 @@ def whole_numbers(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.bfloat1
 
 
 QUANTISER = {
+    "column_major": False,
     "scale_steps": "div=448.0 float32",
     "factor_steps": "div=448.0 float32",
     "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",

@@ -98,6 +98,7 @@ def _quantiser(
         "BLOCK": block or width,
         "VALUE": _name(value),
         "GROUPED": 0 < block < width,
+        "COLUMN_MAJOR": arguments.get("column_major", False),
         "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
         "FACTOR_STEPS": programs.steps(arguments["factor_steps"]),
         "VALUE_STEPS": programs.value_steps(

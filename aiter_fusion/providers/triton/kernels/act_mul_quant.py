@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, whole_maximum, wide
+from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, scale_index, whole_maximum, wide
 
 
 @triton.jit
@@ -116,6 +116,7 @@ def act_mul_quant_kernel(
     DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     GROUPED: tl.constexpr,
+    COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     FACTOR_STEPS: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
@@ -245,6 +246,7 @@ def act_mul_quant_kernel(
                 codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
                 if GROUPED:
-                    tl.store(scale_out + at, apply_steps(SCALE_STEPS, top, top), mask=at < total)
+                    scale_at = scale_index(row, at - row * IN_ROW, rows, IN_ROW, COLUMN_MAJOR)
+                    tl.store(scale_out + scale_at, apply_steps(SCALE_STEPS, top, top), mask=at < total)
         if maxima_out is not None:
             tl.store(maxima_out + tl.program_id(0), best)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, whole_maximum, wide
+from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def rms_norm_quant_kernel(
     DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     GROUPED: tl.constexpr,
+    COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     FACTOR_STEPS: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
@@ -184,7 +185,8 @@ def rms_norm_quant_kernel(
                     group = tile * SEGMENTS + segment
                     scales = apply_steps(SCALE_STEPS, top, top)
                     exists = (group < WIDTH // BLOCK) & present
-                    tl.store(scale_out + row * (WIDTH // BLOCK) + group, scales, mask=exists)
+                    scale_at = scale_index(row, group, rows, WIDTH // BLOCK, COLUMN_MAJOR)
+                    tl.store(scale_out + scale_at, scales, mask=exists)
 
     if maxima_out is not None:
         tl.store(maxima_out + tl.program_id(0), best)

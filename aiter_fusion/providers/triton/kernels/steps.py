@@ -153,3 +153,13 @@ def mask_of(
     if SOME_ABSENT:
         mask = mask & present
     return mask
+
+
+@triton.jit
+def scale_index(row, group, rows, GROUPS: tl.constexpr, COLUMN_MAJOR: tl.constexpr):
+    """Where the scale of a row's group lies."""
+    if COLUMN_MAJOR:
+        at = group.to(tl.int64) * rows + row
+    else:
+        at = row.to(tl.int64) * GROUPS + group
+    return at
