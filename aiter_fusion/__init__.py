@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import Backend, FusionError, explain, reports, reset
+    from .backend import Backend, FusionError, explain, reports, reset, warmup
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -27,6 +27,7 @@ _HOME = {
     "explain": "backend",
     "reports": "backend",
     "reset": "backend",
+    "warmup": "backend",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -44,6 +45,7 @@ __all__ = [
     "is_aiter_found_and_supported",
     "reports",
     "reset",
+    "warmup",
 ]
 
 

@@ -153,7 +153,7 @@ def test_norms_of_every_width(width: int, features: frozenset[str]) -> None:
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
                 continue
-            same(op, **norm_arguments(width, rows, block=block))
+            same(op, **norm_arguments(width, rows, block=block, column_major=rows == 3))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -194,7 +194,7 @@ def test_activations_of_every_width(width: int, features: frozenset[str]) -> Non
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
                 continue
-            same(op, **act_arguments(width, rows, block=block))
+            same(op, **act_arguments(width, rows, block=block, column_major=rows == 3))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -279,6 +279,39 @@ def test_rare_differences_with_random_rows() -> None:
         share = (want["q"].view(torch.uint8) != q.view(torch.uint8)).double().mean().item()
         assert share <= op.tolerance.share
         assert torch.allclose(want["scale"], scale, rtol=2**-7, atol=0)
+
+
+def test_an_op_compiles_nothing_while_a_cuda_graph_is_captured() -> None:
+    op = OPS["rms_norm_quant"][frozenset()]
+    graph = torch.cuda.CUDAGraph()
+    given = norm_arguments(1234, 3, block=1234)
+    call = [given[name] for name in op.arguments]
+    with pytest.raises(RuntimeError, match="would be compiled"), torch.cuda.graph(graph):
+        op.target(*call, "triton")
+    want = op.target(*call, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        have = op.target(*call, "triton")
+    graph.replay()
+    assert all(map(same_bits, want, have))
+
+
+def test_warmup_before_a_capture() -> None:
+    """Then a graph that was compiled for other rows can be captured for all that it was warmed up with."""
+    call = torch.compile(block_of_model, backend=aiter_fusion.Backend(provider="triton"), dynamic=False)
+    sizes = (5, 64)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        with pytest.raises(RuntimeError, match=r"aiter_fusion.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call(*inputs_of_block(3))
+        aiter_fusion.warmup(call, [inputs_of_block(rows) for rows in sizes])
+        for rows in sizes:
+            inputs = inputs_of_block(rows)
+            want = call(*inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                have = call(*inputs)
+            graph.replay()
+            assert all(map(same_bits, want, have))
 
 
 def test_more_elements_than_32_bits_can_count() -> None:

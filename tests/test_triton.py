@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.passes.manager import environment
 from aiter_fusion.providers import triton as provider
-from aiter_fusion.providers.triton import launches, programs, rules
+from aiter_fusion.providers.triton import launches, programs, rules, tuned
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
@@ -149,6 +153,71 @@ def test_where_inductor_is_faster() -> None:
     ):
         reason = provider.slower(op, known | {"x": torch.empty(rows, width, dtype=BF16), "block": block})
         assert (reason is not None) == faster
+
+
+@pytest.fixture
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache, on a machine with a GPU."""
+    monkeypatch.setenv("AITER_FUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (1)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tuned.platform, "triton_version", lambda: "3.6.0")
+    forget()
+    yield tmp_path / "launches-nvidia-h200-1-triton-3.6.0.json"
+    forget()
+
+
+def forget() -> None:
+    tuned._content.cache_clear()
+    tuned.choices.cache_clear()
+
+
+def test_tuned_launches_win_over_the_rule(tuned_file: Path) -> None:
+    assert tuned.path() == tuned_file
+    assert tuned.state() == ""
+    by_rule = rules.norm(4096, 128, 1), rules.row(4096, 1), rules.flat(128, 10**6, True, False)
+    tuned.write(tuned_file, {"norm 4096 128 1": {"warps": 2, "run": 4}}, {"device": "H200"})
+    tuned.write(tuned_file, {"flat 128 0 1 0": {"segments": 2}}, {"device": "H200"})
+    assert rules.norm(4096, 128, 1) == replace(by_rule[0], warps=2, run=4)
+    assert rules.norm(4096, 128, 1000).warps == rules.norm(4096, 4096, 1000).warps == 4
+    assert rules.row(4096, 1) == by_rule[1]
+    assert rules.flat(128, 10**6, True, False) == replace(by_rule[2], segments=2)
+    with tuned.trying({"norm 4096 128 1": {}}):
+        assert rules.norm(4096, 128, 1) == by_rule[0]
+
+
+def test_code_compiled_with_other_launches_is_not_reused(tuned_file: Path) -> None:
+    before = environment()
+    tuned.write(tuned_file, {"row 4096 1": {"warps": 8}}, {})
+    assert environment() != before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"launches": {"row 4096 1": 8}}', '{"launches": {"row 4096 1": {"warps": 3}}}']
+)
+def test_a_tuned_file_that_is_none(tuned_file: Path, content: str) -> None:
+    tuned_file.write_text(content)
+    if not content:
+        assert tuned.choices() == {}
+        return
+    with pytest.raises(ValueError, match="delete it"):
+        tuned.choices()
+
+
+def test_what_is_tuned_is_what_the_rules_ask() -> None:
+    """Every question is about a key that the launches of its cases look up, and every candidate can be launched."""
+    for question in questions((2880, 4096)):
+        for case in question.cases:
+            known = case.arguments("meta")
+            usual = launches.of(case.op, known, True)
+            for candidate in question.candidates:
+                with tuned.trying({question.key: candidate}):
+                    (launch,) = launches.of(case.op, known, True).launches
+                assert launch.warps == candidate["warps"]
+                names = {"run": "RUN", "segments": "SEGMENTS"}
+                assert all(launch.arguments[names[n]] == v for n, v in candidate.items() if n in names)
+            assert len(usual.launches) == 1
 
 
 def test_programs() -> None:
