@@ -299,10 +299,10 @@ def test_an_op_compiles_nothing_while_a_cuda_graph_is_captured() -> None:
 def test_warmup_before_a_capture() -> None:
     """Then a graph that was compiled for other rows can be captured for all that it was warmed up with."""
     call = torch.compile(block_of_model, backend=aiter_fusion.Backend(provider="triton"), dynamic=False)
-    sizes = (5, 64)
+    sizes, other = (5, 64), inputs_of_block(3)
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
         with pytest.raises(RuntimeError, match=r"aiter_fusion.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            call(*inputs_of_block(3))
+            call(*other)
         aiter_fusion.warmup(call, [inputs_of_block(rows) for rows in sizes])
         for rows in sizes:
             inputs = inputs_of_block(rows)
