@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from .. import platform
 from ..op import FusedOp, Implementation
-from . import triton as triton_kernels
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ def _no_kernels(op: FusedOp) -> Implementation:
     raise NotImplementedError(f"{op.name} has no kernel in this version; use provider='reference'")
 
 
+def _triton(name: str) -> Callable[..., Any]:
+    """A function of the Triton provider. Its modules (and sympy with them) load when it is first called: importing the
+    package registers the ops, and should take no time."""
+    return lambda *given: getattr(import_module(".triton", __name__), name)(*given)
+
+
 PROVIDERS: dict[str, Provider] = {
     "aiter": Provider(
         "aiter",
@@ -52,13 +58,13 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "triton": Provider(
         "triton",
-        missing=triton_kernels.missing,
-        refuse=triton_kernels.refuse,
-        run=triton_kernels.run,
+        missing=_triton("missing"),
+        refuse=_triton("refuse"),
+        run=_triton("run"),
         exact=True,
         reorders=True,
-        prepare=triton_kernels.prepare,
-        slower=triton_kernels.slower,
+        prepare=_triton("prepare"),
+        slower=_triton("slower"),
     ),
     "reference": Provider(
         "reference",
