@@ -5,6 +5,7 @@ Taken only when somebody asks (``report.recording``): it costs more than the pas
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._guards import CompileContext
 
 
 class NodeText(NamedTuple):
@@ -61,7 +63,7 @@ def names(given: Iterable[fx.Node]) -> tuple[str, ...]:
 
 def compile_id() -> str:
     """What PyTorch calls the compilation that is under way; empty outside one."""
-    return str(torch._guards.CompileContext.current_compile_id() or "")
+    return str(CompileContext.current_compile_id() or "")
 
 
 def where(node: fx.Node) -> str:
@@ -78,7 +80,11 @@ def _code(node: fx.Node) -> str:
         return f"return {_argument(node.args[0])}"
     if node.target is getitem:
         return f"{_argument(node.args[0])}[{_argument(node.args[1])}]"
-    given = [*map(_argument, node.args), *(f"{name}={_argument(value)}" for name, value in node.kwargs.items())]
+    positional = [_argument(value) for value in node.args]
+    if getattr(node.target, "namespace", "") == "aiter_fusion":  # a dozen arguments: unreadable without their names
+        named = zip(node.target._schema.arguments, positional, strict=False)  # type: ignore[union-attr]
+        positional = [f"{argument.name}={value}" for argument, value in named]
+    given = [*positional, *(f"{name}={_argument(value)}" for name, value in node.kwargs.items())]
     return f"{str(node.target).removesuffix('.default')}({', '.join(given)})"
 
 
@@ -110,7 +116,16 @@ def _value(value: Any) -> str:
     return text
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+
+
 def _source(node: fx.Node) -> str:
-    """The innermost line of the trace; torch has left its own frames out."""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    return "" if not lines else f"{lines[-1][0]}:{lines[-1][1]}: {lines[-1][2]}"
+    """The innermost line outside torch, whose own are the same for every model."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    theirs = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    if not theirs:
+        return ""
+    file, line, code = theirs[-1]
+    here = os.getcwd() + os.sep
+    return f"{file.removeprefix(here)}:{line}: {code}"

@@ -294,7 +294,7 @@ def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionRep
 
 def keep(report: FusionReport) -> FusionReport:
     """Add a report to those of this process and log it."""
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     _STORE.reports.append(report)
     log(report)

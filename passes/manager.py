@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters, lazy_format_graph_code
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import getArtifactLogger, trace_structured
+from torch._logging._internal import getArtifactLogger, trace_structured
 
 from .. import platform, record, report
 from ..config import Options
@@ -104,8 +104,8 @@ class PassManager(CustomGraphPass):
         if before is not None:
             fused = iter(inserted)
             places = [
-                (record.names(nodes), record.names(next(fused) if site.status == report.REPLACED else ()))
-                for site, nodes in zip(planned.sites, planned.nodes, strict=True)
+                (record.names(draft.nodes()), record.names(next(fused) if draft.plan else ()))
+                for draft in planned.drafts
             ]
             recorded = record.Recorded(record.compile_id(), before, record.nodes(graph), tuple(places))
             made = replace(made, recorded=(recorded,))
@@ -128,12 +128,11 @@ def show(graph: fx.Graph, stage: str) -> None:
     if module is None:
         return
     name = f"AITER_FUSION {stage}"
-    options = {"include_stride": True, "include_device": True}
-    graphs_log.debug("%s", lazy_format_graph_code(name, module, **options, colored=True))
+    graphs_log.debug("%s", lazy_format_graph_code(name, module, include_stride=True, include_device=True, colored=True))
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name.lower().replace(" ", "_"), "encoding": "string"},
-        payload_fn=lambda: module.print_readable(print_output=False, **options),
+        payload_fn=lambda: module.print_readable(print_output=False, include_stride=True, include_device=True),
     )
 
 

@@ -69,10 +69,10 @@ class Plan:
 @dataclass
 class Planned:
     """The sites of a graph and the plans of those to replace, both in graph order; ``plans[i]`` is for ``taken[i]``,
-    ``nodes[i]`` are the nodes of ``sites[i]``."""
+    ``drafts[i]`` is what ``sites[i]`` was decided from."""
 
     sites: list[Site] = field(default_factory=list)
-    nodes: list[frozenset[fx.Node]] = field(default_factory=list)
+    drafts: list[_Draft] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     taken: list[Site] = field(default_factory=list)
 
@@ -95,6 +95,7 @@ class _Draft:
         return Site(self.family, self.variant, op, provider, self.status, self.reason, where(self.at), records)
 
     def nodes(self) -> frozenset[fx.Node]:
+        """The original nodes of the site."""
         planned = self.plan.nodes if self.plan else ()
         return frozenset([self.at]).union(planned, *(record.nodes for record in self.records))
 
@@ -131,7 +132,7 @@ def plan(
     for draft in sorted(drafts, key=lambda draft: draft.at):
         site = draft.site()
         planned.sites.append(site)
-        planned.nodes.append(draft.nodes())
+        planned.drafts.append(draft)
         if draft.plan is not None:
             planned.plans.append(draft.plan)
             planned.taken.append(site)
