@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
+    from .dumping import dump
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Backend": "backend",
     "FusionError": "backend",
+    "dump": "dumping",
     "explain": "backend",
     "reports": "backend",
     "reset": "backend",
@@ -38,6 +40,7 @@ __all__ = [
     "FusionError",
     "FusionReport",
     "Site",
+    "dump",
     "explain",
     "if_aiter_supported",
     "is_aiter_found",

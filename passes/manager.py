@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import counters, lazy_format_graph_code
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import getArtifactLogger, trace_structured
+from torch.fx._utils import lazy_format_graph_code
 
 from .. import platform, record, report
 from ..config import Options
