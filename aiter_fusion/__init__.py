@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
     from .dumping import dump
+    from .patterns.registry import fused_op, register_form, register_fusion
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -29,6 +30,9 @@ _HOME = {
     "explain": "backend",
     "reports": "backend",
     "reset": "backend",
+    "fused_op": "patterns.registry",
+    "register_form": "patterns.registry",
+    "register_fusion": "patterns.registry",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -42,9 +46,12 @@ __all__ = [
     "Site",
     "dump",
     "explain",
+    "fused_op",
     "if_aiter_supported",
     "is_aiter_found",
     "is_aiter_found_and_supported",
+    "register_form",
+    "register_fusion",
     "reports",
     "reset",
 ]

@@ -30,7 +30,7 @@ from .backend import Backend, explain, reports
 from .bench import model as bench_model
 from .bench import ops as bench_ops
 from .bench.timing import Refused
-from .patterns.fusions import FUSIONS
+from .patterns import registry
 from .providers import PROVIDERS
 from .providers.triton import native_fp8
 from .report import FusionReport
@@ -233,7 +233,7 @@ def information() -> dict[str, Any]:
         "aiter_reason": platform.why_no_aiter(),
         "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
         "preferences": _preferences(chosen),
-        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in FUSIONS},
+        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in registry.fusions()},
     }
 
 

@@ -70,7 +70,8 @@ def where(node: fx.Node) -> str:
     """The module that a node comes from, e.g. ``model.layers.0.input_layernorm``; empty outside modules."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    return path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+    path = path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", path)  # a module that a function reads from its surroundings
 
 
 def _code(node: fx.Node) -> str:

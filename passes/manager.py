@@ -22,7 +22,7 @@ from torch.fx._utils import lazy_format_graph_code
 
 from .. import platform, record, report
 from ..config import Options
-from ..patterns.fusions import FORMS, FUSIONS
+from ..patterns import registry
 from . import verify
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
@@ -78,8 +78,8 @@ class PassManager(CustomGraphPass):
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
-            recognised = recognise(graph, FORMS, self.options.strict)
-            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+            recognised = recognise(graph, registry.forms(), self.options.strict)
+            planned = plan(graph, recognised, registry.fusions(), self.options, training=not is_inference)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
@@ -113,11 +113,14 @@ class PassManager(CustomGraphPass):
         return made
 
     def uuid(self) -> Any | None:
-        """Everything that the result depends on besides the graph; None (no caching) if a user's pass has none."""
+        """Everything that the result depends on besides the graph; None (no caching) if something of the user's, a pass
+        or a form, has none."""
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
-        if not all(theirs):
+        registered = registry.identity()
+        if not all(theirs) or registered is None:
             return None
-        return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), environment(), tuple(theirs))
+        options = repr(_canonical(self.options))
+        return ("aiter_fusion", source_hash(), registered, options, environment(), tuple(theirs))
 
 
 def show(graph: fx.Graph, stage: str) -> None:

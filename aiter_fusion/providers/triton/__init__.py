@@ -19,6 +19,8 @@ from ... import platform
 from ...op import FusedOp, Implementation
 from . import launches
 
+FAMILIES = ("rms_norm_quant", "act_mul_quant")
+
 
 def missing() -> str | None:
     """Why the kernels cannot run on this machine, or None."""
@@ -41,6 +43,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot compute a call (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
+    if op.family not in FAMILIES:
+        return f"it has no kernel for {op.family}"
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
     native = native_fp8(first.device.index or 0)
