@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
     from .dumping import dump
-    from .patterns.registry import fused_op, register_form, register_fusion
+    from .patterns.registry import fused_op, register_form, register_fusion, register_provider
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -33,6 +33,7 @@ _HOME = {
     "fused_op": "patterns.registry",
     "register_form": "patterns.registry",
     "register_fusion": "patterns.registry",
+    "register_provider": "patterns.registry",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -52,6 +53,7 @@ __all__ = [
     "is_aiter_found_and_supported",
     "register_form",
     "register_fusion",
+    "register_provider",
     "reports",
     "reset",
 ]

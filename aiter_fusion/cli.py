@@ -127,8 +127,8 @@ def _expected(text: str) -> tuple[str, int]:
     return family, int(count)
 
 
-def _tell(made: FusionReport, args: argparse.Namespace, stream: TextIO) -> int:
-    """Show and save a report as the options say; 1 if other counts were expected."""
+def _tell(made: FusionReport, args: argparse.Namespace, stream: TextIO) -> None:
+    """Show and save a report as the options say."""
     if args.report:
         if args.report.endswith(".html"):
             made.to_html(args.report)
@@ -138,6 +138,10 @@ def _tell(made: FusionReport, args: argparse.Namespace, stream: TextIO) -> int:
         print(made.to_json())
     else:
         print(_painted(str(made), stream), file=stream)
+
+
+def _unexpected(made: FusionReport, args: argparse.Namespace) -> int:
+    """1, and a line that says so, if other counts were expected."""
     wrong = [f"{family}={count}" for family, count in args.expect if made.replaced.get(family, 0) != count]
     if wrong:
         found = ", ".join(f"{family}={made.replaced.get(family, 0)}" for family, _ in args.expect)
@@ -160,14 +164,14 @@ def _run(args: argparse.Namespace) -> int:
     graphs = bool(args.report) and args.report.endswith(".html")
     with default_backend(Backend()), report_module.recording(graphs):
         status = run_script(args.script, args.arguments, args.debug)
-    if int(os.environ.get("RANK", "0")) != 0:  # torchrun's; by now the script has left its process group
-        args.report = None
     compiled = reports()
-    print(f"\n{PROGRAM}: graphs compiled by aiter_fusion: {len(compiled)}", file=sys.stderr)
-    if not compiled:
-        print("(nothing that torch.compile returned was called, or another backend was named)", file=sys.stderr)
-    wrong = _tell(report_module.merge(compiled), args, sys.stderr)
-    return status or wrong
+    made = report_module.merge(compiled)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: by now the script may have left its process group
+        print(f"\n{PROGRAM}: graphs compiled by aiter_fusion: {len(compiled)}", file=sys.stderr)
+        if not compiled:
+            print("(nothing that torch.compile returned was called, or another backend was named)", file=sys.stderr)
+        _tell(made, args, sys.stderr)
+    return status or _unexpected(made, args)
 
 
 def _add_explain(commands: Any) -> None:
@@ -180,7 +184,9 @@ def _add_explain(commands: Any) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     model, inputs, keywords = _example(args.factory)
-    return _tell(explain(model, inputs, keywords, level=args.level), args, sys.stdout)
+    made = explain(model, inputs, keywords, level=args.level)
+    _tell(made, args, sys.stdout)
+    return _unexpected(made, args)
 
 
 def _example(factory: str) -> tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]:

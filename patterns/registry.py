@@ -1,8 +1,8 @@
-"""Forms, fusions and fused ops from outside the package: public, with the guarantees of those inside.
+"""Forms, fusions, fused ops and providers from outside the package: public, with the guarantees of those inside.
 
 A new fusion is a form for what is new in it (``patterns/language.py``), an op that computes the chain (``op.FusedOp``),
-and a row that joins them; ``examples/own_pattern.py`` has all three. From then on it is recognised, planned, refused,
-counted, verified and cached like the others.
+and a row that joins them; ``examples/own_pattern.py`` has all three. Kernels are a provider (``providers.Provider``).
+From then on all is recognised, planned, refused, counted, verified and cached like the package's own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from .. import config
 from .. import op as op_module
 from ..op import OPS, FusedOp
-from ..providers import implementation
+from ..providers import PROVIDERS, Provider, implementation
 from .fusions import FORMS, FUSIONS
 from .language import Form, Fusion, heads
 
 _forms: list[Form] = []
 _fusions: list[Fusion] = []
 _ops: list[FusedOp] = []
+_providers: list[Provider] = []
 
 
 def forms() -> tuple[Form, ...]:
@@ -84,7 +85,7 @@ def register_fusion(fusion: Fusion) -> Fusion:
 def fused_op(declaration: FusedOp) -> FusedOp:
     """Register one overload of a fused op as ``torch.ops.aiter_fusion.<family>``. Returns the declaration.
 
-    Its reference is what runs on a CPU, and on a GPU with ``provider="reference"``.
+    Its reference is what runs on a CPU, and on a GPU with ``provider="reference"``; kernels come from a provider.
 
     Raises:
         TypeError: it is no ``FusedOp``.
@@ -97,6 +98,26 @@ def fused_op(declaration: FusedOp) -> FusedOp:
     _ops.append(made)
     _identity.cache_clear()
     return made
+
+
+def register_provider(provider: Provider) -> Provider:
+    """Add an implementation of fused ops, of the package's or of one's own, and return it.
+
+    ``provider="<its name>"`` asks for it; ``auto`` asks it on accelerators, after the package's own. Its ``refuse`` is
+    asked about every op, so it must refuse those that it does not have, with the reason.
+
+    Raises:
+        TypeError: it is no ``Provider``.
+        ValueError: there is a provider of this name already.
+    """
+    _demand(provider, Provider, "register_provider")
+    if provider.name in config.PROVIDER_NAMES:
+        raise ValueError(f"there is a provider {provider.name!r} already: choose another name")
+    config.PROVIDER_NAMES = (*config.PROVIDER_NAMES, provider.name)
+    PROVIDERS[provider.name] = provider
+    _providers.append(provider)
+    _identity.cache_clear()
+    return provider
 
 
 def _demand(given: Any, kind: type, function: str) -> None:
@@ -123,7 +144,7 @@ def identity() -> str | None:
 @functools.lru_cache(maxsize=1)
 def _identity() -> str | None:
     try:
-        text = repr([_known(registered) for registered in (*_forms, *_fusions, *_ops)])
+        text = repr([_known(registered) for registered in (*_forms, *_fusions, *_ops, *_providers)])
     except _Anonymous:
         return None
     return hashlib.sha256(text.encode()).hexdigest()

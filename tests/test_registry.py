@@ -26,6 +26,7 @@ from aiter_fusion.op import OPS
 from aiter_fusion.passes.manager import compose
 from aiter_fusion.patterns import registry
 from aiter_fusion.patterns.language import Call, Const, Form, Fusion, Var, aten
+from aiter_fusion.providers import PROVIDERS, Provider, candidates
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_pattern.py"
 BF16 = torch.bfloat16
@@ -145,6 +146,38 @@ def test_compiled_and_cached(own: ModuleType) -> None:
         made = aiter_fusion.reports()[-1]
         assert made.from_cache == cached
         assert made.replaced == {"rms_norm_int8": 1}
+
+
+def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel for the op: asked for by name, chosen where it accepts, with its reason where it refuses."""
+    monkeypatch.setattr(config, "PROVIDER_NAMES", config.PROVIDER_NAMES)
+    monkeypatch.setattr(registry, "_providers", [])
+    before, calls = uuid(), []
+
+    def kernel(**arguments: object) -> dict[str, Tensor]:
+        calls.append(arguments)
+        return own.reference(**arguments)
+
+    mine = Provider(
+        "mine",
+        missing=lambda: None,
+        refuse=lambda op, arguments: None if op is own.OP else f"it has no kernel for {op.family}",
+        run=lambda op: kernel,
+        exact=True,
+    )
+    monkeypatch.setitem(PROVIDERS, "mine", mine)  # so that it is forgotten after the test
+    del PROVIDERS["mine"]
+    assert aiter_fusion.register_provider(mine) is mine
+    with pytest.raises(ValueError, match="there is a provider 'mine' already"):
+        aiter_fusion.register_provider(mine)
+    inputs = cases.tensors(("x", "w"), (4,), BF16, "normal")
+    (done,) = fused(site(own), *inputs, provider="mine").report.sites
+    assert (done.status, done.provider, len(calls)) == ("replaced", "mine", 1)
+    (refused,) = fused(lambda x, w: cases.q3(cases.llama(x, w)), *inputs, provider="mine").report.sites
+    assert refused.reason == "provider: mine: it has no kernel for rms_norm_quant"
+    assert candidates("auto", "cuda")[-1] is mine
+    assert [provider.name for provider in candidates("auto", "cpu")] == ["reference"]
+    assert uuid() != before
 
 
 # ---- The cache key -----------------------------------------------------------------------------------------------

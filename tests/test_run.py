@@ -89,6 +89,18 @@ def test_expect_and_json(script, capsys: pytest.CaptureFixture[str]) -> None:
     assert (torch.compile, sys.argv, sys.path[: len(before[2])]) == before
 
 
+def test_only_the_first_rank_reports(
+    script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank checks what was expected."""
+    monkeypatch.setenv("RANK", "1")
+    command = ("run", "--report", "r.json", "--expect", "rms_norm_quant=1", script("print('hello')"))
+    status, out, err = run(*command, capsys=capsys)
+    assert (status, out) == (1, "hello\n")
+    assert err == "aiter-fusion: error: expected rms_norm_quant=1, found rms_norm_quant=0\n"
+    assert not (tmp_path / "r.json").exists()
+
+
 COMPILES = """
 import torch
 

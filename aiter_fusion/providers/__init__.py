@@ -90,5 +90,5 @@ def candidates(choice: str, device_type: str) -> tuple[Provider, ...]:
     """
     if choice != "auto":
         return (PROVIDERS[choice],)
-    names = ("reference",) if device_type == "cpu" else ("aiter", "triton")
+    names = ("reference",) if device_type == "cpu" else tuple(name for name in PROVIDERS if name != "reference")
     return tuple(p for p in map(PROVIDERS.__getitem__, names) if p.missing() is None)
