@@ -27,7 +27,8 @@ def dump(folder: str | os.PathLike[str]) -> Iterator[None]:
     Written by depyf, so what it shows of other stages is there too. At the end come ``index.md``, which lists the files
     of each compilation in order with its report, and ``report.html``.
 
-    What was compiled before is compiled again: Dynamo forgets it, and Inductor's caches are not used.
+    What was compiled before is compiled again: Dynamo forgets it, and Inductor's caches are not used. Several processes
+    need a folder each.
 
     Raises:
         FileExistsError: the folder is not empty, and its files would be taken for those of this dump.
