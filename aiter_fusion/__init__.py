@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset, warmup
+    from .dumping import dump
+    from .patterns.registry import fused_op, register_form, register_fusion, register_provider
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -24,10 +26,15 @@ __version__ = "0.1.0"
 _HOME = {
     "Backend": "backend",
     "FusionError": "backend",
+    "dump": "dumping",
     "explain": "backend",
     "reports": "backend",
     "reset": "backend",
     "warmup": "backend",
+    "fused_op": "patterns.registry",
+    "register_form": "patterns.registry",
+    "register_fusion": "patterns.registry",
+    "register_provider": "patterns.registry",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -39,10 +46,15 @@ __all__ = [
     "FusionError",
     "FusionReport",
     "Site",
+    "dump",
     "explain",
+    "fused_op",
     "if_aiter_supported",
     "is_aiter_found",
     "is_aiter_found_and_supported",
+    "register_form",
+    "register_fusion",
+    "register_provider",
     "reports",
     "reset",
     "warmup",

@@ -111,6 +111,8 @@ class Backend:
             return compiled  # type: ignore[return-value]
         existing = patches.get(SLOT, getattr(inductor_config, SLOT))
         patches[SLOT] = compose(existing, self.options)
+        if report.is_recording():
+            patches["force_disable_caches"] = True
         before = report.begin(counters["inductor"])
         compiled = compile_fx(gm, example_inputs, config_patches=patches)
         made = report.collect(counters["inductor"], before)
@@ -167,11 +169,14 @@ def explain(
     Runs without gradients, as the fused ops do, unless the model is a module in training mode: then grad mode is the
     caller's, and under it the graphs are training graphs, which are left alone, and the report says so.
 
+    The report has the graphs too (``to_html`` shows them), so they are compiled anew, whatever is in Inductor's cache.
+
     Args:
         model: a module or function; args, kwargs: what to call it with; options: those of ``Backend``.
     """
     known = len(report.reports())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(model, "training", False)):
+    grad = torch.is_grad_enabled() and getattr(model, "training", False)
+    with torch.set_grad_enabled(grad), report.recording():
         torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
     return report.merge(report.reports()[known:])
 

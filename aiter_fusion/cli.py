@@ -1,7 +1,8 @@
 """The command line: ``aiter-fusion <command>``, or ``python -m aiter_fusion <command>``.
 
 Results go to standard output, all else to standard error. Exit status: 0; 1 if a comparison was refused because it
-would say nothing true; 2 for an error, which is one line (``--debug``: the traceback).
+would say nothing true, or if other counts were expected; 2 for an error, which is one line (``--debug``: the
+traceback). ``run`` ends as the script does. Colours are for terminals, unless ``NO_COLOR`` is set.
 """
 
 from __future__ import annotations
@@ -10,21 +11,31 @@ import argparse
 import json
 import os
 import platform as python_platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from importlib import import_module
+from importlib.metadata import entry_points
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tabulate import tabulate
 
 from . import __version__, config, platform
+from . import report as report_module
+from .backend import Backend, explain, reports
 from .bench import model as bench_model
 from .bench import ops as bench_ops
 from .bench import tune as bench_tune
 from .bench.timing import Refused
+from .patterns import registry
 from .providers import PROVIDERS
 from .providers.triton import native_fp8, tuned
+from .report import FusionReport
+from .run import default_backend, run_script
 
 PROGRAM = "aiter-fusion"
 
@@ -45,32 +56,151 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *argv])
     try:
-        args.run(args)
+        status = args.run(args)
     except Exception as error:
         if args.debug:
             raise
         said = [line.strip() for line in str(error).splitlines() if line.strip()][:1]
         if not said or not isinstance(error, (ValueError, RuntimeError, OSError)):
             said = [type(error).__name__, *said]
-        print(f"{PROGRAM}: error: {': '.join(said)}", file=sys.stderr)
+        print(_painted(f"{PROGRAM}: error: {': '.join(said)}", sys.stderr), file=sys.stderr)
         return 1 if isinstance(error, Refused) else 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
-    for add in (_add_info, _add_bench, _add_tune):
+    for add in (_add_run, _add_explain, _add_info, _add_bench, _add_tune):
         add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Any:
     parser = commands.add_parser(name, help=summary, description=summary)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+# Words of reports and errors, and their colours.
+COLOURS = {"replaced": 32, "skipped": 33, "bare": 2, "error:": 31, "cannot run": 33, "can run": 32}
+
+
+def _painted(text: str, stream: TextIO) -> str:
+    """The text with colours, if the stream is a terminal and https://no-color.org does not forbid it."""
+    if os.environ.get("NO_COLOR") or not stream.isatty():
+        return text
+    words = "|".join(map(re.escape, COLOURS))
+    coloured = rf"^({words})(?=  )|(?<=: )(error:)|(?<=  )(cannot run|can run)"
+    return re.sub(coloured, lambda m: f"\x1b[{COLOURS[m[0]]}m{m[0]}\x1b[0m", text, flags=re.MULTILINE)
+
+
+# ---- run and explain ---------------------------------------------------------------------------------------------
+
+
+def _add_reporting(parser: Any) -> None:
+    levels = "; ".join(f"{level}: {what}" for level, what in config.LEVELS.items())
+    text = f"{levels} (default: AITER_FUSION_LEVEL, else {config.DEFAULT_LEVEL})"
+    parser.add_argument("-O", dest="level", type=int, choices=config.LEVELS, metavar="LEVEL", help=text)
+    text = "write the report; an HTML report shows the graphs, which are compiled anew for it"
+    parser.add_argument("--report", type=_report_path, metavar="FILE.{json,html}", help=text)
+    text = "how many sites must be replaced, in all graphs together; else the status is 1 (repeatable)"
+    parser.add_argument("--expect", type=_expected, action="append", default=[], metavar="FAMILY=N", help=text)
+    parser.add_argument("--json", action="store_true", help="print the report as a line of JSON to standard output")
+
+
+def _report_path(text: str) -> str:
+    path = Path(text)
+    if path.suffix not in (".json", ".html"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .json nor in .html")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return text
+
+
+def _expected(text: str) -> tuple[str, int]:
+    family, _, count = text.partition("=")
+    if family not in config.FAMILIES or not count.isdecimal():
+        families = ", ".join(config.FAMILIES)
+        raise argparse.ArgumentTypeError(f"{text!r} is not FAMILY=N, where families are {families}")
+    return family, int(count)
+
+
+def _tell(made: FusionReport, args: argparse.Namespace, stream: TextIO) -> None:
+    """Show and save a report as the options say."""
+    if args.report:
+        if args.report.endswith(".html"):
+            made.to_html(args.report)
+        else:
+            Path(args.report).write_text(made.to_json() + "\n")
+    if args.json:
+        print(made.to_json())
+    else:
+        print(_painted(str(made), stream), file=stream)
+
+
+def _unexpected(made: FusionReport, args: argparse.Namespace) -> int:
+    """1, and a line that says so, if other counts were expected."""
+    wrong = [f"{family}={count}" for family, count in args.expect if made.replaced.get(family, 0) != count]
+    if wrong:
+        found = ", ".join(f"{family}={made.replaced.get(family, 0)}" for family, _ in args.expect)
+        print(_painted(f"{PROGRAM}: error: expected {', '.join(wrong)}, found {found}", sys.stderr), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _add_run(commands: Any) -> None:
+    summary = "run a Python script with every torch.compile that names no other backend going through aiter_fusion"
+    run = _command(commands, "run", _run, summary)
+    _add_reporting(run)
+    run.add_argument("script", help="a Python script; what follows are its own arguments")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.level is not None:
+        # a preference, so that it also holds for processes of the script's, and for compilers that name this backend
+        os.environ["AITER_FUSION_LEVEL"] = str(args.level)
+    graphs = bool(args.report) and args.report.endswith(".html")
+    with default_backend(Backend()), report_module.recording(graphs):
+        status = run_script(args.script, args.arguments, args.debug)
+    compiled = reports()
+    made = report_module.merge(compiled)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: by now the script may have left its process group
+        print(f"\n{PROGRAM}: graphs compiled by aiter_fusion: {len(compiled)}", file=sys.stderr)
+        if not compiled:
+            print("(nothing that torch.compile returned was called, or another backend was named)", file=sys.stderr)
+        _tell(made, args, sys.stderr)
+    return status or _unexpected(made, args)
+
+
+def _add_explain(commands: Any) -> None:
+    summary = "compile a model, run it once, and show what was fused, what was not, and why"
+    command = _command(commands, "explain", _explain, summary)
+    _add_reporting(command)
+    text = "a function without arguments that returns (model, args) or (model, args, kwargs)"
+    command.add_argument("factory", metavar="MODULE:CALLABLE", help=text)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    model, inputs, keywords = _example(args.factory)
+    made = explain(model, inputs, keywords, level=args.level)
+    _tell(made, args, sys.stdout)
+    return _unexpected(made, args)
+
+
+def _example(factory: str) -> tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]:
+    """The model that a factory makes, and what to call it with."""
+    module_name, colon, name = factory.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"{factory!r} is not MODULE:CALLABLE, e.g. my_models:tiny_llama")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    made = attrgetter(name)(import_module(module_name))()
+    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]) and isinstance(made[1], (tuple, list)):
+        return made[0], made[1], (made[2] if len(made) == 3 else {})
+    raise ValueError(f"{factory} returned {type(made).__name__}; it must return (model, args) or (model, args, kwargs)")
 
 
 # ---- info --------------------------------------------------------------------------------------------------------
@@ -85,7 +215,8 @@ def information() -> dict[str, Any]:
     """What ``info`` prints.
 
     ``providers``: name -> why it cannot run here, or None. ``preferences``: name -> its value, and the environment
-    variable that it comes from or ``default``.
+    variable that it comes from or ``default``. ``fusions``: family -> why it is off by these preferences, or None.
+    ``backend_by_name``: whether ``backend="aiter_fusion"`` works, which needs an installation.
 
     Raises:
         ValueError: the environment prefers something that does not exist.
@@ -94,8 +225,10 @@ def information() -> dict[str, Any]:
     device = torch.cuda.current_device() if gpu else 0
     capability = "".join(map(str, torch.cuda.get_device_capability(device))) if gpu else ""
     native = native_fp8(device) if gpu else None
+    chosen = config.options()
     return {
         "aiter_fusion": __version__,
+        "backend_by_name": bool(entry_points(group="torch_dynamo_backends", name="aiter_fusion")),
         "python": python_platform.python_version(),
         "torch": torch.__version__,
         "triton": platform.triton_version(),
@@ -107,23 +240,25 @@ def information() -> dict[str, Any]:
         "aiter_reason": platform.why_no_aiter(),
         "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
         "tuned": {"file": str(tuned.path()), "launches": len(tuned.choices())} if tuned.path() else None,
-        "preferences": _preferences(),
+        "preferences": _preferences(chosen),
+        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in registry.fusions()},
     }
 
 
-def _preferences() -> dict[str, dict[str, Any]]:
-    chosen = config.options()
+def _preferences(chosen: config.Options) -> dict[str, dict[str, Any]]:
     effective = {
         "level": chosen.level,
         "provider": chosen.provider,
         "disable": sorted(chosen.disable),
         "log": os.environ.get("AITER_FUSION_LOG", "").upper() or "INFO",
     }
-    return {
+    found = {
         name: {"value": value, "from": variable if os.environ.get(variable) else "default"}
         for name, value in effective.items()
         for variable in [f"AITER_FUSION_{name.upper()}"]
     }
+    numerics = "kernel" if chosen.allows_kernel_numerics else "exact"
+    return found | {"numerics": {"value": numerics, "from": f"level {chosen.level}"}}
 
 
 def _print_info(args: argparse.Namespace) -> None:
@@ -136,6 +271,7 @@ def _print_info(args: argparse.Namespace) -> None:
         ["aiter_fusion", found["aiter_fusion"]],
         ["python", found["python"]],
         ["torch", found["torch"]],
+        ["backend='aiter_fusion'", "works" if found["backend_by_name"] else "needs pip install; Backend() works"],
         ["triton", found["triton"] or "not installed"],
         ["device", found["device"] or nothing],
         ["architecture", found["architecture"] or nothing],
@@ -149,7 +285,8 @@ def _print_info(args: argparse.Namespace) -> None:
         value = preference["value"]
         text = (", ".join(value) or "nothing") if isinstance(value, list) else value
         rows.append([f"preferred {name}", f"{text} ({preference['from']})"])
-    print(tabulate(rows, tablefmt="plain", disable_numparse=True))
+    rows += [[f"fusion {family}", f"off: {why}" if why else "on"] for family, why in found["fusions"].items()]
+    print(_painted(tabulate(rows, tablefmt="plain", disable_numparse=True), sys.stdout))
 
 
 # ---- bench -------------------------------------------------------------------------------------------------------

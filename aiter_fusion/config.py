@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
+PACKAGE_FAMILIES = FAMILIES  # FAMILIES also gets those that are registered from outside
 NOT_YET = ("all_reduce_rms_norm", "fp8_linear")
 PROVIDER_NAMES = ("auto", "aiter", "triton", "reference")
 NUMERICS = ("exact", "kernel")

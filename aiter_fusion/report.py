@@ -7,11 +7,15 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from .record import Recorded
 
 logger = logging.getLogger("aiter_fusion")
 
@@ -74,6 +78,7 @@ class FusionReport:
     milliseconds: time that the passes took; 0 where the compiled graph came from the cache and they did not run.
     from_cache:   whether the compiled graph came from Inductor's cache.
     note:         what concerns the whole graph: a training graph, an exception while matching.
+    recorded:     the graphs as text, if they were asked for (``recording``) and the passes ran.
     """
 
     sites: tuple[Site, ...] = ()
@@ -81,6 +86,7 @@ class FusionReport:
     milliseconds: float = 0.0
     from_cache: bool = False
     note: str = ""
+    recorded: tuple[Recorded, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def replaced(self) -> dict[str, int]:
@@ -141,23 +147,41 @@ class FusionReport:
         return f"{self.summary()}\n{table}\n{self.records} records, {self.unaccounted} unaccounted for"
 
     def to_json(self) -> str:
-        """The report as a JSON object with the fields of this class, ``replaced`` and the sites as objects."""
-        return json.dumps(asdict(self) | {"replaced": self.replaced, "unaccounted": self.unaccounted})
+        """The report as a JSON object: this class's fields but ``recorded``, the sites as objects, ``replaced``."""
+        content = asdict(replace(self, recorded=())) | {"replaced": self.replaced, "unaccounted": self.unaccounted}
+        del content["recorded"]
+        return json.dumps(content)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Not in this version: raises NotImplementedError. ``str()`` and ``to_json()`` have all of the content."""
-        raise NotImplementedError(f"HTML reports are not in this version; write str(report) or to_json() to {path}")
+        """Write the report as one HTML file that loads nothing else.
+
+        It has the sites, and of graphs that were recorded the original nodes of every site beside the fused op, and
+        all nodes before and after. Graphs are recorded by ``aiter_fusion.explain``, within ``aiter_fusion.dump`` and by
+        the command ``run --report FILE.html``; of others the page says that they were not.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from .page import render
+
+        Path(path).write_text(render(self), encoding="utf-8")
 
 
 def merge(reports: Iterable[FusionReport]) -> FusionReport:
     """Several reports as one: all sites, the time of all, from the cache only if all were."""
     reports = list(reports)
+    recorded: list[Recorded] = []
+    first = 0
+    for report in reports:
+        recorded += [replace(graph, first=first + graph.first) for graph in report.recorded]
+        first += len(report.sites)
     return FusionReport(
         sites=tuple(site for report in reports for site in report.sites),
         records=sum(report.records for report in reports),
         milliseconds=sum(report.milliseconds for report in reports),
         from_cache=bool(reports) and all(report.from_cache for report in reports),
         note="; ".join(dict.fromkeys(report.note for report in reports if report.note)),
+        recorded=tuple(recorded),
     )
 
 
@@ -207,8 +231,9 @@ def from_counters(counters: Mapping[str, int], before: Mapping[str, int]) -> lis
 @dataclass
 class _Store:
     reports: list[FusionReport] = field(default_factory=list)
-    # what the passes measured in this process: counter name -> milliseconds, one entry for each run
-    fresh: dict[str, list[float]] = field(default_factory=dict)
+    # what the passes reported in this process: counter name -> one report for each run
+    fresh: dict[str, list[FusionReport]] = field(default_factory=dict)
+    recording: int = 0  # how many ask for graphs
 
 
 _STORE = _Store()
@@ -224,11 +249,29 @@ def reset() -> None:
     _STORE.reports.clear()
 
 
+@contextmanager
+def recording(wanted: bool = True) -> Iterator[None]:
+    """Within, reports keep their graphs as text, and graphs are compiled anew: from a cache there is nothing to keep.
+
+    Else nothing is kept, since to write a graph down takes time and memory.
+    """
+    _STORE.recording += wanted
+    try:
+        yield
+    finally:
+        _STORE.recording -= wanted
+
+
+def is_recording() -> bool:
+    """Whether somebody asks for graphs."""
+    return _STORE.recording > 0
+
+
 def passed(report: FusionReport, counters: Any) -> None:
     """Called by the pass after a graph: send the report through Inductor's counters, and note that it is fresh."""
     name = to_counter(report)
     counters[name] += 1
-    _STORE.fresh.setdefault(name, []).append(report.milliseconds)
+    _STORE.fresh.setdefault(name, []).append(report)
 
 
 def begin(counters: Mapping[str, int]) -> dict[str, int]:
@@ -242,10 +285,8 @@ def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionRep
     """The report of what was compiled since ``before``: kept, and logged on rank 0. None if no pass ran."""
     found = []
     for name, report in from_counters(counters, before):
-        times = _STORE.fresh.get(name)
-        if times:
-            report = FusionReport(report.sites, report.records, times.pop(0), False, report.note)
-        found.append(report)
+        fresh = _STORE.fresh.get(name)
+        found.append(fresh.pop(0) if fresh else report)
     if not found:
         return None
     return keep(merge(found))
@@ -253,8 +294,15 @@ def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionRep
 
 def keep(report: FusionReport) -> FusionReport:
     """Add a report to those of this process and log it."""
+    from torch._logging._internal import trace_structured
+
     _STORE.reports.append(report)
     log(report)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "aiter_fusion_summary", "encoding": "json"},
+        payload_fn=report.to_json,
+    )
     return report
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging._internal import getArtifactLogger, trace_structured
+from torch.fx._utils import lazy_format_graph_code
 
-from .. import platform, report
+from .. import platform, record, report
 from ..config import Options
-from ..patterns.fusions import FORMS, FUSIONS
+from ..patterns import registry
 from ..providers import PROVIDERS
 from . import verify
 from .plan import Planned, plan
@@ -28,6 +30,9 @@ from .recognise import Recognised, recognise
 from .rewrite import rewrite
 
 logger = logging.getLogger("aiter_fusion")
+
+# Inductor's log of its graphs: what TORCH_LOGS=post_grad_graphs shows, and depyf dumps.
+graphs_log = getArtifactLogger("torch._inductor.compile_fx", "post_grad_graphs")
 
 # Passes that take is_inference too; torch 2.11 has none.
 INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
@@ -53,13 +58,16 @@ class PassManager(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         phase = compiling()
-        for user_pass in self.before:
+        show(graph, "0 before")
+        for position, user_pass in enumerate(self.before, 1):
             if isinstance(user_pass, INFERENCE_AWARE):
                 user_pass(graph, phase == "inference")  # type: ignore[call-arg]
             else:
                 user_pass(graph)
+            show(graph, f"{position} after {_name_of(user_pass)}")
         if phase != "backward":
             report.passed(self.run(graph, phase == "inference"), counters["inductor"])
+            show(graph, f"{len(self.before) + 1} after fusions")
 
     def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
         """Rewrite a graph and say what was done.
@@ -67,11 +75,12 @@ class PassManager(CustomGraphPass):
         Raises:
             Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.MismatchError``.
         """
+        before = record.nodes(graph) if report.is_recording() else None
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
-            recognised = recognise(graph, FORMS, self.options.strict)
-            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+            recognised = recognise(graph, registry.forms(), self.options.strict)
+            planned = plan(graph, recognised, registry.fusions(), self.options, training=not is_inference)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
@@ -83,23 +92,57 @@ class PassManager(CustomGraphPass):
             for made, site in zip(planned.plans, planned.taken, strict=True):
                 place = f"{site.family} {site.variant} at {site.where or 'the top level'}"
                 notes += filter(None, [verify.check(made, place)])
+        inserted: list[list[fx.Node]] = []
         if planned.plans:
             for provider in {made.provider.name: made.provider for made in planned.plans}.values():
                 provider.prepare()
-            rewrite(graph, planned.plans)
-        return report.FusionReport(
+            inserted = rewrite(graph, planned.plans)
+        made = report.FusionReport(
             sites=tuple(planned.sites),
             records=len(recognised.records) + len(recognised.unknown),
             milliseconds=(time.perf_counter() - start) * 1e3,
             note="; ".join(notes),
         )
+        if before is not None:
+            fused = iter(inserted)
+            places = [
+                (record.names(draft.nodes()), record.names(next(fused) if draft.plan else ()))
+                for draft in planned.drafts
+            ]
+            recorded = record.Recorded(record.compile_id(), before, record.nodes(graph), tuple(places))
+            made = replace(made, recorded=(recorded,))
+        return made
 
     def uuid(self) -> Any | None:
-        """Everything that the result depends on besides the graph; None (no caching) if a user's pass has none."""
+        """Everything that the result depends on besides the graph; None (no caching) if something of the user's, a pass
+        or a form, has none."""
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
-        if not all(theirs):
+        registered = registry.identity()
+        if not all(theirs) or registered is None:
             return None
-        return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), environment(), tuple(theirs))
+        options = repr(_canonical(self.options))
+        return ("aiter_fusion", source_hash(), registered, options, environment(), tuple(theirs))
+
+
+def show(graph: fx.Graph, stage: str) -> None:
+    """Offer a graph to those who look at graphs: ``TORCH_LOGS``, depyf, ``TORCH_TRACE``. Only they make it text.
+
+    ``stage`` starts with its position, e.g. ``1 after fusions``.
+    """
+    module = graph.owning_module
+    if module is None:
+        return
+    name = f"AITER_FUSION {stage}"
+    graphs_log.debug("%s", lazy_format_graph_code(name, module, include_stride=True, include_device=True, colored=True))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name.lower().replace(" ", "_"), "encoding": "string"},
+        payload_fn=lambda: module.print_readable(print_output=False, include_stride=True, include_device=True),
+    )
+
+
+def _name_of(user_pass: UserPass) -> str:
+    return getattr(user_pass, "__name__", type(user_pass).__name__)
 
 
 def _canonical(options: Options) -> tuple[Any, ...]:

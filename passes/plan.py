@@ -16,6 +16,7 @@ from ..config import Options
 from ..op import FusedOp, dense, find
 from ..patterns.language import VIEWS, Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
+from ..record import where
 from ..report import BARE, REPLACED, SKIPPED, Site
 from .recognise import Recognised, Record, behind_views
 
@@ -68,9 +69,11 @@ class Plan:
 
 @dataclass
 class Planned:
-    """The sites of a graph and the plans of those to replace, both in graph order; ``plans[i]`` is for ``taken[i]``."""
+    """The sites of a graph and the plans of those to replace, both in graph order; ``plans[i]`` is for ``taken[i]``,
+    ``drafts[i]`` is what ``sites[i]`` was decided from."""
 
     sites: list[Site] = field(default_factory=list)
+    drafts: list[_Draft] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     taken: list[Site] = field(default_factory=list)
 
@@ -91,6 +94,11 @@ class _Draft:
         op, provider = (self.plan.op.name, self.plan.provider.name) if self.plan else ("", "")
         records = len(self.records) or 1  # a value that no form explains counts as one
         return Site(self.family, self.variant, op, provider, self.status, self.reason, where(self.at), records)
+
+    def nodes(self) -> frozenset[fx.Node]:
+        """The original nodes of the site."""
+        planned = self.plan.nodes if self.plan else ()
+        return frozenset([self.at]).union(planned, *(record.nodes for record in self.records))
 
 
 def plan(
@@ -125,6 +133,7 @@ def plan(
     for draft in sorted(drafts, key=lambda draft: draft.at):
         site = draft.site()
         planned.sites.append(site)
+        planned.drafts.append(draft)
         if draft.plan is not None:
             planned.plans.append(draft.plan)
             planned.taken.append(site)
@@ -203,13 +212,6 @@ class _Planner:
         reason = f"producer: its input is {source.target if source.op == 'call_function' else source.op}"
         near = self._near_miss(source)
         return reason if near is None else f"{reason}, almost one of the forms, but {near}"
-
-
-def where(node: fx.Node) -> str:
-    """The module that a node comes from, e.g. ``model.layers.0.input_layernorm``; empty outside modules."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
 
 
 def _groups(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:

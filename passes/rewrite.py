@@ -18,17 +18,19 @@ aten = torch.ops.aten
 INHERITED = ("nn_module_stack", "stack_trace", "original_aten", "source_fn_stack", "from_node")
 
 
-def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> None:
+def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     """Insert every planned op after its last input, let its outputs take the place of what they replace, and erase
-    the nodes that nothing reads any more."""
+    the nodes that nothing reads any more. Returns the nodes inserted for each plan."""
     returned = _sharing(graph.output_node().all_input_nodes)
     written = _sharing([node for writer in graph.nodes if _writes(writer) for node in writer.all_input_nodes])
     moved: dict[fx.Node, fx.Node] = {}
+    inserted: list[list[fx.Node]] = []
     for plan in plans:
         arguments = [moved.get(v, v) if isinstance(v, fx.Node) else v for v in plan.arguments.values()]
         # not before the inputs that the plan was checked with, though what took their place may be earlier
         inputs = [a for a in (*arguments, *plan.arguments.values()) if isinstance(a, fx.Node)]
         builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
+        inserted.append(builder.added)
         fakes = plan.op.pack(plan.fakes)
         arguments = [
             builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
@@ -56,6 +58,7 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> None:
     for node in sorted({node for plan in plans for node in plan.nodes}, reverse=True):
         if not node.users:
             graph.erase_node(node)
+    return inserted
 
 
 class _Builder:
@@ -66,11 +69,13 @@ class _Builder:
             last = last.next
         self._graph, self._last = graph, last
         self._meta = {key: meta[key] for key in INHERITED if key in meta}
+        self.added: list[fx.Node] = []
 
     def add(self, target: Any, args: tuple[Any, ...], val: Any) -> fx.Node:
         with self._graph.inserting_after(self._last):
             self._last = self._graph.call_function(target, args)
         self._last.meta.update(self._meta, val=val)
+        self.added.append(self._last)
         return self._last
 
     def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:

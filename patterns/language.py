@@ -165,7 +165,8 @@ class Branch:
 
     It is the first value on the way that something outside the form reads and ``test(node, steps)`` accepts, where
     ``steps`` is the program of ``start`` and of the operations up to it; ``value(node, steps)`` becomes the attribute
-    ``attribute``. Records that differ only in whether they have the branch compute the same.
+    ``attribute``. Records that differ only in whether they have the branch compute the same. By default the output is
+    the value named ``source`` itself.
 
     A branch whose ``output`` is also the form's takes the place of the form's value, unless that is read elsewhere.
     """
@@ -173,7 +174,7 @@ class Branch:
     output: str
     source: str
     attribute: str
-    test: Callable[[fx.Node, str], bool]
+    test: Callable[[fx.Node, str], bool] = lambda node, steps: not steps
     start: Callable[[Found], tuple[str, ...]] = lambda found: ()
     value: Callable[[fx.Node, str], Any] = lambda node, steps: steps
 

@@ -486,5 +486,3 @@ def test_report_text_and_json() -> None:
     content = json.loads(made.to_json())
     assert content["replaced"] == {"rms_norm_quant": 1}
     assert {s["status"] for s in content["sites"]} == {"replaced", "skipped"}
-    with pytest.raises(NotImplementedError, match="HTML reports are not in this version"):
-        made.to_html("report.html")

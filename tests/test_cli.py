@@ -80,6 +80,8 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert rows["provider reference"] == "can run"
     assert rows["preferred level"] == "3 (default)"
     assert rows["preferred disable"] == "act_mul_quant (AITER_FUSION_DISABLE)"
+    assert rows["fusion rms_norm_quant"] == "on"
+    assert rows["fusion act_mul_quant"] == "off: disabled: act_mul_quant is in 'disable'"
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -96,6 +98,9 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert found["providers"]["triton"]
     assert found["preferences"]["level"] == {"value": 1, "from": "AITER_FUSION_LEVEL"}
     assert found["preferences"]["provider"] == {"value": "auto", "from": "default"}
+    assert found["preferences"]["numerics"] == {"value": "exact", "from": "level 1"}
+    assert found["fusions"]["rms_norm_quant"] is None
+    assert found["backend_by_name"] is True
 
 
 def test_info_of_a_preference_that_does_not_exist(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from .. import platform
 from ..op import FusedOp, Implementation
-from . import triton as triton_kernels
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ def _no_kernels(op: FusedOp) -> Implementation:
     raise NotImplementedError(f"{op.name} has no kernel in this version; use provider='reference'")
 
 
+def _triton(name: str) -> Callable[..., Any]:
+    """A function of the Triton provider. Its modules (and sympy with them) load when it is first called: importing the
+    package registers the ops, and should take no time."""
+    return lambda *given: getattr(import_module(".triton", __name__), name)(*given)
+
+
 PROVIDERS: dict[str, Provider] = {
     "aiter": Provider(
         "aiter",
@@ -54,14 +60,14 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "triton": Provider(
         "triton",
-        missing=triton_kernels.missing,
-        refuse=triton_kernels.refuse,
-        run=triton_kernels.run,
+        missing=_triton("missing"),
+        refuse=_triton("refuse"),
+        run=_triton("run"),
         exact=True,
         reorders=True,
-        prepare=triton_kernels.prepare,
-        state=triton_kernels.tuned.state,
-        slower=triton_kernels.slower,
+        prepare=_triton("prepare"),
+        state=_triton("state"),
+        slower=_triton("slower"),
     ),
     "reference": Provider(
         "reference",
@@ -87,5 +93,5 @@ def candidates(choice: str, device_type: str) -> tuple[Provider, ...]:
     """
     if choice != "auto":
         return (PROVIDERS[choice],)
-    names = ("reference",) if device_type == "cpu" else ("aiter", "triton")
+    names = ("reference",) if device_type == "cpu" else tuple(name for name in PROVIDERS if name != "reference")
     return tuple(p for p in map(PROVIDERS.__getitem__, names) if p.missing() is None)

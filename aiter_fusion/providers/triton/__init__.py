@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ... import platform
+from ... import config, platform
 from ...op import FusedOp, Implementation
 from . import launches
-from . import tuned as tuned
+from .tuned import state as state
 
 
 def missing() -> str | None:
@@ -43,6 +43,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot compute a call (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
+    if op.family not in config.PACKAGE_FAMILIES:
+        return f"it has no kernel for {op.family}"
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
     native = native_fp8(first.device.index or 0)
