@@ -20,6 +20,39 @@ LEVELS = {
 }
 DEFAULT_LEVEL = 3
 
+# What the environment may prefer of AITER, as AITER_FUSION_<name>=1 or 0, and what holds where it says nothing. A
+# preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
+PREFERENCES = {
+    "AITER": True,  # all of it
+    "RMSNORM": True,
+    "ACT": True,
+    "ALLREDUCE": True,
+    "LINEAR": True,
+    "LINEAR_HIPBMM": False,  # by hipBLASLt: wants tuning, and prepared weights to be at its best
+    "MOE": True,
+    "MLA": True,
+    "TOPK": True,
+}
+_WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def preference(name: str) -> bool:
+    """What the environment prefers, a key of ``PREFERENCES``.
+
+    Raises:
+        ValueError: the variable is set to something that is neither yes nor no.
+    """
+    variable = f"AITER_FUSION_{name}"
+    text = os.environ.get(variable, "").strip().lower()
+    if text and text not in _WORDS:
+        raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
+    return _WORDS[text] if text else PREFERENCES[name]
+
+
+def against(*names: str) -> list[str]:
+    """Which of these preferences are off, each as the setting that would turn it on."""
+    return [f"AITER_FUSION_{name} is off (set it to 1)" for name in names if not preference(name)]
+
 
 @dataclass(frozen=True)
 class Options:

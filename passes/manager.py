@@ -18,7 +18,7 @@ from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_con
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .. import platform, report
+from .. import config, platform, report
 from ..config import Options
 from ..patterns.fusions import FORMS, FUSIONS
 from . import verify
@@ -130,7 +130,8 @@ def source_hash() -> str:
 
 
 def environment() -> tuple[Any, ...]:
-    """Versions, architecture and process group: what decides which providers can run. Neither rank nor path."""
+    """Versions, architecture, process group and preferences: what decides which provider a site gets. Neither rank nor
+    path."""
     import torch.distributed as dist
 
     in_group = dist.is_available() and dist.is_initialized()
@@ -140,6 +141,7 @@ def environment() -> tuple[Any, ...]:
         platform.triton_version(),
         platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
         (dist.get_world_size(), dist.get_backend()) if in_group else None,
+        tuple(map(config.preference, config.PREFERENCES)),
     )
 
 

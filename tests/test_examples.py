@@ -32,3 +32,9 @@ def test_quickstart(tmp_path: Path) -> None:
     assert dump is not None
     named = [p for p in Path(dump[1]).glob("*AFTER_POST_GRAD*") if "aiter_fusion.rms_norm_quant.add" in p.read_text()]
     assert len(named) == 2
+
+
+def test_availability() -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / "availability.py"], capture_output=True, text=True, check=True)
+    assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", done.stdout)
+    assert "preferences (AITER_FUSION_<name>): AITER=on" in done.stdout
