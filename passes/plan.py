@@ -381,6 +381,8 @@ def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provid
     for provider in asked:
         if not provider.exact and not options.allows_kernel_numerics:
             refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
+        elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
+            refusals.append(f"preference: {provider.name}: {reason}")
         elif (reason := provider.refuse(op, known)) is not None:
             refusals.append(f"provider: {provider.name}: {reason}")
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:

@@ -98,8 +98,9 @@ def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: T
             if count > max(tolerance.few, tolerance.share * want.numel())
             else None
         )
-    close = torch.allclose(want.float(), have.float(), rtol=tolerance.scale, atol=0.0, equal_nan=True)
-    return None if close else f"more than {tolerance.scale:.0e} apart"
+    apart = tolerance.scale if provider.exact else tolerance.kernel
+    close = torch.allclose(want.float(), have.float(), rtol=apart, atol=0.0, equal_nan=True)
+    return None if close else f"more than {apart:.0e} apart"
 
 
 def _hint(value: Any) -> Any:

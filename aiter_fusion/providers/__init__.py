@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import platform
 from ..op import FusedOp, Implementation
+from . import aiter as aiter_kernels
 from . import triton as triton_kernels
 
 
@@ -26,6 +26,8 @@ class Provider:
     prepare:  called before a graph in which it was chosen is compiled.
     slower:   why the code that Inductor would generate is faster for this call, by recorded measurements, or None.
               Asked unless the provider was chosen by name.
+    unwanted: why it is not to be chosen for this call unasked (a preference, an experimental architecture), or None.
+              Asked unless the provider was chosen by name.
     """
 
     name: str
@@ -36,19 +38,17 @@ class Provider:
     reorders: bool = False
     prepare: Callable[[], None] = lambda: None
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
-
-
-def _no_kernels(op: FusedOp) -> Implementation:
-    raise NotImplementedError(f"{op.name} has no kernel in this version; use provider='reference'")
+    unwanted: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
 
 
 PROVIDERS: dict[str, Provider] = {
     "aiter": Provider(
         "aiter",
-        missing=lambda: platform.why_no_aiter() or "this version of aiter_fusion does not call AITER's kernels yet",
-        refuse=lambda op, arguments: "no kernel",
-        run=_no_kernels,
+        missing=aiter_kernels.missing,
+        refuse=aiter_kernels.refuse,
+        run=aiter_kernels.run,
         exact=False,
+        unwanted=aiter_kernels.unwanted,
     ),
     "triton": Provider(
         "triton",
