@@ -1,10 +1,10 @@
-"""A recording double of AITER, made from ``data/aiter_api.json``: real signatures, and what its kernels are documented to
-compute, in plain PyTorch.
+"""A recording double of AITER, made from ``data/aiter_api.json``: real signatures, and what its kernels are documented
+to compute, in plain PyTorch.
 
 The data are signatures of ROCm/aiter's functions by version, extracted from its syntax tree: facts, no code. What each
 function computes, mutates, returns and silently gets wrong is written here from its documentation, and shares nothing
-with this project's own references, so that both can be compared. It knows the traps: what AITER exports is a wrapper
-that hides its arguments; HIP kernels take tensors as dense and as of one dtype, whatever they are; transposed scales lie
+with this project's references, so that both can be compared. It knows the traps: what AITER exports is a wrapper that
+hides its arguments; HIP kernels take tensors as dense and as of one dtype, whatever they are; transposed scales lie
 about their strides; a custom operator of the same name marks every tensor as written to.
 """
 
@@ -40,8 +40,7 @@ class ActivationType(enum.Enum):
     Silu, Gelu, Swiglu = range(3)
 
 
-class QuantType(enum.Enum):
-    No, per_Tensor, per_Token, per_1x32, per_1x128, per_128x128 = range(6)
+QuantType = enum.Enum("QuantType", "No per_Tensor per_Token per_1x32 per_1x128 per_128x128", start=0)
 
 
 class GateMode(enum.Enum):

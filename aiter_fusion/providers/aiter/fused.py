@@ -101,7 +101,7 @@ class Path:
         return given.scales in self.limits.scales and needs <= given.features <= needs | self.limits.may
 
     def why_not(self, given: Call) -> str | None:
-        """Why this path, which is for such calls, cannot take one, or None. Says nothing of the installed version: ``probe`` does."""
+        """Why this path, which is for such calls, cannot take one, or None; ``probe`` asks the installed version."""
         limits = self.limits
         if self.entry.homes == ("aiter",) and (arch := platform.architecture(given.x.device.index or 0)) in ZEROS:
             return f"writes zeros on {arch}: HIP's conversion to FP8 is not written for it yet"
@@ -119,9 +119,7 @@ class Path:
             each = next(taken for upto, taken in THREADS if given.width <= upto)
             threads = given.block // each
             if given.block % each or threads & (threads - 1) or threads > WAVE:
-                return (
-                    f"gives each thread {each} elements of rows of {given.width}, which groups of {given.block} are not"
-                )
+                return f"gives each thread {each} elements of rows of {given.width}, and groups are of {given.block}"
         if given.scales in limits.powers and given.block & (given.block - 1):
             return f"takes blocks of a power of two of elements, not of {given.block}"
         return None

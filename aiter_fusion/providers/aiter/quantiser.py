@@ -1,7 +1,7 @@
 """What AITER's quantisers compute, and which programs (``aiter_fusion/arithmetic.py``) mean that, roundings apart.
 
-Theirs is ``scale = max(amax, 1e-10) / MAX`` and ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32, and with a
-given scale ``q = cast(clamp(x * (1 / scale)))``.
+Theirs is ``scale = max(amax, 1e-10) / MAX``, ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32; a given
+scale takes the place of the first.
 """
 
 from __future__ import annotations
