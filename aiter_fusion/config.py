@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
@@ -47,6 +48,13 @@ def preference(name: str) -> bool:
     if text and text not in _WORDS:
         raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
     return _WORDS[text] if text else PREFERENCES[name]
+
+
+def tuning() -> Path | None:
+    """The folder in which hipBLASLt is to keep what it tunes while a model runs, from ``AITER_FUSION_TUNING``; None: it
+    is not to tune. The first call of every shape then takes minutes."""
+    text = os.environ.get("AITER_FUSION_TUNING", "").strip()
+    return Path(text).expanduser().absolute() if text else None
 
 
 def against(*names: str) -> list[str]:

@@ -87,22 +87,28 @@ class FusedOp:
         return ordered[0] if len(ordered) == 1 else tuple(ordered)
 
 
-# Every declared op by family and features.
+# Every declared op by family and features: those that fusions make, and those that also stand alone (the bridge).
 OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
+BRIDGE: dict[str, dict[frozenset[str], FusedOp]] = {}
 
 
 def find(family: str, features: frozenset[str]) -> FusedOp | None:
     """The overload of a family with exactly those of ``features`` that the family distinguishes, if there is one."""
-    overloads = OPS[family]
+    overloads = OPS[family] if family in OPS else BRIDGE[family]
     distinguished: frozenset[str] = frozenset().union(*overloads)
     return overloads.get(features & distinguished)
 
 
-def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Implementation]) -> FusedOp:
+def fused_op(
+    declaration: FusedOp,
+    implementation: Callable[[FusedOp, str], Implementation],
+    unsaid: str = "reference",
+    registry: dict[str, dict[frozenset[str], FusedOp]] = OPS,
+) -> FusedOp:
     """Register a declaration with PyTorch.
 
     ``implementation(op, provider)`` gives the callable that runs a call; the provider's name is the last argument of
-    every op, chosen when the graph is compiled.
+    every op, chosen when the graph is compiled, and ``unsaid`` where a call does not say.
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
@@ -110,12 +116,12 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
     _LIBRARY.define(
-        f'{qualified}({arguments}, str provider="reference") -> ({returns})',
+        f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})',
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     )
 
     def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        provider = args[len(names) - 1] if len(args) == len(names) else "reference"
+        provider = args[len(names) - 1] if len(args) == len(names) else unsaid
         run = implementation(declaration, provider)
         return declaration.pack(run(**dict(zip(names[:-1], args, strict=False))))
 
@@ -124,5 +130,5 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
 
     _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
-    OPS.setdefault(declaration.family, {})[declaration.features] = declaration
+    registry.setdefault(declaration.family, {})[declaration.features] = declaration
     return declaration

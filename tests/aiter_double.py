@@ -15,6 +15,7 @@ import enum
 import importlib.machinery
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from aiter_fusion import platform
 from aiter_fusion.providers import aiter as adapter
-from aiter_fusion.providers.aiter import entry_points
+from aiter_fusion.providers.aiter import entry_points, library
 
 DATA = json.loads((Path(__file__).parent / "data" / "aiter_api.json").read_text())
 VERSIONS: list[str] = DATA["tags"]
@@ -90,6 +91,7 @@ class Double:
         self.calls: list[tuple[str, SimpleNamespace]] = []
         self.computes = dict(COMPUTES)
         self.extensions = 0
+        self.tuning: str | None = None
         self._signatures = signatures or {}
         self._libraries: list[torch.library.Library] = []
         self._modules: dict[str, ModuleType] = {}
@@ -117,14 +119,20 @@ class Double:
         monkeypatch.setattr(platform, "why_no_aiter", lambda: None)
         monkeypatch.setattr(platform, "architecture", lambda device=0: self.arch)
         monkeypatch.setattr(adapter, "DEVICE", "cpu")
-        entry_points.probe.cache_clear()
+        monkeypatch.setattr(library, "_created", set())
+        self._forget_answers()
         return self
+
+    @staticmethod
+    def _forget_answers() -> None:
+        adapter.missing.cache_clear()
+        entry_points.probe.cache_clear()
 
     def forget(self) -> None:
         """Take its operators back."""
-        entry_points.probe.cache_clear()
-        for library in self._libraries:
-            library._destroy()
+        self._forget_answers()
+        for registered in self._libraries:
+            registered._destroy()
 
     def _module(self, name: str, folder: Path | None = None) -> ModuleType:
         if name not in self._modules:
@@ -179,9 +187,8 @@ class Double:
             arguments.append(f"{kind}{optional} {parameter.name}{default}")
         if not tensors or not arguments[0].startswith("Tensor"):
             arguments.insert(0, "Tensor dummy")
-        library = torch.library.Library("aiter", "FRAGMENT")
-        library.define(f"{name}({', '.join(arguments)}) -> ()")
-        self._libraries.append(library)
+        self._libraries.append(torch.library.Library("aiter", "FRAGMENT"))
+        self._libraries[-1].define(f"{name}({', '.join(arguments)}) -> ()")
 
 
 def _literal(value: Any) -> str:
@@ -318,6 +325,207 @@ def fused_silu_mul_fp8_per_tensor_static_quant(double: Double, a: SimpleNamespac
     if a.silu_convert_to_inp_type:
         silu = silu.to(a.inp.dtype).to(F32)
     return saturated(silu * up * (1.0 / a.inp_scale.reshape(())), a.dtype_quant)
+
+
+@computes
+def rms_norm(double: Double, a: SimpleNamespace) -> Tensor:
+    supported(double, a.input, a.weight)
+    x = dense(a.input).to(F32)
+    return normalised(x, a.weight.view(a.input.dtype)[: x.shape[1]].to(F32), a.epsilon).to(a.input.dtype)
+
+
+@computes
+def rmsnorm2d_fwd_with_add(double: Double, a: SimpleNamespace) -> None:
+    supported(double, a.out, a.input, a.residual_in, a.residual_out, a.weight)
+    x = dense(a.input).to(F32) + dense(a.residual_in).to(F32)
+    weight = a.weight.view(a.input.dtype)[: x.shape[1]].to(F32)
+    a.residual_out.copy_(x)
+    a.out.copy_(normalised(x, weight + 1 if getattr(a, "gemma_norm", False) else weight, a.epsilon))
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return (x.double() @ w.double().t()).to(F32)
+
+
+@computes
+def gemm_a8w8(double: Double, a: SimpleNamespace) -> Tensor:
+    supported(double, a.XQ, a.WQ)
+    assert a.x_scale.shape == (a.XQ.shape[0], 1)
+    assert a.w_scale.numel() == a.WQ.shape[0]
+    assert a.x_scale.dtype == a.w_scale.dtype
+    y = product(dense(a.XQ), dense(a.WQ)) * a.x_scale * a.w_scale.reshape(1, -1)
+    return (y if a.bias is None else y + a.bias.to(F32)).to(a.dtype)
+
+
+@computes
+def gemm_a8w8_blockscale(double: Double, a: SimpleNamespace) -> Tensor:
+    supported(double, a.XQ, a.WQ)
+    assert not getattr(a, "isBpreshuffled", False), "reaches an undefined name"
+    (m, k), n = a.XQ.shape, a.WQ.shape[0]
+    x_scale = dense(a.x_scale)  # by rows, whatever its strides
+    y = torch.zeros(m, n, dtype=torch.float64)
+    for block in range(k // 128):
+        columns = slice(block * 128, block * 128 + 128)
+        part = a.XQ[:, columns].double() @ a.WQ[:, columns].double().t()
+        y += part * x_scale[:, block, None] * a.w_scale[:, block].repeat_interleave(128)[None]
+    return y.to(a.dtype)
+
+
+@computes
+def hipb_create_extension(double: Double, a: SimpleNamespace) -> None:
+    double.extensions += 1
+    double.tuning = os.environ.get("HIP_ONLINE_TUNING")
+
+
+@computes
+def hipb_mm(double: Double, a: SimpleNamespace) -> Tensor:
+    assert double.extensions, "hipb_create_extension comes first"
+    supported(double, a.mat1, a.mat2)
+    if double.tuning in ("1", "true") and a.mat1.shape[0] <= 512:
+        Path("hip_online_tuning_res.csv").touch()  # in the current directory
+    (m, k), n = a.mat1.shape, a.mat2.shape[1]
+    assert (a.scaleA.shape, a.scaleB.shape) == ((m, 1), (1, n)), "or one element each"
+    assert a.out_dtype == torch.bfloat16
+    assert n >= 16
+    assert n % 16 == k % 16 == 0
+    weight = a.mat2.t()
+    if a.bpreshuffle:  # tile (i, j) of 16 x 32 is stored whole, its left 16 columns first
+        stored, weight = weight.reshape(-1).view(torch.uint8), torch.empty(n, k, dtype=torch.uint8)
+        tiles = stored.view(n // 16, k // 32, 512)
+        for i in range(n // 16):
+            for j in range(k // 32):
+                halves = tiles[i, j].view(2, 16, 16)
+                weight[i * 16 : i * 16 + 16, j * 32 : j * 32 + 32] = torch.cat([halves[0], halves[1]], 1)
+        weight = weight.view(a.mat2.dtype)
+    y = product(a.mat1, weight) * a.scaleA * a.scaleB
+    return (y if a.bias is None else y + a.bias.to(F32)).to(a.out_dtype)
+
+
+@computes
+def shuffle_weight(double: Double, a: SimpleNamespace) -> Tensor:
+    n, k = a.x.shape
+    return a.x.view(n // 16, 16, k // 32, 2, 16).permute(0, 2, 3, 1, 4).contiguous().view(n, k)
+
+
+def chosen(a: SimpleNamespace, scores: Tensor, ids: Tensor, scaling: float) -> None:
+    picked = scores.gather(1, ids)
+    a.topk_weights.copy_((picked / picked.sum(-1, keepdim=True) if a.need_renorm else picked) * scaling)
+
+
+@computes
+def topk_softmax(double: Double, a: SimpleNamespace) -> None:
+    assert a.token_expert_indices.dtype == a.topk_indices.dtype == torch.int32
+    scores = torch.softmax(a.gating_output.to(F32), -1)
+    ids = scores.argsort(-1, descending=True)[:, : a.topk_indices.shape[1]]
+    a.topk_indices.copy_(ids)
+    a.token_expert_indices.fill_(-1)
+    chosen(a, scores, ids, 1.0)
+
+
+def _in_groups(a: SimpleNamespace, scores: Tensor, best: int, weigh: Tensor) -> None:
+    for row in range(scores.shape[0]):
+        groups = scores[row].view(a.num_expert_group, -1)
+        value = groups.sort(-1, descending=True).values[:, :best].sum(-1)
+        keep = value.argsort(descending=True)[: a.topk_group].tolist()
+        size = groups.shape[1]
+        experts = [e for e in scores[row].argsort(descending=True).tolist() if e // size in keep]
+        a.topk_ids[row] = torch.tensor(experts[: a.topk_ids.shape[1]])
+    chosen(a, weigh, a.topk_ids.long(), a.routed_scaling_factor)
+
+
+@computes
+def grouped_topk(double: Double, a: SimpleNamespace) -> None:
+    gating = a.gating_output.to(F32)
+    scores = torch.softmax(gating, -1) if a.is_softmax else torch.sigmoid(gating)
+    _in_groups(a, scores, 1, scores)
+
+
+@computes
+def biased_grouped_topk(double: Double, a: SimpleNamespace) -> Any:
+    scores = torch.sigmoid(a.gating_output.to(F32))
+    _in_groups(a, scores + a.correction_bias.to(F32), 2, scores)
+    return None if a.gating_output.shape[0] < 5 else (a.topk_weights, a.topk_ids)
+
+
+def _codes(x: Tensor, dtype: torch.dtype, given: Tensor | None, group: int) -> Tensor:
+    """A row of values, quantised by the maximum of each group, or by a given scale, and back."""
+    top = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    groups = x.view(-1, group)
+    scale = groups.abs().amax(-1, keepdim=True) / top if given is None else given.view(1, 1)
+    scale = scale + (scale == 0)
+    q = (groups / scale).clamp(-top, top)
+    q = torch.round(q) if dtype == torch.int8 else q.to(dtype).to(F32)
+    return (q * scale).view(-1)
+
+
+@computes
+def fused_moe(double: Double, a: SimpleNamespace) -> Tensor:
+    """Token by token."""
+    kind = a.quant_type.name
+    if kind != "No":
+        supported(double, a.w1, a.w2)
+    act = {"Silu": torch.nn.functional.silu, "Gelu": torch.nn.functional.gelu}[a.activation.name]
+    local = list(range(a.w1.shape[0]))
+    if a.expert_mask is not None:
+        local = [int(a.expert_mask[:e].sum()) if a.expert_mask[e] else None for e in range(len(a.expert_mask))]
+
+    def weight(w: Tensor, scale: Tensor | None, e: int) -> Tensor:
+        w = w[e].to(F32)
+        if kind == "No":
+            return w
+        assert scale is not None
+        if kind == "per_Tensor":
+            return w * scale[e]
+        if kind == "per_Token":
+            return w * scale[e].view(-1, 1)
+        return w * torch.kron(scale[e], torch.ones(128, 128))
+
+    def inputs(x: Tensor, like: Tensor, given: Tensor | None) -> Tensor:
+        if kind == "No":
+            return x
+        return _codes(x, like.dtype, given, 128 if kind == "per_128x128" else x.shape[-1])
+
+    hidden, a1, a2 = a.hidden_states.to(F32), a.a1_scale, a.a2_scale
+    pairs = [(t, p, local[e]) for t, row in enumerate(a.topk_ids.tolist()) for p, e in enumerate(row)]
+    pairs = [pair for pair in pairs if pair[2] is not None]
+    if kind == "per_Tensor" and a1 is None:
+        a1 = hidden.abs().max() / torch.finfo(a.w1.dtype).max
+    inner = []
+    for token, place, expert in pairs:
+        both = weight(a.w1, a.w1_scale, expert) @ inputs(hidden[token], a.w1, a1)
+        both = both * float(a.topk_weight[token, place]) if a.doweight_stage1 else both
+        gate, up = both.chunk(2)
+        inner.append((act(gate) * up).to(a.hidden_states.dtype).to(F32))
+    if kind == "per_Tensor" and a2 is None:
+        a2 = torch.stack(inner).abs().max() / torch.finfo(a.w2.dtype).max
+    out = torch.zeros(hidden.shape, dtype=F32)
+    for (token, place, expert), x in zip(pairs, inner, strict=True):
+        share = 1.0 if a.doweight_stage1 else float(a.topk_weight[token, place])
+        out[token] += weight(a.w2, a.w2_scale, expert) @ inputs(x, a.w2, a2) * share
+    return out.to(a.hidden_states.dtype)
+
+
+@computes
+def mla_decode_fwd(double: Double, a: SimpleNamespace) -> Any:
+    """Query by query, head by head; writes o."""
+    assert a.logit_cap <= 0
+    supported(double, a.q, a.kv_buffer)
+    _, page, heads_kv, dim = a.kv_buffer.shape
+    assert (page, heads_kv) == (a.page_size, a.nhead_kv)
+    scale = 1.0 / dim**0.5 if a.sm_scale is None else a.sm_scale
+    scale *= (1.0 if a.q_scale is None else float(a.q_scale)) * (1.0 if a.kv_scale is None else float(a.kv_scale))
+    for s in range(len(a.qo_indptr) - 1):
+        pages = a.kv_indices[int(a.kv_indptr[s]) : int(a.kv_indptr[s + 1])].tolist()
+        keys = torch.cat([a.kv_buffer[p] for p in pages])[:, 0].to(F32)
+        keys = keys[: (len(pages) - 1) * page + int(a.kv_last_page_lens[s])]
+        first, end = int(a.qo_indptr[s]), int(a.qo_indptr[s + 1])
+        for t in range(first, end):
+            seen = keys[: len(keys) - (end - 1 - t)]
+            for h in range(a.q.shape[1]):
+                share = torch.softmax(seen @ a.q[t, h].to(F32) * scale, 0)
+                value = share @ seen[:, : a.o.shape[-1]]
+                a.o[t, h] = value * (1.0 if a.kv_scale is None else float(a.kv_scale))
+    return None, None
 
 
 def binds(entries: Collection[entry_points.EntryPoint], version: str) -> bool:

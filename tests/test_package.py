@@ -20,7 +20,7 @@ ORDER = (
     {"arithmetic", "config", "platform", "report", "op"},
     {"providers"},
     {"ops"},
-    {"patterns"},
+    {"patterns", "bridge"},
     {"passes"},
     {"backend"},
     {"bench"},

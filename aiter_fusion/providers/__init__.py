@@ -5,12 +5,16 @@ Vendor libraries are imported inside the bodies of the providers' own modules, n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..op import FusedOp, Implementation
+from torch import Tensor
+
+from ..op import BRIDGE, FusedOp, Implementation, fused_op
 from . import aiter as aiter_kernels
+from . import native
 from . import triton as triton_kernels
 
 
@@ -86,3 +90,46 @@ def candidates(choice: str, device_type: str) -> tuple[Provider, ...]:
         return (PROVIDERS[choice],)
     names = ("reference",) if device_type == "cpu" else ("aiter", "triton")
     return tuple(p for p in map(PROVIDERS.__getitem__, names) if p.missing() is None)
+
+
+# Who can compute an op of the bridge, in the order in which ``auto`` asks them; the last never refuses.
+BRIDGE_PROVIDERS: dict[str, Provider] = {
+    "aiter": PROVIDERS["aiter"],
+    "torch": Provider("torch", missing=lambda: None, refuse=native.refuse, run=native.run, exact=False),
+    "reference": PROVIDERS["reference"],
+}
+
+
+def why_not(provider: Provider, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why a provider that is asked for by name cannot compute a call, or None."""
+    return provider.missing() or provider.refuse(op, arguments)
+
+
+def bridge_implementation(op: FusedOp, provider: str) -> Implementation:
+    """What runs a call of an op of the bridge: here providers are chosen when the op is called."""
+    if provider == "auto":
+        return functools.partial(_by_the_first, op)
+    if provider not in BRIDGE_PROVIDERS:
+        raise ValueError(f"unknown provider {provider!r}; known are auto, {', '.join(BRIDGE_PROVIDERS)}")
+    return functools.partial(_by, BRIDGE_PROVIDERS[provider], op)
+
+
+def _by(provider: Provider, op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    reason = why_not(provider, op, arguments)
+    if reason is not None:
+        raise RuntimeError(f"{op.name} by {provider.name}: {reason}")
+    return provider.run(op)(**arguments)
+
+
+def _by_the_first(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    chosen = next(
+        provider
+        for provider in BRIDGE_PROVIDERS.values()
+        if why_not(provider, op, arguments) is None and provider.unwanted(op, arguments) is None
+    )
+    return chosen.run(op)(**arguments)
+
+
+def bridge_op(declaration: FusedOp) -> FusedOp:
+    """Register an op of the bridge."""
+    return fused_op(declaration, bridge_implementation, unsaid="auto", registry=BRIDGE)

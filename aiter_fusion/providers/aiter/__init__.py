@@ -14,12 +14,25 @@ from torch import Tensor
 
 from ... import config, platform
 from ...op import FusedOp, Implementation
-from . import fused
+from . import fused, library
 
 DEVICE = "cuda"  # what PyTorch calls an AMD GPU
 
-# The preference that each op belongs to, besides that for all of AITER.
-FEATURES = {"rms_norm_quant": "RMSNORM", "act_mul_quant": "ACT"}
+# The preferences that each op belongs to, besides that for all of AITER.
+FEATURES = {
+    "rms_norm_quant": ("RMSNORM",),
+    "act_mul_quant": ("ACT",),
+    "rms_norm": ("RMSNORM",),
+    "add_rms_norm": ("RMSNORM",),
+    "gemm_a8w8": ("LINEAR",),
+    "gemm_a8w8_blockscale": ("LINEAR",),
+    "hipb_mm_fp8": ("LINEAR", "LINEAR_HIPBMM"),
+    "topk_softmax": ("TOPK",),
+    "grouped_topk": ("TOPK",),
+    "biased_grouped_topk": ("TOPK",),
+    "fused_moe": ("MOE",),
+    "mla_decode_fwd": ("MLA",),
+}
 
 
 def native_fp8(device: int = 0) -> torch.dtype | None:
@@ -28,16 +41,17 @@ def native_fp8(device: int = 0) -> torch.dtype | None:
     return known.get(platform.architecture(device) or "")
 
 
+@functools.cache
 def missing() -> str | None:
     """Why AITER cannot run on this machine, or None. Imports it where only its import is left to try."""
     reason = platform.why_no_aiter()
     if reason is not None:
         return reason
     try:
-        library = platform.load_aiter()
+        loaded = platform.load_aiter()
     except RuntimeError as error:
         return str(error)
-    theirs = getattr(getattr(library, "dtypes", None), "fp8", None)
+    theirs = getattr(getattr(loaded, "dtypes", None), "fp8", None)
     if theirs is not None and theirs != native_fp8():
         return f"AITER takes this GPU's FP8 format for {theirs}, and {platform.architecture()} has {native_fp8()}"
     return None
@@ -48,7 +62,7 @@ def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     experimental = platform.why_experimental()
     if experimental is not None:
         return f"{experimental}: ask for provider='aiter' by name to use them"
-    off = config.against("AITER", FEATURES[op.family])
+    off = config.against("AITER", *FEATURES[op.family])
     return "; ".join(off) or None
 
 
@@ -62,6 +76,10 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
     native = native_fp8(first.device.index or 0)
+    if native is None:
+        return f"AITER does not know {platform.architecture(first.device.index or 0)}"
+    if op.family in library.BRIDGES:
+        return library.refuse(op, arguments, native)
     if arguments["quant_dtype"] != native:
         return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
     chosen = fused.choose(op, arguments)
@@ -74,4 +92,4 @@ def run(op: FusedOp) -> Implementation:
 
 
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
-    return fused.run(op, arguments)
+    return library.run(op, arguments) if op.family in library.BRIDGES else fused.run(op, arguments)
