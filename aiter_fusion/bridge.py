@@ -108,8 +108,8 @@ def gemm_a8w8_blockscale(
     of 128 x 128 of w.
 
     Args:
-        x: ``[M, K]``, w: ``[N, K]`` FP8. x_scale: ``[M, K / 128]``, w_scale: ``[ceil(N / 128), K / 128]``, float32
-        dequantisation scales, of any true strides. dtype: of the result.
+        x: ``[M, K]``, w: ``[N, K]`` FP8. x_scale: ``[M, K / 128]`` or what can be reshaped to that, w_scale:
+        ``[ceil(N / 128), K / 128]``, float32 dequantisation scales, of any true strides. dtype: of the result.
 
     Returns:
         ``[M, N]`` of ``dtype``, contiguous.

@@ -20,7 +20,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import config, platform, report
 from ..config import Options
-from ..patterns.fusions import FORMS, FUSIONS
+from ..patterns.fusions import FUSIONS, forms_of
+from ..providers import can_be_asked
 from . import verify
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
@@ -69,8 +70,9 @@ class PassManager(CustomGraphPass):
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
-            recognised = recognise(graph, FORMS, self.options.strict)
-            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+            fusions = [fusion for fusion in FUSIONS if can_be_asked(self.options.provider, fusion.only)]
+            recognised = recognise(graph, forms_of(fusions), self.options.strict)
+            planned = plan(graph, recognised, fusions, self.options, training=not is_inference)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:

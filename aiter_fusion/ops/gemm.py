@@ -60,7 +60,7 @@ def _a8w8(
 
 def _blockscale(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     columns = x.shape[-1]
-    values = x.to(F32) * x_scale.repeat_interleave(BLOCK, -1)[:, :columns]
+    values = x.to(F32) * x_scale.reshape(len(x), columns // BLOCK).repeat_interleave(BLOCK, -1)
     weights = w_scale.repeat_interleave(BLOCK, 0)[: w.shape[0]].repeat_interleave(BLOCK, -1)[:, :columns] * w.to(F32)
     return _finished(values @ weights.t(), None, dtype)
 

@@ -92,6 +92,11 @@ def candidates(choice: str, device_type: str) -> tuple[Provider, ...]:
     return tuple(p for p in map(PROVIDERS.__getitem__, names) if p.missing() is None)
 
 
+def can_be_asked(choice: str, only: frozenset[str] | None) -> bool:
+    """Whether any of these providers (None: any at all) may be asked when ``choice`` is."""
+    return only is None or choice in only or (choice == "auto" and any(PROVIDERS[n].missing() is None for n in only))
+
+
 # Who can compute an op of the bridge, in the order in which ``auto`` asks them; the last never refuses.
 BRIDGE_PROVIDERS: dict[str, Provider] = {
     "aiter": PROVIDERS["aiter"],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import config, platform
 from ...op import FusedOp
@@ -38,7 +39,12 @@ class Bridge:
 
 
 def _dense(name: str, tensor: Tensor) -> tuple[bool, str]:
-    return tensor.is_contiguous(), f"{name} is not contiguous (strides {tuple(tensor.stride())})"
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False, f"{name} is not contiguous (strides {tuple(tensor.stride())})"
+        expected = expected * size
+    return True, ""
 
 
 def refuse(op: FusedOp, arguments: Arguments, native: torch.dtype) -> str | None:
@@ -118,7 +124,8 @@ def _gemm_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     if "bias" in a:
         for name, rows in (("x_scale", x.shape[0]), ("w_scale", w.shape[0])):
             yield a[name].dtype == F32, f"{name} is {a[name].dtype}, not float32"
-            yield a[name].numel() == rows, f"{name} has {a[name].numel()} elements for {rows} rows"
+            count = a[name].numel()
+            yield statically_known_true(count == rows), f"{name} has {count} elements for {rows} rows"
         yield a["bias"] is None or a["bias"].dtype == a["dtype"], "the bias is of another dtype than the result"
 
 
@@ -128,9 +135,10 @@ def _blockscale_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[
     yield a["x"].dtype != torch.int8, "blocks with scales are of FP8 values, not of integers"
     yield n % 128 == 0, f"N is {n}, not a multiple of 128"
     yield k % 128 == 0, f"K is {k}, not a multiple of 128"
-    for name, sizes in (("x_scale", (a["x"].shape[0], k // 128)), ("w_scale", (n // 128, k // 128))):
+    for name, rows in (("x_scale", a["x"].shape[0]), ("w_scale", n // 128)):
         yield a[name].dtype == F32, f"{name} is {a[name].dtype}, not float32"
-        yield tuple(a[name].shape) == sizes, f"{name} is {list(a[name].shape)}, not {list(sizes)}"
+        count = a[name].numel() == rows * (k // 128)
+        yield statically_known_true(count), f"{name} is {list(a[name].shape)}, not {[rows, k // 128]}"
 
 
 def _gemm_a8w8(entry: EntryPoint, a: Arguments, out: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +160,7 @@ def _blockscale(entry: EntryPoint, a: Arguments, out: dict[str, Tensor]) -> dict
         entry,
         XQ=a["x"],
         WQ=a["w"],
-        x_scale=a["x_scale"].contiguous(),
+        x_scale=a["x_scale"].reshape(a["x"].shape[0], -1).contiguous(),
         w_scale=a["w_scale"].contiguous(),
         dtype=a["dtype"],
     )
@@ -166,8 +174,9 @@ def _hipb_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     yield arch in platform.SUPPORTED_ARCHITECTURES, f"the GPU is {arch}, not an MI300 or MI350"
     yield a["dtype"] is torch.bfloat16, f"the result is {a['dtype']}, and with scales for rows it makes bfloat16"
     yield x.dtype == b.dtype == native, f"a and b are {x.dtype} and {b.dtype}, and this GPU's format is {native}"
-    yield a["a_scale"].numel() == m, f"a has {a['a_scale'].numel()} scales, not one for each of its {m} rows"
-    yield a["b_scale"].numel() == n, f"b has {a['b_scale'].numel()} scales, not one for each of its {n} columns"
+    for name, size, what in (("a", m, "rows"), ("b", n, "columns")):
+        count = a[f"{name}_scale"].numel()
+        yield statically_known_true(count == size), f"{name} has {count} scales, not one for each of its {size} {what}"
     yield a["a_scale"].dtype == a["b_scale"].dtype == F32, "the scales are not float32"
     yield n >= 16, f"N is {n}, below 16"
     yield n % 16 == 0, f"N is {n}, not a multiple of 16"
@@ -175,7 +184,7 @@ def _hipb_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     yield not a["b_is_shuffled"] or k % 32 == 0, f"K is {k}, not a multiple of 32, and b is shuffled"
     yield a["bias"] is None or a["bias"].dtype == a["dtype"], "the bias is of another dtype than the result"
     yield _dense("a", x)
-    yield b.t().is_contiguous(), f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
+    yield _dense("b", b.t())[0], f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
 
 
 CREATE = EntryPoint("hipb_create_extension", ("aiter",), ())
