@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
+    from .prepared import prepare
     from .report import FusionReport, Site
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
+    "prepare": "prepared",
     "FusionReport": "report",
     "Site": "report",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "if_aiter_supported",
     "is_aiter_found",
     "is_aiter_found_and_supported",
+    "prepare",
     "reports",
     "reset",
 ]

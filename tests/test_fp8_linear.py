@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from aiter_double import Double
 from conftest import Checked, checked
 from torch import Tensor, nn
 
+import aiter_fusion
 from aiter_fusion import report
+from aiter_fusion.ops.gemm import unshuffled
+from aiter_fusion.passes.verify import same_bits
+from aiter_fusion.prepared import ShuffledWeight
 
 BF16, FN = torch.bfloat16, torch.float8_e4m3fn
 
@@ -172,9 +177,7 @@ def test_torchao_s_blocks(double: Double, monkeypatch: pytest.MonkeyPatch) -> No
     library = torch.library.Library("ao", "FRAGMENT")
     library.define("blockwise_fp8_gemm(Tensor a, Tensor a_s, Tensor b, Tensor b_s, int block_size=128) -> Tensor")
     library.impl("blockwise_fp8_gemm", lambda *given: models.blockwise_gemm(*given[:4], 128), "CPU")
-    library.impl(
-        "blockwise_fp8_gemm", lambda a, a_s, b, *_: a.new_empty(a.shape[0], b.shape[0], dtype=BF16), "Meta"
-    )
+    library.impl("blockwise_fp8_gemm", lambda a, a_s, b, *_: a.new_empty(a.shape[0], b.shape[0], dtype=BF16), "Meta")
     try:
         monkeypatch.setattr(float8_tensor, "blockwise_fp8_gemm", torch.ops.ao.blockwise_fp8_gemm.default)
         monkeypatch.setattr(models, "_run_blockwise_gemm_on_a_cpu", lambda: None)
@@ -191,3 +194,129 @@ def test_torchao_s_blocks(double: Double, monkeypatch: pytest.MonkeyPatch) -> No
     assert result.report.replaced == {"rms_norm_quant": 1, "fp8_linear": 1}
     # by fewer roundings: a code of FP8 in some of the inputs
     assert (want.float() - have.float()).norm() / want.float().norm() < 0.02
+
+
+# ---- prepared weights -----------------------------------------------------------------------------------------------
+
+
+def layers(granularity: str = "PerRow", widths: tuple[int, int] = (256, 128), shared: bool = False) -> Any:
+    """A norm and two linear layers, quantised by torchao."""
+    torch.manual_seed(0)
+    k, n = widths
+    model = nn.Sequential(nn.RMSNorm(k), nn.Linear(k, k, bias=False), nn.Linear(k, n), nn.Linear(n, n, bias=False))
+    model = model.to(BF16).eval()
+    models.QUANTISATIONS[granularity](model)
+    if shared:
+        model.append(nn.Linear(n, n, bias=False))
+        model[4].weight = model[3].weight
+    return model
+
+
+X = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0)).to(BF16)
+
+
+def near(want: Tensor, have: Tensor) -> bool:
+    """Each of three or four layers quantises what the one before rounded: some values go to the next FP8 code, 2**-4
+    away."""
+    return bool((want.float() - have.float()).norm() <= 2**-4 * want.float().norm())
+
+
+def test_prepare(double: Double) -> None:
+    """Once, in place, compiled without a break; the norm is still fused."""
+    model = layers(shared=True)
+    with torch.no_grad():
+        want = model(X)
+    done = aiter_fusion.prepare(model, provider="aiter")
+    assert (done.layers, done.refused) == (("1", "2", "3", "4"), {})
+    weight = model[1].weight
+    assert isinstance(weight.data, ShuffledWeight)
+    assert weight.shape == (16, 8, 16, 32)
+    assert model[3].weight is model[4].weight
+    assert aiter_fusion.prepare(model, provider="aiter") == done
+    assert model[1].weight is weight
+    with torch.no_grad():
+        assert near(want, model(X))
+    assert double.called == ["hipb_create_extension", *["hipb_mm"] * 4]
+    assert all(given.bpreshuffle for name, given in double.calls if name == "hipb_mm")
+    result = checked(model, provider="aiter", verify=True)
+    with torch.no_grad():
+        assert near(want, result.call(X))
+    assert result.report.replaced == {"rms_norm_quant": 1}
+    (graph,) = result.oracle.graphs
+    targets = [str(node.target) for node in graph.after.graph.nodes]
+    assert targets.count("aiter_fusion.hipb_mm_fp8.default") == 4
+    tiles = [n.meta["val"].shape for n in graph.after.graph.nodes if n.op == "placeholder" and n.meta["val"].dim() == 4]
+    assert (16, 8, 16, 32) in [tuple(shape) for shape in tiles]
+
+
+def test_prepared_weights_are_the_same_bits() -> None:
+    """By the reference: nothing but the order of the bytes has changed, and no weight is held twice."""
+    model = layers()
+    linears: list[Any] = [m for m in model if isinstance(m, nn.Linear)]
+    before = [m.weight.qdata.clone() for m in linears]
+    size = sum(b.numel() for b in before)
+    aiter_fusion.prepare(model, provider="reference")
+    after = [m.weight.data for m in linears]
+    for a, b in zip(before, after, strict=True):
+        assert same_bits(a, unshuffled(b.tiles))
+    assert sum(b.tiles.untyped_storage().nbytes() for b in after) == size
+    with torch.no_grad():
+        assert near(layers()(X), model(X))
+        assert near(model(X), copy.deepcopy(model)(X))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert near(model(X), compiled(X))
+
+
+def test_whatever_else_reads_a_shuffled_weight_fails() -> None:
+    model = layers()
+    aiter_fusion.prepare(model, provider="reference")
+    weight = model[1].weight
+    for wrong in (
+        lambda: X @ weight.t(),
+        lambda: torch.add(weight, 1),
+        lambda: weight.to(torch.float16),
+        lambda: weight.sum(),
+    ):
+        with torch.no_grad(), pytest.raises(TypeError, match=r"only torch\.nn\.functional\.linear computes"):
+            wrong()
+    with torch.no_grad(), pytest.raises(TypeError, match="of 256 features was given"):
+        model[1](X[..., :128])
+
+
+UNFIT = {
+    "AITER_FUSION_LINEAR is off (set it to 1)": ("auto", {}, {"LINEAR": "0"}),
+    "AITER_FUSION_LINEAR_HIPBMM is off (set it to 1)": ("auto", {}, {}),
+    "its activations have scales PerTensor, not one for each row; its weight has scales": (
+        "aiter",
+        {"granularity": "PerTensor"},
+        {},
+    ),
+    "its weight is 128 x 240, not in multiples of 16 x 32": ("aiter", {"widths": (240, 128)}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_unfit_layers_stay_and_say_why(reason: str, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider, changes, environment = UNFIT[reason]
+    for name, value in environment.items():
+        monkeypatch.setenv(f"AITER_FUSION_{name}", value)
+    model = layers(**changes)
+    before = [m.weight for m in model]
+    done = aiter_fusion.prepare(model, provider=provider)
+    assert reason in done.refused["2"]
+    assert model[2].weight is before[2]
+    double.arch = "gfx1201"
+    found = aiter_fusion.prepare(layers(), provider="aiter").refused
+    assert found["1"].startswith("the GPU is gfx1201, not an MI300 or MI350")
+
+
+def test_prepare_without_aiter() -> None:
+    model = layers()
+    done = aiter_fusion.prepare(model)
+    assert done.layers == ()
+    assert done.refused["1"].startswith("AMD's AITER is not installed: ")
+    assert "AITER_FUSION_LINEAR_HIPBMM is off" in done.refused["1"]
+    with pytest.raises(RuntimeError, match="provider='aiter' cannot run here: AMD's AITER is not installed"):
+        aiter_fusion.prepare(model, provider="aiter")
+    with pytest.raises(ValueError, match="shuffled weights are read by auto, aiter and reference"):
+        aiter_fusion.prepare(model, provider="torch")

@@ -21,7 +21,7 @@ ORDER = (
     {"providers"},
     {"ops"},
     {"patterns", "bridge"},
-    {"passes"},
+    {"passes", "prepared"},
     {"backend"},
     {"bench"},
     {"cli"},
