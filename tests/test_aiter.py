@@ -267,6 +267,21 @@ def test_refusal(reason: str, double: Double) -> None:
     assert double.called == []
 
 
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_gaps_between_rows(name: str, double: Double) -> None:
+    """HIP's kernels take rows to follow each other; Triton's are told how far apart they are."""
+    op, arguments = Drive(NORM, "add", (5, 256)).arguments(double.fp8)
+    arguments[name] = _strided(arguments[name])
+    assert compare(op, arguments, call(op, "aiter", arguments)) is None
+    assert double.called == ["fused_rms_fp8_group_quant"]
+
+
+def test_an_op_that_aiter_is_not_called_for(double: Double) -> None:
+    op, arguments = Drive(NORM, "", (5, 256)).arguments(double.fp8)
+    other = replace(op, family="all_reduce_rms_norm")
+    assert AITER.refuse(other, arguments) == "this version of aiter_fusion calls none of its kernels for it"
+
+
 def test_what_the_gpu_refuses(make: Callable[..., Double]) -> None:
     double = make(arch="gfx1100")
     op, arguments = Drive(NORM, "", (3, 256)).arguments(torch.float8_e4m3fnuz)

@@ -32,6 +32,8 @@ FEATURES = {
     "biased_grouped_topk": ("TOPK",),
     "fused_moe": ("MOE",),
     "mla_decode_fwd": ("MLA",),
+    "all_reduce_rms_norm": ("ALLREDUCE",),
+    "all_reduce_rms_norm_quant": ("ALLREDUCE",),
 }
 
 
@@ -80,6 +82,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"AITER does not know {platform.architecture(first.device.index or 0)}"
     if op.family in library.BRIDGES:
         return library.refuse(op, arguments, native)
+    if op.family not in fused.FAMILIES:
+        return "this version of aiter_fusion calls none of its kernels for it"
     if arguments["quant_dtype"] != native:
         return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
     chosen = fused.choose(op, arguments)

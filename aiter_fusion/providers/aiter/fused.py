@@ -60,13 +60,14 @@ class Limits:
 class Call:
     """A call of a fused op, in AITER's terms.
 
-    rows, stride: of x; width: of a row of values; block: elements that share a scale (0: given from outside).
+    gaps: which of its tensors have gaps between rows; width: of a row of values; block: elements that share a scale (0:
+    given from outside).
     """
 
     op: FusedOp
     arguments: Mapping[str, Any]
     x: Tensor
-    stride: int | torch.SymInt
+    gaps: tuple[str, ...]
     width: int
     block: int
 
@@ -109,8 +110,8 @@ class Path:
             return f"takes rows of up to {limits.widest}, not {given.width}"
         if limits.acts is not None and given.arguments["act"] not in limits.acts:
             return f"has no activation {given.arguments['act']}"
-        if limits.dense and not statically_known_true(given.stride == given.x.shape[-1]):
-            return f"wants rows without gaps, and they are {given.stride} apart"
+        if limits.dense and given.gaps:
+            return f"wants rows without gaps, and {', '.join(given.gaps)} has them"
         if limits.dense and given.width % 8:
             return f"loads 8 elements at a time, which rows of {given.width} do not divide into"
         if limits.alike and given.arguments["weight"].dtype != given.x.dtype:
@@ -299,28 +300,33 @@ PATHS = (
 )
 
 
+FAMILIES = frozenset(path.family for path in PATHS)
+
+
 def describe(op: FusedOp, arguments: Mapping[str, Any]) -> Call | str:
     """The call in AITER's terms, or why none of its kernels can take it, whichever it is."""
     tensors = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and name not in ("scale", "weight")}
     x = next(iter(tensors.values()))
     if x.dtype not in HALVES:
         return f"{next(iter(tensors))} is {x.dtype}, and its kernels take bfloat16 and float16"
+    gaps = []
     for name, tensor in tensors.items():
         if tensor.dtype != x.dtype:
             return f"{name} is {tensor.dtype}, {next(iter(tensors))} {x.dtype}"
         if not isinstance(tensor.shape[-1], int):
             return f"the width of {name} is known only at run time"
-        if not statically_known_true(tensor.stride(-1) == 1) or rows_of(tensor) is None:
+        found = rows_of(tensor) if statically_known_true(tensor.stride(-1) == 1) else None
+        if found is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
+        if not statically_known_true(found[1] == tensor.shape[-1]):
+            gaps.append(name)
     given = _numerics(op, arguments, x)
     if given is not None:
         return given
-    found = rows_of(x)
-    assert found is not None
     width = width_of(op, x)
     if width < 8:
         return f"rows of {width} elements"
-    return Call(op, arguments, x, found[1], width, arguments.get("block", 0))
+    return Call(op, arguments, x, tuple(gaps), width, arguments.get("block", 0))
 
 
 def _numerics(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) -> str | None:
