@@ -397,6 +397,27 @@ def test_an_older_version(version: str, make: Callable[..., Double]) -> None:
     assert double.called or version == "v0.1.1"
 
 
+@pytest.mark.parametrize("version", ["v0.1.10.post1", "v0.1.10.post2", "v0.1.10.post3"])
+def test_a_release_that_is_known_to_be_wrong(version: str, make: Callable[..., Double]) -> None:
+    """It binds, and is not called."""
+    double = make(version)
+    op, arguments = DRIVES["add_rmsnorm_quant"][0].arguments(double.fp8)
+    assert compare(op, arguments, call(op, "aiter", arguments)) is None
+    bad = version != "v0.1.10.post3"
+    assert double.called == ["fused_rms_fp8_group_quant" if bad else "add_rmsnorm_quant"]
+    why = str(entry_points.probe(next(path.entry for path in fused.PATHS if path.entry.name == "add_rmsnorm_quant")))
+    assert ("returns inexact sums (ROCm/aiter#2011, in 0.1.10.post3): upgrade AITER" in why) == bad
+
+
+def test_known_bad_releases() -> None:
+    known = {version.removeprefix("v") for version in aiter_double.VERSIONS}
+    for name, (versions, _) in entry_points.KNOWN_BAD.items():
+        assert name in aiter_double.DATA["functions"]
+        assert known.issuperset(versions)
+    assert entry_points.known_bad("add_rmsnorm_quant", "0.1.10.post1+rocm7.2.manylinux_2_28") is not None
+    assert entry_points.known_bad("add_rmsnorm_quant", None) is None
+
+
 # ---- faults, seeded: each must be caught ---------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -33,6 +33,22 @@ class EntryPoint:
 
     def __str__(self) -> str:
         return f"{self.homes[0]}.{self.name}"
+
+
+# Releases in which a function binds and is wrong: what is known, by name, with the change that mended it.
+KNOWN_BAD: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "add_rmsnorm_quant": (
+        ("0.1.10.post1", "0.1.10.post2"),
+        "returns inexact sums (ROCm/aiter#2011, in 0.1.10.post3)",
+    ),
+    "rmsnorm2d_fwd_with_add": (("0.1.10.post1",), "returns inexact sums (ROCm/aiter#1965, in 0.1.10.post2)"),
+}
+
+
+def known_bad(name: str, version: str | None) -> str | None:
+    """What is wrong with a function in a release (``0.1.10.post1``, also with a ``v`` or a local part), or None."""
+    versions, what = KNOWN_BAD.get(name, ((), ""))
+    return what if (version or "").removeprefix("v").partition("+")[0] in versions else None
 
 
 def unbound(parameters: Collection[str], required: Collection[str], keywords: Collection[str]) -> str | None:
@@ -76,6 +92,8 @@ def probe(entry: EntryPoint) -> Callable[..., Any] | str:
             break
     if function is None:
         return f"{version} has no {entry}"
+    if (bad := known_bad(entry.name, platform.aiter_version())) is not None:
+        return f"{entry} of {version} {bad}: upgrade AITER"
     found = _parameters(function, entry.name)
     if found is None:
         return f"the arguments of {entry} cannot be read"
