@@ -57,7 +57,7 @@ class ShuffledWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
+        if func is torch.nn.functional.linear and not isinstance(args[0], cls):
             return _linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -76,9 +76,9 @@ class ShuffledWeight(Tensor):
         )
 
 
-def _linear(x: Tensor, weight: ShuffledWeight, bias: Tensor | None = None) -> Tensor:
-    n, k = weight.tiles.shape[0] * TILE[0], weight.tiles.shape[1] * TILE[1]
-    if not isinstance(weight, ShuffledWeight) or x.shape[-1] != k:
+def _linear(input: Tensor, weight: ShuffledWeight, bias: Tensor | None = None) -> Tensor:  # names as F.linear has them
+    x, n, k = input, weight.tiles.shape[0] * TILE[0], weight.tiles.shape[1] * TILE[1]
+    if x.shape[-1] != k:
         raise TypeError(f"a linear layer of {k} features was given {list(x.shape)}")
     q, scale = weight.quantise(x)
     y = bridge.hipb_mm_fp8(
