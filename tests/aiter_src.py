@@ -172,6 +172,37 @@ def products() -> Iterator[tuple[str, str | None]]:
             yield what, far([want], lambda call: [call[0](**call[1], config=call[2])], (function, given, config))
 
 
+def routing() -> Iterator[tuple[str, str | None]]:
+    import test_bridge
+    from aiter.ops.triton.moe.moe_routing.topk import grouped_topk  # type: ignore[import-not-found]
+
+    from aiter_fusion.op import BRIDGE
+
+    for family, mode in (("grouped_topk", "softmax"), ("biased_grouped_topk", "sigmoid")):
+        op = BRIDGE[family][frozenset()]
+        for arguments in op.samples():
+            given = moved(arguments)
+            rows, experts = given["gating"].shape
+            if rows == 0 or not given.get("softmax", True):
+                continue
+            what = f"{family}: {given['topk']} of {experts} in {given['num_expert_group']} groups, {rows} rows"
+            try:
+                weights, ids, _ = grouped_topk(
+                    given["gating"],
+                    *(given[name] for name in ("topk", "num_expert_group", "topk_group")),
+                    score_mode=mode,
+                    bias=given.get("correction_bias"),
+                    renorm=given["renormalize"],
+                    routed_scaling_factor=given["routed_scaling_factor"],
+                )
+            except import_module("triton.runtime.errors").InterpreterError as error:
+                yield what, f"not run: the interpreter fails, so needs a GPU: {error}"
+                continue
+            want = op.reference(**given)
+            wanted, have = ((w.cpu(), i.cpu()) for w, i in ((want["weights"], want["ids"]), (weights, ids)))
+            yield what, None if test_bridge.same_routing(wanted, have) else "other experts or weights"
+
+
 def far(want: list[Tensor], run: Callable[[Any], list[Tensor]], given: tuple[Any, ...]) -> str | None:
     """How results differ, or None. The interpreter fails on some kernels that the compiler takes."""
     import test_bridge
@@ -194,7 +225,7 @@ def main() -> int:
     where = torch.cuda.get_device_name() if ON_GPU else "Triton's interpreter, conversions corrected"
     print(f"AITER's Triton kernels on {where}")
     failed = 0
-    for part in (through_the_provider, norms, products):
+    for part in (through_the_provider, norms, products, routing):
         for what, problem in part():
             failed += problem is not None and not problem.startswith("not run")
             print(f"{what}: {problem or 'ok'}", flush=True)
