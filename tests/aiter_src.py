@@ -11,6 +11,7 @@ libdevice: what uses that is said to need a GPU.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -203,6 +204,53 @@ def routing() -> Iterator[tuple[str, str | None]]:
             yield what, None if test_bridge.same_routing(wanted, have) else "other experts or weights"
 
 
+def attention() -> Iterator[tuple[str, str | None]]:
+    """Their Triton namesake wants a table of pages instead of a list; in fp16, since interpreted bfloat16 is wrong."""
+    from aiter.ops.triton.attention.mla import mla_decode_fwd  # type: ignore[import-not-found]
+
+    from aiter_fusion.op import BRIDGE
+    from aiter_fusion.ops import mla
+
+    op = BRIDGE["mla_decode_fwd"][frozenset()]
+    for lengths, tokens, dtype in (((40, 17), 1, F16), ((21, 9), 2, F16), ((40, 17), 1, BF16)):
+        what = f"mla_decode_fwd: sequences of {lengths}, {tokens} queries each, {dtype}"
+        if not ON_GPU and dtype is BF16:
+            yield what, "not run: the interpreter adds bfloat16 as integers"
+            continue
+        given = mla.sample(lengths, tokens, 16, 16, 576, 512, dtype, 1)
+        starts = given["kv_indptr"].tolist()
+        pages = [given["kv_indices"][a:b] for a, b in itertools.pairwise(starts)]
+        table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True).to(DEVICE)
+        given = moved(given)
+
+        def run(call: tuple[Any, ...]) -> list[Tensor]:
+            given, lengths, table = call
+            out = torch.empty(*given["q"].shape[:2], 512, dtype=given["q"].dtype, device=DEVICE)
+            lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+            starts = given["qo_indptr"]
+            scale = 576**-0.5
+            mla_decode_fwd(
+                *(
+                    given["q"],
+                    given["kv_buffer"],
+                    out,
+                    starts,
+                    lens,
+                    max(lengths),
+                    table,
+                    scale,
+                    512,
+                    64,
+                    True,
+                    None,
+                    None,
+                )
+            )
+            return [out]
+
+        yield what, far([op.reference(**given)["o"]], run, (given, lengths, table))
+
+
 def far(want: list[Tensor], run: Callable[[Any], list[Tensor]], given: tuple[Any, ...]) -> str | None:
     """How results differ, or None. The interpreter fails on some kernels that the compiler takes."""
     import test_bridge
@@ -225,7 +273,7 @@ def main() -> int:
     where = torch.cuda.get_device_name() if ON_GPU else "Triton's interpreter, conversions corrected"
     print(f"AITER's Triton kernels on {where}")
     failed = 0
-    for part in (through_the_provider, norms, products, routing):
+    for part in (through_the_provider, norms, products, routing, attention):
         for what, problem in part():
             failed += problem is not None and not problem.startswith("not run")
             print(f"{what}: {problem or 'ok'}", flush=True)
