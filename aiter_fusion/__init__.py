@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .dumping import dump
     from .patterns.registry import fused_op, register_form, register_fusion, register_provider
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
+    from .prepared import prepare
     from .report import FusionReport, Site
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOME = {
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
+    "prepare": "prepared",
     "FusionReport": "report",
     "Site": "report",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "if_aiter_supported",
     "is_aiter_found",
     "is_aiter_found_and_supported",
+    "prepare",
     "register_form",
     "register_fusion",
     "register_provider",
@@ -62,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "bridge":
+        return import_module(".bridge", __name__)
     if name in _HOME:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value

@@ -6,20 +6,61 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
 PACKAGE_FAMILIES = FAMILIES  # FAMILIES also gets those that are registered from outside
-NOT_YET = ("all_reduce_rms_norm", "fp8_linear")
+NOT_YET = ("all_reduce_rms_norm",)
 PROVIDER_NAMES = ("auto", "aiter", "triton", "reference")
 NUMERICS = ("exact", "kernel")
 LEVELS = {
     0: "nothing: plain Inductor",
     1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
     2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
-    3: "also all-reduce fusions and FP8 linear layers (not in this version)",
+    3: "also FP8 linear layers, by AITER; all-reduce fusions (not in this version)",
 }
 DEFAULT_LEVEL = 3
+
+# What the environment may prefer of AITER, as AITER_FUSION_<name>=1 or 0, and what holds where it says nothing. A
+# preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
+PREFERENCES = {
+    "AITER": True,  # all of it
+    "RMSNORM": True,
+    "ACT": True,
+    "ALLREDUCE": True,
+    "LINEAR": True,
+    "LINEAR_HIPBMM": False,  # by hipBLASLt: wants tuning, and prepared weights to be at its best
+    "MOE": True,
+    "MLA": True,
+    "TOPK": True,
+}
+_WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def preference(name: str) -> bool:
+    """What the environment prefers, a key of ``PREFERENCES``.
+
+    Raises:
+        ValueError: the variable is set to something that is neither yes nor no.
+    """
+    variable = f"AITER_FUSION_{name}"
+    text = os.environ.get(variable, "").strip().lower()
+    if text and text not in _WORDS:
+        raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
+    return _WORDS[text] if text else PREFERENCES[name]
+
+
+def tuning() -> Path | None:
+    """The folder in which hipBLASLt is to keep what it tunes while a model runs, from ``AITER_FUSION_TUNING``; None: it
+    is not to tune. The first call of every shape then takes minutes."""
+    text = os.environ.get("AITER_FUSION_TUNING", "").strip()
+    return Path(text).expanduser().absolute() if text else None
+
+
+def against(*names: str) -> list[str]:
+    """Which of these preferences are off, each as the setting that would turn it on."""
+    return [f"AITER_FUSION_{name} is off (set it to 1)" for name in names if not preference(name)]
 
 
 @dataclass(frozen=True)

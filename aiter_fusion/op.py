@@ -24,6 +24,9 @@ class Tolerance:
     codes:  FP8 codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
             2.4 to 3.5 % of the elements by one code and none by two (512 x 4096, torchao per row).
     scale:  relative difference of any other output: two roundings to bf16 (2**-8 each) of the values below the maximum.
+    kernel: the same of a provider that does not keep the graph's roundings, of which there are up to four to bf16: of
+            the sum, the normalised value, its product with the weight, and the scale.
+    sums:   difference of sums of products that round once, relative to the largest of their row: two codes of bf16.
     share:  share of the elements that may have another code, where the provider keeps the graph's roundings but sums a
             row in its own order: 3e-8 to 4e-7 were seen (32768 rows of 2880 to 8192, bf16).
     few:    elements that may in any case: of few, one is a large share, and a row's last bit can move several.
@@ -31,6 +34,8 @@ class Tolerance:
 
     codes: int = 1
     scale: float = 1e-2
+    kernel: float = 4 * 2**-8
+    sums: float = 2**-7
     share: float = 1e-5
     few: int = 16
 
@@ -97,22 +102,28 @@ def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:
     return empty([sizes[d] for d in dims], dtype=dtype).permute([dims.index(d) for d in range(len(dims))])
 
 
-# Every declared op by family and features.
+# Every declared op by family and features: those that fusions make, and those that also stand alone (the bridge).
 OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
+BRIDGE: dict[str, dict[frozenset[str], FusedOp]] = {}
 
 
 def find(family: str, features: frozenset[str]) -> FusedOp | None:
     """The overload of a family with exactly those of ``features`` that the family distinguishes, if there is one."""
-    overloads = OPS[family]
+    overloads = OPS[family] if family in OPS else BRIDGE[family]
     distinguished: frozenset[str] = frozenset().union(*overloads)
     return overloads.get(features & distinguished)
 
 
-def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Implementation]) -> FusedOp:
+def fused_op(
+    declaration: FusedOp,
+    implementation: Callable[[FusedOp, str], Implementation],
+    unsaid: str = "reference",
+    registry: dict[str, dict[frozenset[str], FusedOp]] = OPS,
+) -> FusedOp:
     """Register a declaration with PyTorch.
 
     ``implementation(op, provider)`` gives the callable that runs a call; the provider's name is the last argument of
-    every op, chosen when the graph is compiled.
+    every op, chosen when the graph is compiled, and ``unsaid`` where a call does not say.
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
@@ -120,12 +131,12 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
     _LIBRARY.define(
-        f'{qualified}({arguments}, str provider="reference") -> ({returns})',
+        f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})',
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     )
 
     def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        provider = args[len(names) - 1] if len(args) == len(names) else "reference"
+        provider = args[len(names) - 1] if len(args) == len(names) else unsaid
         run = implementation(declaration, provider)
         return declaration.pack(run(**dict(zip(names[:-1], args, strict=False))))
 
@@ -134,5 +145,5 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
 
     _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
-    OPS.setdefault(declaration.family, {})[declaration.features] = declaration
+    registry.setdefault(declaration.family, {})[declaration.features] = declaration
     return declaration

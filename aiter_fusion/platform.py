@@ -1,15 +1,23 @@
 """What this machine can run: PyTorch, ROCm, AITER, FP8. Reads no environment variable: that is preference.
 
-AITER is looked for without importing it: its import builds kernels, touches every GPU and fails off ROCm.
+AITER is looked for without importing it: its import builds kernels, touches every GPU and fails off ROCm. Where it is
+found, ``load_aiter`` imports it when a kernel of it is first wanted.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -22,6 +30,8 @@ NEWEST_TESTED_TORCH = (2, 15)
 
 # Native FP8 by architecture (AITER's own table): gfx94x has e4m3fnuz, everything after it e4m3fn.
 SUPPORTED_ARCHITECTURES = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
+# AITER calls these experimental: it is used on them only if it is asked for by name.
+EXPERIMENTAL_ARCHITECTURES = dict.fromkeys(("gfx1100", "gfx1151", "gfx1201", "gfx1250"), torch.float8_e4m3fn)
 
 
 def require_torch(version: str = torch.__version__) -> None:
@@ -57,14 +67,96 @@ def architecture(device: int = 0) -> str | None:
     return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
 
 
+ABSENT, UNRELATED, BROKEN, READY = "not installed", "unrelated library", "import failed", "ready"
+
+_INSTALL = "build it from https://github.com/ROCm/aiter, or pip install amd-aiter"
+
+
+@dataclass(frozen=True)
+class Aiter:
+    """What was found of AMD's AITER.
+
+    answer:  ``ABSENT``; ``UNRELATED``: what is installed under its name is another library; ``BROKEN``: it is
+             installed, and its import failed in this process; ``READY``: installed, and its import has not failed.
+    detail:  what is wrong and what to do about it; empty where it is ready.
+    version: where it is ready, from the distribution's metadata or its ``_version.py``; None if neither tells.
+    """
+
+    answer: str
+    detail: str = ""
+    version: str | None = None
+
+
+def aiter() -> Aiter:
+    """Look for AITER without importing it; its import counts only if ``load_aiter`` has been called."""
+    spec = importlib.util.find_spec("aiter")
+    if spec is None or not spec.submodule_search_locations:
+        return Aiter(ABSENT, f"AMD's AITER is not installed: {_INSTALL}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    ours = (folder / "jit" / "core.py").is_file() and (folder / "ops").is_dir()
+    # "aiter" on PyPI is a library of asynchronous iterators; installed over AMD's, it shares the folder
+    if not ours or (folder / "azip.py").is_file():
+        both = "lies in the folder of AMD's AITER" if ours else "is an unrelated library"
+        return Aiter(UNRELATED, f"the package 'aiter' from PyPI {both}: pip uninstall aiter; then {_INSTALL}")
+    if (error := _failure.get("aiter")) is not None:
+        return Aiter(BROKEN, f"AITER is installed, but its import failed: {type(error).__name__}: {error}")
+    return Aiter(READY, version=_version(folder))
+
+
+def _version(folder: Path) -> str | None:
+    """AITER has no ``__version__``; a source tree has no ``_version.py`` either."""
+    try:
+        return importlib.metadata.version("amd-aiter")
+    except importlib.metadata.PackageNotFoundError:
+        written = folder / "_version.py"
+        found = re.search(r"""__version__ = .*?['"]([^'"]+)""", written.read_text()) if written.is_file() else None
+        return found[1] if found else None
+
+
+# What the import of AITER raised in this process.
+_failure: dict[str, Exception] = {}
+
+
+def load_aiter() -> ModuleType:
+    """Import AITER, which is done once, and put back what that changes for the whole process.
+
+    Raises:
+        RuntimeError: it cannot be imported; the message is the answer of ``aiter``, its cause what the import raised.
+    """
+    if (found := aiter()).answer == READY:
+        try:
+            with _as_it_was():
+                return importlib.import_module("aiter")
+        except Exception as error:  # noqa: BLE001 (it raises RuntimeError, KeyError, AssertionError, never ImportError)
+            _failure["aiter"] = error
+            found = aiter()
+    raise RuntimeError(found.detail) from _failure.get("aiter")
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Put back what importing AITER changes: Dynamo's list of loggers, where its own logger's records go, and that its
+    folders come first on ``sys.path`` (its build needs them there, so they go to the end)."""
+    import torch._dynamo
+
+    logger, path = logging.getLogger("aiter"), sys.path[:]
+    ignored, propagate, handlers = torch._dynamo.config.ignore_logger_methods, logger.propagate, logger.handlers[:]
+    try:
+        yield
+    finally:
+        torch._dynamo.config.ignore_logger_methods = ignored
+        logger.propagate, logger.handlers[:] = propagate, handlers
+        sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+
+
 def is_aiter_found() -> bool:
     """Whether AMD's AITER is installed (whether or not this machine can run it)."""
-    return _why_aiter_not_found() is None
+    return aiter().answer in (READY, BROKEN)
 
 
 def is_aiter_found_and_supported() -> bool:
-    """Whether AMD's AITER is installed and this machine has a GPU that it supports."""
-    return why_no_aiter() is None
+    """Whether AMD's AITER is installed and this machine has a GPU that it supports. Does not import it."""
+    return why_no_aiter() is None and why_experimental() is None
 
 
 def if_aiter_supported(fn: Callable[P, R]) -> Callable[P, R | None]:
@@ -78,40 +170,29 @@ def if_aiter_supported(fn: Callable[P, R]) -> Callable[P, R | None]:
 
 
 def why_no_aiter() -> str | None:
-    """Why AITER cannot run here and what to do about it, or None if it can."""
-    reason = _why_aiter_not_found()
-    if reason is not None:
-        return reason
+    """Why AITER cannot run here and what to do about it, or None if it can, on an experimental architecture too."""
+    found = aiter()
+    if found.answer != READY:
+        return found.detail
     if torch.version.hip is None:
         return f"AITER needs a ROCm build of PyTorch; this is {torch.__version__}"
     arch = architecture()
     if arch is None:
         return "AITER needs an AMD GPU, and PyTorch sees none"
-    if arch not in SUPPORTED_ARCHITECTURES:
+    if arch not in SUPPORTED_ARCHITECTURES | EXPERIMENTAL_ARCHITECTURES:
         return f"AITER is supported on {', '.join(SUPPORTED_ARCHITECTURES)}; this GPU is {arch}"
     return None
 
 
-def _why_aiter_not_found() -> str | None:
-    spec = importlib.util.find_spec("aiter")
-    if spec is None or spec.origin is None:
-        return "AMD's AITER is not installed: build it from https://github.com/ROCm/aiter, or pip install amd-aiter"
-    if not (Path(spec.origin).parent / "jit").is_dir():
-        return (
-            "the installed package 'aiter' is an unrelated library: pip uninstall aiter, then install AMD's AITER "
-            "from https://github.com/ROCm/aiter, or pip install amd-aiter"
-        )
-    return None
+def why_experimental() -> str | None:
+    """Why AITER is to be used here only if it is asked for by name, or None."""
+    arch = architecture()
+    return f"AITER's kernels for {arch} are experimental" if arch in EXPERIMENTAL_ARCHITECTURES else None
 
 
 def aiter_version() -> str | None:
-    """The version of the installed AITER distribution, or None."""
-    for distribution in ("amd-aiter", "aiter"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    """The version of AMD's AITER, or None if there is none or it does not tell."""
+    return aiter().version
 
 
 def triton_version() -> str | None:

@@ -35,6 +35,7 @@ REASONS = {
     "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
     "no_kernel": "no provider on this machine has a kernel",
     "provider": "the provider refuses this call",
+    "preference": "the provider is to be used only if it is asked for by name",
     "slower": "by the provider's measurements, Inductor's own code is faster",
     "overload": "no overload of the fused op returns these outputs",
     "layout": "an output of the fused op differs in shape, stride, dtype or device from the value it replaces",

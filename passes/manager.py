@@ -20,10 +20,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import getArtifactLogger, trace_structured
 from torch.fx._utils import lazy_format_graph_code
 
-from .. import platform, record, report
+from .. import config, platform, record, report
 from ..config import Options
 from ..patterns import registry
-from ..providers import PROVIDERS
+from ..providers import PROVIDERS, can_be_asked
 from . import verify
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
@@ -79,8 +79,9 @@ class PassManager(CustomGraphPass):
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
-            recognised = recognise(graph, registry.forms(), self.options.strict)
-            planned = plan(graph, recognised, registry.fusions(), self.options, training=not is_inference)
+            fusions = [f for f in registry.fusions() if can_be_asked(self.options.provider, f.only)]
+            recognised = recognise(graph, registry.forms(fusions), self.options.strict)
+            planned = plan(graph, recognised, fusions, self.options, training=not is_inference)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
@@ -174,7 +175,8 @@ def source_hash() -> str:
 
 
 def environment() -> tuple[Any, ...]:
-    """Versions, architecture and process group: what decides which providers can run. Neither rank nor path."""
+    """Versions, architecture, process group and preferences: what decides which provider a site gets. Neither rank nor
+    path."""
     import torch.distributed as dist
 
     in_group = dist.is_available() and dist.is_initialized()
@@ -185,6 +187,7 @@ def environment() -> tuple[Any, ...]:
         tuple(provider.state() for provider in PROVIDERS.values()),
         platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
         (dist.get_world_size(), dist.get_backend()) if in_group else None,
+        tuple(map(config.preference, config.PREFERENCES)),
     )
 
 

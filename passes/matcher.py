@@ -14,10 +14,12 @@ from ..patterns.language import (
     STEPS,
     VIEWS,
     Attr,
+    Both,
     Branch,
     Call,
     Const,
     Found,
+    Items,
     Named,
     OneOf,
     Pattern,
@@ -132,6 +134,12 @@ class Matcher:
                 for inner in self._match(pattern.of, value, consumer, found):
                     if inner.named.get(pattern.name, value) is value:
                         yield inner.with_name(pattern.name, value)
+            case Both():
+                for inner in self._match(pattern.of, value, consumer, found):
+                    yield from self._match(pattern.also, value, consumer, inner)
+            case Items():
+                if isinstance(value, (list, tuple)) and len(value) == len(pattern.items):
+                    yield from self._match_items(pattern.items, value, consumer, found)
             case Views():
                 nodes = []
                 while isinstance(value, fx.Node) and value.target in VIEWS:
@@ -178,6 +186,15 @@ class Matcher:
         at = positions[0]
         for first in self._match(call.args[at], values[at], consumer, found):
             yield from self._match_arguments(call, positions[1:], values, consumer, first)
+
+    def _match_items(
+        self, patterns: Sequence[Pattern], values: Sequence[Any], consumer: fx.Node, found: Found
+    ) -> Iterator[Found]:
+        if not patterns:
+            yield found
+            return
+        for first in self._match(patterns[0], values[0], consumer, found):
+            yield from self._match_items(patterns[1:], values[1:], consumer, first)
 
     def _match_steps(self, pattern: Steps, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
         walk: list[tuple[Any, tuple[str, ...]]] = [(value, ())]  # a value, and the words that follow it

@@ -160,7 +160,7 @@ class _Planner:
             chain = _chain(tail, fusion, self._value_of)
             if chain is None:
                 continue
-            value = chain[-1].root
+            value = (chain or [tail])[-1].root
             misfit = fusion.fits(tail.attributes, value)
             if misfit is not None:
                 continue
@@ -194,7 +194,7 @@ class _Planner:
         """What a larger fusion of these records would have included, and why it does not."""
         if refused is not None:
             kinds = ", ".join(record.kind for record in refused.records if record not in records)
-            return f"without {kinds}: {refused.reason}"
+            return f"without {kinds}: {refused.reason}" if kinds else f"first choice refused: {refused.reason}"
         first = records[0].inputs.get("x")
         unserved = self._unserved.get(behind_views(first)) if first is not None else None
         return f"without {unserved}" if unserved is not None else ""
@@ -258,7 +258,7 @@ def _attempt(
     records = [*chain, *group]
     nodes = frozenset().union(*(record.nodes for record in records), _views_between(records))
     outputs = {node: name for record in records for name, node in record.outputs.items()}
-    base = find(fusion.family, features)
+    base = find(fusion.op or fusion.family, features)
     if base is None:
         raise Refused(f"overload: {fusion.family} has none for {', '.join(sorted(features))}")
     dead = _dead(nodes, {node for node, name in outputs.items() if name in base.outputs})
@@ -268,7 +268,7 @@ def _attempt(
             return _attempt(fusion, chain, group, features, options, training, writes)
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
-    op = find(fusion.family, features)
+    op = find(fusion.op or fusion.family, features)
     replaced = {node: name for node, name in outputs.items() if op is not None and name in op.outputs}
     if op is None or extra - set(op.outputs):
         raise Refused(f"overload: no overload of {fusion.family} also returns {', '.join(sorted(extra))}")
@@ -280,6 +280,8 @@ def _attempt(
     reason = options.why_not(fusion.family, needed)
     if reason is not None:
         raise Refused(reason)
+    if objections := fusion.against():
+        raise Refused(f"preference: {op.family}: {'; '.join(objections)}")
     if training:
         raise Refused("training: fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
 
@@ -290,7 +292,7 @@ def _attempt(
     laid = _laid_out(op, known, replaced, dead, _known_sizes(nodes, max(inputs)))
     nodes = nodes.union(laid.fitted, laid.between)
     _check_writes(inputs, nodes, writes)
-    provider = _provider(op, laid.given, options)
+    provider = _provider(op, laid.given, options, fusion.only)
     return Plan(op, provider, {**arguments, **laid.layout}, laid.permuted, laid.fakes, laid.fitted, nodes), features
 
 
@@ -374,10 +376,10 @@ def _storage(node: fx.Node) -> int:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
 
 
-def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provider:
-    """The first provider that accepts the call."""
+def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None) -> Provider:
+    """The first provider that accepts the call, of those that the fusion is for."""
     device = next(value.device for value in known.values() if isinstance(value, Tensor))
-    asked = candidates(options.provider, device.type)
+    asked = [p for p in candidates(options.provider, device.type) if only is None or p.name in only]
     if not asked:
         why = "; ".join(f"{p.name}: {p.missing()}" for p in PROVIDERS.values() if p.missing())
         raise Refused(f"no_kernel: none for {device.type} ({why})")
@@ -385,6 +387,8 @@ def _provider(op: FusedOp, known: Mapping[str, Any], options: Options) -> Provid
     for provider in asked:
         if not provider.exact and not options.allows_kernel_numerics:
             refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
+        elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
+            refusals.append(f"preference: {provider.name}: {reason}")
         elif (reason := provider.refuse(op, known)) is not None:
             refusals.append(f"provider: {provider.name}: {reason}")
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from . import act_mul, fp8_quant, rms_norm
+from .. import config
+from . import act_mul, fp8_linear, fp8_quant, rms_norm
 from .language import Form, Fusion, same_size, shape
 
 # Features that need a level above 1: outputs that the graph still reads besides q and scale, Gemma's weight, static
@@ -37,6 +38,24 @@ def variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.N
     return "+".join([*before, granularity, *after])
 
 
+def linear_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
+    """``rowwise`` or ``blockwise``."""
+    return "+".join(sorted(features))
+
+
+def _linear(kind: str, op: str, *preferences: str) -> Fusion:
+    """A matrix product, which alone is worth an opaque op only where AITER computes it."""
+    return Fusion(
+        "fp8_linear",
+        (kind,),
+        linear_variant,
+        levels={"rowwise": 3, "blockwise": 3},
+        op=op,
+        only=frozenset({"aiter"}),
+        against=lambda: config.against(*preferences),
+    )
+
+
 def _quantised(family: str, *chain: str) -> Fusion:
     return Fusion(family, (*chain, "fp8_quant"), variant, LEVELS, blocks_fit_rows)
 
@@ -45,7 +64,22 @@ FUSIONS: tuple[Fusion, ...] = (
     _quantised("rms_norm_quant", "residual_add", "rms_norm"),
     _quantised("rms_norm_quant", "rms_norm"),
     _quantised("act_mul_quant", "act_mul"),
+    _linear("scaled_mm", "hipb_mm_fp8", "AITER", "LINEAR", "LINEAR_HIPBMM"),
+    _linear("scaled_mm", "gemm_a8w8"),
+    _linear("block_mm", "gemm_a8w8_blockscale"),
 )
 
 # Earlier forms win where two explain the same node.
-FORMS: tuple[Form, ...] = (*rms_norm.FORMS, *act_mul.FORMS, *fp8_quant.FORMS, *rms_norm.RESIDUAL_FORMS)
+FORMS: tuple[Form, ...] = (
+    *rms_norm.FORMS,
+    *act_mul.FORMS,
+    *fp8_quant.FORMS,
+    *rms_norm.RESIDUAL_FORMS,
+    *fp8_linear.FORMS,
+)
+
+
+def forms_of(fusions: Sequence[Fusion]) -> tuple[Form, ...]:
+    """The forms that can be part of any of these fusions, and those that serve them."""
+    kinds = {kind for fusion in fusions for kind in fusion.chain}
+    return tuple(form for form in (*FORMS, *fp8_linear.late_forms()) if form.kind in kinds)

@@ -95,6 +95,21 @@ class Named(Pattern):
 
 
 @dataclass(frozen=True)
+class Both(Pattern):
+    """A value that both explain, such as an input under two names."""
+
+    of: Pattern
+    also: Pattern
+
+
+@dataclass(frozen=True)
+class Items(Pattern):
+    """A list argument of exactly these items."""
+
+    items: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
 class Views(Pattern):
     """``of`` behind any number of views that keep the row-major order of elements (``VIEWS``)."""
 
@@ -119,6 +134,8 @@ def heads(pattern: Pattern) -> frozenset[Target] | None:
             return frozenset(pattern.targets)
         case With() | Named():
             return heads(pattern.of)
+        case Both():
+            return heads(pattern.also) or heads(pattern.of)
         case OneOf():
             every = [heads(option) for option in pattern.options]
             known = [targets for targets in every if targets is not None]
@@ -208,6 +225,9 @@ class Fusion:
 
     family:  the name in reports, options and ``torch.ops.aiter_fusion``.
     levels:  the optimisation level from which a feature of the site (an overload, a variant) is taken; others need 1.
+    op:      the name of the op, where it is not the family's.
+    against: what the environment prefers against this op where others are for the same chain: asked in every case.
+    only:    the providers that are asked for it, if not all; where none of them can be, nobody looks for the chain.
     fits:    a condition on the last record and the value that it reads: a sentence saying why the chain does not
              hold, or None.
     variant: names the site within its family, from the features and the attributes of its records.
@@ -218,6 +238,9 @@ class Fusion:
     variant: Callable[[frozenset[str], Mapping[str, Any], fx.Node], str]
     levels: Mapping[str, int] = field(default_factory=dict)
     fits: Callable[[Mapping[str, Any], fx.Node], str | None] = lambda attributes, value: None
+    op: str = ""
+    against: Callable[[], list[str]] = list
+    only: frozenset[str] | None = None
 
 
 # Views that keep the row-major order of the elements; clone changes strides, never order.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,7 +23,7 @@ from .. import config
 from .. import op as op_module
 from ..op import OPS, FusedOp
 from ..providers import PROVIDERS, Provider, implementation
-from .fusions import FORMS, FUSIONS
+from .fusions import FORMS, FUSIONS, forms_of
 from .language import Form, Fusion, heads
 
 _forms: list[Form] = []
@@ -32,9 +32,10 @@ _ops: list[FusedOp] = []
 _providers: list[Provider] = []
 
 
-def forms() -> tuple[Form, ...]:
-    """All forms, the package's own first: the earlier of two wins where both explain a value."""
-    return (*FORMS, *_forms)
+def forms(wanted: Sequence[Fusion]) -> tuple[Form, ...]:
+    """The forms that these fusions need, and all from outside, the package's own first: the earlier of two wins where
+    both explain a value."""
+    return (*forms_of(wanted), *_forms)
 
 
 def fusions() -> tuple[Fusion, ...]:
@@ -52,7 +53,7 @@ def register_form(form: Form) -> Form:
     _demand(form, Form, "register_form")
     if form.serves is None and heads(form.pattern) is None:
         raise ValueError(f"form {form.name} can end in any call: let its pattern be a Call, or OneOf of them")
-    if any((known.kind, known.name) == (form.kind, form.name) for known in forms()):
+    if any((known.kind, known.name) == (form.kind, form.name) for known in (*FORMS, *_forms)):
         raise ValueError(f"there is a form {form.name!r} of kind {form.kind!r} already: choose another name")
     _forms.append(form)
     _identity.cache_clear()
@@ -69,7 +70,7 @@ def register_fusion(fusion: Fusion) -> Fusion:
     _demand(fusion, Fusion, "register_fusion")
     if fusion.family not in OPS:
         raise ValueError(f"family {fusion.family!r} has no op: declare one with aiter_fusion.fused_op first")
-    kinds = {form.kind for form in forms()}
+    kinds = {form.kind for form in (*FORMS, *_forms)}
     if unknown := [kind for kind in fusion.chain if kind not in kinds]:
         known = ", ".join(sorted(kinds))
         raise ValueError(f"no form is of kind {unknown[0]!r}: call aiter_fusion.register_form first; kinds are {known}")

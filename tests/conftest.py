@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import aiter_fusion
+from aiter_fusion import config
 from aiter_fusion.passes.oracle import Oracle
 from aiter_fusion.report import REPLACED, FusionReport
 
@@ -71,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No preference from the environment, no reports from other tests, caches of one's own, the logger as found."""
-    for name in ("LEVEL", "PROVIDER", "DISABLE", "LOG"):
+    for name in ("LEVEL", "PROVIDER", "DISABLE", "LOG", *config.PREFERENCES):
         monkeypatch.delenv(f"AITER_FUSION_{name}", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
     torch._dynamo.reset()

@@ -158,3 +158,9 @@ def test_without_vllm() -> None:
     done = subprocess.run([sys.executable, EXAMPLES / "vllm_pass.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("this example needs vLLM: ")
+
+
+def test_availability() -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / "availability.py"], capture_output=True, text=True, check=True)
+    assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", done.stdout)
+    assert "preferences (AITER_FUSION_<name>): AITER=on" in done.stdout

@@ -285,10 +285,10 @@ ABS = Call((aten.abs.default,), (Var("x"),))
     ],
 )
 def test_mistakes(register: Callable, error: type, message: str, own: ModuleType) -> None:
-    before = registry.forms(), registry.fusions(), config.FAMILIES
+    before = registry.forms(registry.fusions()), registry.fusions(), config.FAMILIES
     with pytest.raises(error, match=message):
         register(own)
-    assert (registry.forms(), registry.fusions(), config.FAMILIES) == before
+    assert (registry.forms(registry.fusions()), registry.fusions(), config.FAMILIES) == before
 
 
 def test_a_family_is_unknown_until_it_is_registered() -> None:

@@ -5,13 +5,15 @@ Vendor libraries are imported inside the bodies of the providers' own modules, n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from .. import platform
-from ..op import FusedOp, Implementation
+from torch import Tensor
+
+from ..op import BRIDGE, FusedOp, Implementation, fused_op
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Provider:
     state:    what code compiled with it depends on besides the sources of this package and versions.
     slower:   why the code that Inductor would generate is faster for this call, by recorded measurements, or None.
               Asked unless the provider was chosen by name.
+    unwanted: why it is not to be chosen for this call unasked (a preference, an experimental architecture), or None.
+              Asked unless the provider was chosen by name.
     """
 
     name: str
@@ -38,36 +42,34 @@ class Provider:
     prepare: Callable[[], None] = lambda: None
     state: Callable[[], str] = lambda: ""
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
+    unwanted: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
 
 
-def _no_kernels(op: FusedOp) -> Implementation:
-    raise NotImplementedError(f"{op.name} has no kernel in this version; use provider='reference'")
-
-
-def _triton(name: str) -> Callable[..., Any]:
-    """A function of the Triton provider. Its modules (and sympy with them) load when it is first called: importing the
-    package registers the ops, and should take no time."""
-    return lambda *given: getattr(import_module(".triton", __name__), name)(*given)
+def _of(module: str, name: str) -> Callable[..., Any]:
+    """A function of a provider. Its modules (and sympy with them) load when it is first called: importing the package
+    registers the ops, and should take no time."""
+    return lambda *given: getattr(import_module(f".{module}", __name__), name)(*given)
 
 
 PROVIDERS: dict[str, Provider] = {
     "aiter": Provider(
         "aiter",
-        missing=lambda: platform.why_no_aiter() or "this version of aiter_fusion does not call AITER's kernels yet",
-        refuse=lambda op, arguments: "no kernel",
-        run=_no_kernels,
+        missing=_of("aiter", "missing"),
+        refuse=_of("aiter", "refuse"),
+        run=_of("aiter", "run"),
         exact=False,
+        unwanted=_of("aiter", "unwanted"),
     ),
     "triton": Provider(
         "triton",
-        missing=_triton("missing"),
-        refuse=_triton("refuse"),
-        run=_triton("run"),
+        missing=_of("triton", "missing"),
+        refuse=_of("triton", "refuse"),
+        run=_of("triton", "run"),
         exact=True,
         reorders=True,
-        prepare=_triton("prepare"),
-        state=_triton("state"),
-        slower=_triton("slower"),
+        prepare=_of("triton", "prepare"),
+        state=_of("triton", "state"),
+        slower=_of("triton", "slower"),
     ),
     "reference": Provider(
         "reference",
@@ -95,3 +97,53 @@ def candidates(choice: str, device_type: str) -> tuple[Provider, ...]:
         return (PROVIDERS[choice],)
     names = ("reference",) if device_type == "cpu" else tuple(name for name in PROVIDERS if name != "reference")
     return tuple(p for p in map(PROVIDERS.__getitem__, names) if p.missing() is None)
+
+
+def can_be_asked(choice: str, only: frozenset[str] | None) -> bool:
+    """Whether any of these providers (None: any at all) may be asked when ``choice`` is."""
+    return only is None or choice in only or (choice == "auto" and any(PROVIDERS[n].missing() is None for n in only))
+
+
+# Who can compute an op of the bridge, in the order in which ``auto`` asks them; the last never refuses.
+BRIDGE_PROVIDERS: dict[str, Provider] = {
+    "aiter": PROVIDERS["aiter"],
+    "torch": Provider(
+        "torch", missing=lambda: None, refuse=_of("native", "refuse"), run=_of("native", "run"), exact=False
+    ),
+    "reference": PROVIDERS["reference"],
+}
+
+
+def why_not(provider: Provider, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why a provider that is asked for by name cannot compute a call, or None."""
+    return provider.missing() or provider.refuse(op, arguments)
+
+
+def bridge_implementation(op: FusedOp, provider: str) -> Implementation:
+    """What runs a call of an op of the bridge: here providers are chosen when the op is called."""
+    if provider == "auto":
+        return functools.partial(_by_the_first, op)
+    if provider not in BRIDGE_PROVIDERS:
+        raise ValueError(f"unknown provider {provider!r}; known are auto, {', '.join(BRIDGE_PROVIDERS)}")
+    return functools.partial(_by, BRIDGE_PROVIDERS[provider], op)
+
+
+def _by(provider: Provider, op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    reason = why_not(provider, op, arguments)
+    if reason is not None:
+        raise RuntimeError(f"{op.name} by {provider.name}: {reason}")
+    return provider.run(op)(**arguments)
+
+
+def _by_the_first(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    chosen = next(
+        provider
+        for provider in BRIDGE_PROVIDERS.values()
+        if why_not(provider, op, arguments) is None and provider.unwanted(op, arguments) is None
+    )
+    return chosen.run(op)(**arguments)
+
+
+def bridge_op(declaration: FusedOp) -> FusedOp:
+    """Register an op of the bridge."""
+    return fused_op(declaration, bridge_implementation, unsaid="auto", registry=BRIDGE)

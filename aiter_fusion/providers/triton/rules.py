@@ -82,10 +82,12 @@ def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape
     """For activations whose rows do not matter."""
     segment = power_of_two(block)
     few = segments_in_all * segment < FEW * 2048
-    segments = max(1, (1024 if few else 2048) // segment)
-    if few or not (grouped or packed):
-        warps, run = (4, 8) if few else (8, 8)
+    if few or (grouped and not packed):
+        elements, warps, run = 1024, 4, 8
+    elif packed:
+        elements, warps, run = 1024, 1, 16
     else:
-        warps, run = (2, 16) if packed else (4, 8)
+        elements, warps, run = 2048, 8, 8
+    segments = max(1, elements // segment)
     shape = Shape(1, segments, segment, 1, _warps(warps, segments * segment), run)
     return replace(shape, **tuned.choice("flat", block, few, grouped, packed))

@@ -1,0 +1,99 @@
+"""The provider ``aiter``: AMD's AITER, by contract.
+
+Importing this package imports no AITER; ``missing`` does, once it has been found on a machine that can run it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import config, platform
+from ...op import FusedOp, Implementation
+from . import fused, library
+
+DEVICE = "cuda"  # what PyTorch calls an AMD GPU
+
+# The preferences that each op belongs to, besides that for all of AITER.
+FEATURES = {
+    "rms_norm_quant": ("RMSNORM",),
+    "act_mul_quant": ("ACT",),
+    "rms_norm": ("RMSNORM",),
+    "add_rms_norm": ("RMSNORM",),
+    "gemm_a8w8": ("LINEAR",),
+    "gemm_a8w8_blockscale": ("LINEAR",),
+    "hipb_mm_fp8": ("LINEAR", "LINEAR_HIPBMM"),
+    "topk_softmax": ("TOPK",),
+    "grouped_topk": ("TOPK",),
+    "biased_grouped_topk": ("TOPK",),
+    "fused_moe": ("MOE",),
+    "mla_decode_fwd": ("MLA",),
+    "all_reduce_rms_norm": ("ALLREDUCE",),
+    "all_reduce_rms_norm_quant": ("ALLREDUCE",),
+}
+
+
+def native_fp8(device: int = 0) -> torch.dtype | None:
+    """The FP8 format of a GPU, by its live architecture; None if AITER does not know it."""
+    known = platform.SUPPORTED_ARCHITECTURES | platform.EXPERIMENTAL_ARCHITECTURES
+    return known.get(platform.architecture(device) or "")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why AITER cannot run on this machine, or None. Imports it where only its import is left to try."""
+    reason = platform.why_no_aiter()
+    if reason is not None:
+        return reason
+    try:
+        loaded = platform.load_aiter()
+    except RuntimeError as error:
+        return str(error)
+    theirs = getattr(getattr(loaded, "dtypes", None), "fp8", None)
+    if theirs is not None and theirs != native_fp8():
+        return f"AITER takes this GPU's FP8 format for {theirs}, and {platform.architecture()} has {native_fp8()}"
+    return None
+
+
+def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why AITER is not to be chosen for a call unless it is asked for by name, or None."""
+    experimental = platform.why_experimental()
+    if experimental is not None:
+        return f"{experimental}: ask for provider='aiter' by name to use them"
+    off = config.against("AITER", *FEATURES[op.family])
+    return "; ".join(off) or None
+
+
+def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why AITER cannot compute a call (tensors may be fakes), or None."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.device.type != DEVICE:
+            return f"its kernels are for AMD's GPUs, and {name} is on {tensor.device.type}"
+        if tensor.device != first.device:
+            return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
+    native = native_fp8(first.device.index or 0)
+    if native is None:
+        return f"AITER does not know {platform.architecture(first.device.index or 0)}"
+    if op.family in library.BRIDGES:
+        return library.refuse(op, arguments, native)
+    if op.family not in fused.FAMILIES:  # also ops from outside the package
+        return "this version of aiter_fusion calls none of its kernels for it"
+    if arguments["quant_dtype"] != native:
+        return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
+    chosen = fused.choose(op, arguments)
+    return chosen if isinstance(chosen, str) else None
+
+
+def run(op: FusedOp) -> Implementation:
+    """What computes a call."""
+    return functools.partial(_run, op)
+
+
+def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    return library.run(op, arguments) if op.family in library.BRIDGES else fused.run(op, arguments)

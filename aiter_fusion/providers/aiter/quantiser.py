@@ -1,0 +1,91 @@
+"""What AITER's quantisers compute, and which programs (``aiter_fusion/arithmetic.py``) mean that, roundings apart.
+
+Theirs is ``scale = max(amax, 1e-10) / MAX``, ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32; a given
+scale takes the place of the first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ...arithmetic import DTYPES, parse, result_dtype
+
+# A floor of the maximum up to which rows count as zero rows, as they do below AITER's own floor of 1e-10: all that
+# differs are rows without any value above it.
+NEGLIGIBLE = 1e-6
+# Two constants that mean the same: 1/448 may have been rounded to bfloat16.
+ALIKE = 2**-8
+
+
+class Scale(NamedTuple):
+    """``multiplier * max(m, floor)``, or its inverse."""
+
+    multiplier: float
+    floor: float
+    inverse: bool
+
+
+def scale_of(program: str) -> Scale | None:
+    """What a program makes of a maximum, roundings apart; None if it is something else, such as a power of two."""
+    multiplier, floor, inverse = 1.0, 0.0, False  # the value is multiplier * m, or multiplier / m
+    for name, number in parse(program):
+        if name in DTYPES:
+            continue
+        if name == "reciprocal":
+            multiplier, inverse = 1 / multiplier, not inverse
+        elif name in ("mul", "div") and number is not None and number > 0:
+            multiplier = multiplier * number if name == "mul" else multiplier / number
+        elif name == "clamp_min" and number is not None and not inverse:
+            floor = max(floor, number / multiplier)
+        elif name == "clamp_max" and number is not None and number > 0 and inverse:
+            floor = max(floor, multiplier / number)
+        else:
+            return None
+    return Scale(1 / multiplier if inverse else multiplier, floor, inverse)
+
+
+def _is_alike(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=ALIKE)
+
+
+def why_not_dynamic(
+    scale_steps: str, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, value: torch.dtype
+) -> str | None:
+    """Why these programs are not AITER's quantiser, or None."""
+    top = torch.finfo(quant_dtype).max
+    for what, program in (("scale", scale_steps), ("factor", factor_steps)):
+        found = scale_of(program)
+        if found is None:
+            return f"its {what} is not the maximum over {top:g}: {program!r}"
+        if not _is_alike(found.multiplier, 1 / top):
+            return f"its {what} is the maximum times {found.multiplier:g}, not over {top:g}"
+        if found.floor > NEGLIGIBLE:
+            return f"its {what} has a floor of {found.floor:g} for the maximum; AITER's is 1e-10"
+        if what == "scale" and (found.inverse or result_dtype(program, value) is not torch.float32):
+            return f"its scale is not a dequantisation scale in float32: {program!r}"
+    inverse = scale_of(factor_steps)
+    return _why_not_values(value_steps, inverse is not None and inverse.inverse, top, clamped=False)
+
+
+def why_not_static(factor_steps: str, value_steps: str, quant_dtype: torch.dtype) -> str | None:
+    """Why these programs are not AITER's quantiser with a given scale, or None."""
+    found = scale_of(factor_steps)
+    if found is None or found.floor > 0 or found.multiplier != 1.0:
+        return f"it does not divide by the scale that is given: {factor_steps!r}"
+    return _why_not_values(value_steps, found.inverse, torch.finfo(quant_dtype).max, clamped=True)
+
+
+def _why_not_values(program: str, inverse: bool, top: float, clamped: bool) -> str | None:
+    """Values over the scale, saturated. Where the scale is not the maximum's, saturation makes a difference."""
+    steps = [(name, number) for name, number in parse(program) if name not in DTYPES]
+    combine, clamps = steps[:1], steps[1:]
+    wanted = ("mul_scale", "scale_mul") if inverse else ("div_scale",)
+    if not combine or combine[0][0] not in wanted:
+        return f"its values are not divided by the scale: {program!r}"
+    saturated = {("clamp_min", -top), ("clamp_max", top)}
+    if not set(clamps) <= saturated or (clamped and set(clamps) != saturated):
+        return f"its values are not clamped to {top:g} as AITER's are: {program!r}"
+    return None
