@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "aiter_fusion"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# One for each overload: PyTorch 2.11 to 2.13 abort at exit, taking down a library that has defined overloads of one op
+# with three outputs, three and another number, in this order.
+_LIBRARIES: list[torch.library.Library] = []
 
 Implementation = Callable[..., Any]
 Spec = tuple[Sequence[int], torch.dtype]  # sizes and dtype of a contiguous tensor
@@ -45,6 +47,8 @@ class FusedOp:
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
     shape:      sizes and dtype of every output, which is contiguous and on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.
+    order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
+                gives them values whose sums are exact.
     """
 
     family: str
@@ -55,6 +59,7 @@ class FusedOp:
     shape: Callable[..., dict[str, Spec]]
     samples: Callable[[], Iterator[dict[str, Any]]]
     tolerance: Tolerance = Tolerance()
+    order_free: frozenset[str] = frozenset()
 
     @property
     def overload_name(self) -> str:
@@ -106,7 +111,9 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
     returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
-    _LIBRARY.define(
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _LIBRARIES.append(library)
+    library.define(
         f'{qualified}({arguments}, str provider="reference") -> ({returns})',
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     )
@@ -119,7 +126,7 @@ def fused_op(declaration: FusedOp, implementation: Callable[[FusedOp, str], Impl
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         return declaration.pack(declaration.allocate(**dict(zip(names[:-1], args, strict=False))))
 
-    _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
+    library.impl(qualified, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=library)
     OPS.setdefault(declaration.family, {})[declaration.features] = declaration
     return declaration

@@ -18,7 +18,7 @@ from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_con
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .. import platform, report
+from .. import agreement, platform, report
 from ..config import Options
 from ..patterns.fusions import FORMS, FUSIONS
 from . import verify
@@ -70,7 +70,9 @@ class PassManager(CustomGraphPass):
         notes = [] if is_inference else ["training graph, left alone"]
         try:
             recognised = recognise(graph, FORMS, self.options.strict)
-            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference)
+            planned = plan(
+                graph, recognised, FUSIONS, self.options, training=not is_inference, unlike=self.why_unlike
+            )
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
@@ -93,25 +95,41 @@ class PassManager(CustomGraphPass):
             note="; ".join(notes),
         )
 
+    def publish(self) -> None:
+        """Tell the other processes of a distributed job what this one compiles with."""
+        agreement.publish(self._facts())
+
+    def why_unlike(self) -> str | None:
+        """Why the processes of a distributed job do not compile alike, or None if they do."""
+        return agreement.why_unlike(self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        """All that the rewritten graph depends on besides the graph, by a name for messages."""
+        versions = ("torch", "AITER", "triton", "the architecture", "the process group")
+        facts = {**_canonical(self.options), "the source of aiter_fusion": source_hash()[:12]}
+        facts |= zip(versions, environment(), strict=True)
+        return {name: repr(value) for name, value in facts.items()}
+
     def uuid(self) -> Any | None:
-        """Everything that the result depends on besides the graph; None (no caching) if a user's pass has none."""
+        """Everything that the result depends on besides the graph; None (no caching) if a user's pass has none, or if
+        sites are to be verified, which several processes can only do together."""
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
-        if not all(theirs):
+        if not all(theirs) or (self.options.verify and in_group()):
             return None
         return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), environment(), tuple(theirs))
 
 
-def _canonical(options: Options) -> tuple[Any, ...]:
-    """The options in an order that does not depend on the hash seed of the process."""
-    return (
-        options.level,
-        options.provider,
-        options.numerics,
-        options.strict,
-        options.verify,
-        sorted(options.disable),
-        sorted(options.enable),
-    )
+def _canonical(options: Options) -> dict[str, Any]:
+    """The options that decide what becomes of a graph, in an order that does not depend on the process's hash seed."""
+    return {
+        "level": options.level,
+        "provider": options.provider,
+        "numerics": options.numerics,
+        "strict": options.strict,
+        "verify": options.verify,
+        "disable": sorted(options.disable),
+        "enable": sorted(options.enable),
+    }
 
 
 @lru_cache(maxsize=1)
@@ -129,17 +147,23 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def in_group() -> bool:
+    """Whether this is one of the processes of a distributed job."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def environment() -> tuple[Any, ...]:
     """Versions, architecture and process group: what decides which providers can run. Neither rank nor path."""
     import torch.distributed as dist
 
-    in_group = dist.is_available() and dist.is_initialized()
     return (
         torch.__version__,
         platform.aiter_version(),
         platform.triton_version(),
         platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
-        (dist.get_world_size(), dist.get_backend()) if in_group else None,
+        (dist.get_world_size(), dist.get_backend()) if in_group() else None,
     )
 
 
