@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
+    from .providers.triton.all_reduce import LateRankError, check
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .report import FusionReport, Site
 
@@ -30,6 +31,8 @@ _HOME = {
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
+    "check": "providers.triton.all_reduce",
+    "LateRankError": "providers.triton.all_reduce",
     "FusionReport": "report",
     "Site": "report",
 }
@@ -37,7 +40,9 @@ __all__ = [
     "Backend",
     "FusionError",
     "FusionReport",
+    "LateRankError",
     "Site",
+    "check",
     "explain",
     "if_aiter_supported",
     "is_aiter_found",

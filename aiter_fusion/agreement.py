@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ class _Exchange:
     rank: int
     size: int
     rounds: list[str] = field(default_factory=list)  # the facts of this process
-    verdicts: dict[int, str] = field(default_factory=dict)
+    verdicts: dict[int, str | None] = field(default_factory=dict)
     hosts: list[str] = field(default_factory=list)  # by rank, once known
 
 
@@ -86,31 +86,58 @@ def why_unlike(facts: Facts) -> str | None:
         return None
     number = _round(exchange, facts)
     if number not in exchange.verdicts:
-        proposed = _compare(exchange, number) or "alike"
-        decided = exchange.store.compare_set(f"aiter_fusion/{number}/verdict", "", proposed)
-        exchange.verdicts[number] = decided.decode()
-    verdict = exchange.verdicts[number]
-    return None if verdict == "alike" else verdict
+        exchange.verdicts[number] = _settled(exchange, str(number), range(exchange.size), _difference)
+    return exchange.verdicts[number]
 
 
-def _compare(exchange: _Exchange, number: int) -> str | None:
-    import torch.distributed as dist
-
-    keys = [f"aiter_fusion/{number}/{rank}" for rank in range(exchange.size)]
-    for rank, key in enumerate(keys):
-        try:
-            exchange.store.wait([key], PATIENCE)
-        except (dist.DistStoreError, RuntimeError):  # FileStore raises the latter
-            seconds = PATIENCE.total_seconds()
-            return f"rank {rank} has not begun to compile with aiter_fusion in the {seconds:.0f} s that were waited"
-    told = [json.loads(exchange.store.get(key)) for key in keys]
-    exchange.hosts = [process["host"] for process in told]
-    first = told[0]["facts"]
-    for rank, process in enumerate(told):
+def _difference(exchange: _Exchange, told: Mapping[int, str]) -> str | None:
+    processes = {rank: json.loads(text) for rank, text in told.items()}
+    exchange.hosts = [process["host"] for process in processes.values()]
+    first = processes[0]["facts"]
+    for rank, process in processes.items():
         for name in first:
             if process["facts"].get(name) != first[name]:
                 return f"{name} is {first[name]} on rank 0 and {process['facts'].get(name)} on rank {rank}"
     return None
+
+
+def _settled(
+    exchange: _Exchange,
+    what: str,
+    ranks: Sequence[int],
+    judge: Callable[[_Exchange, Mapping[int, str]], str | None],
+) -> str | None:
+    """What ``judge`` finds wrong with what the ranks have told about ``what``, or None: whoever is first says it."""
+    told: dict[int, str] = {}
+    wrong = None
+    for rank in ranks:
+        key = f"aiter_fusion/{what}/{rank}"
+        try:
+            exchange.store.wait([key], PATIENCE)
+        except RuntimeError:  # each store has another error for it
+            wrong = f"rank {rank} has not come that far in the {PATIENCE.total_seconds():.0f} s that were waited"
+            break
+        told[rank] = exchange.store.get(key).decode()
+    else:
+        wrong = judge(exchange, told)
+    verdict = exchange.store.compare_set(f"aiter_fusion/{what}/verdict", "", wrong or "well").decode()
+    return None if verdict == "well" else verdict
+
+
+def joint(what: str, ranks: Sequence[int], problem: str | None) -> str | None:
+    """Why something that all of these ranks have tried did not succeed on one of them, or None; the same on all.
+
+    ``what`` names the attempt, which is made once. ``problem`` is this rank's own, or None.
+    """
+    exchange = _current()
+    if exchange is None:
+        return problem
+    exchange.store.set(f"aiter_fusion/{what}/{exchange.rank}", problem or "")
+
+    def first_problem(exchange: _Exchange, told: Mapping[int, str]) -> str | None:
+        return next((f"rank {rank}: {text}" for rank, text in told.items() if text), None)
+
+    return _settled(exchange, what, ranks, first_problem)
 
 
 def on_one_host(ranks: Sequence[int]) -> bool:

@@ -109,6 +109,24 @@ def options(
     return Options(level, provider, numerics, strict, expected, verify, disabled, enabled)
 
 
+def timeout() -> float:
+    """For how many seconds a fused all-reduce waits for a late rank; ``AITER_FUSION_TIMEOUT``.
+
+    By default longer than a cold compile of another rank takes (AITER's own builds: 944 s were seen).
+
+    Raises:
+        ValueError: it is not a number above 0.
+    """
+    text = os.environ.get("AITER_FUSION_TIMEOUT") or "1800"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < 1e6:
+        raise ValueError(f"AITER_FUSION_TIMEOUT={text!r}: a number of seconds above 0")
+    return seconds
+
+
 def split(given: Mapping[str, Any], inductor_keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Split ``torch.compile``'s options into ours, Inductor's and ``mode``.
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import platform
 from ...op import FusedOp, Implementation
-from . import launches
+from . import all_reduce, launches
 
 
 def missing() -> str | None:
@@ -44,7 +44,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
     native = native_fp8(first.device.index or 0)
-    if arguments["quant_dtype"] != native:
+    if arguments.get("quant_dtype", native) != native:
         return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
     for name, tensor in tensors.items():
         if tensor.device != first.device:
@@ -65,7 +65,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     block = arguments.get("block", 0)
     if 0 < block < width and block > launches.rules.TILE:
         return f"groups of {block} elements"
-    return None
+    return all_reduce.refuse(op, arguments) if "group" in op.arguments else None
 
 
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
@@ -73,6 +73,8 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     width = launches.width_of(op, first)
     rows, _ = launches.rows_of(first) or (1, width)
+    if "group" in op.arguments:
+        return None
     if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
         return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
     return None
@@ -80,6 +82,8 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 
 def run(op: FusedOp) -> Implementation:
     """What computes a call outside a compiled graph."""
+    if "group" in op.arguments:
+        return functools.partial(all_reduce.run, op, saturates())
     return functools.partial(_run, op)
 
 
