@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset
-    from .providers.triton.all_reduce import LateRankError, check
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
+    from .providers.triton.all_reduce import LateRankError, check
     from .report import FusionReport, Site
 
 __version__ = "0.1.0"

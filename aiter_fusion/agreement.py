@@ -1,8 +1,8 @@
-"""Whether all processes of a distributed job compile alike: what they must before one of them puts in a fused collective.
+"""Whether all processes of a distributed job compile alike, as they must before a fused collective is put in.
 
-A process that calls a fused collective waits for the others; if one of them has the original one instead, all hang. What
-a graph becomes follows from the graph, the options and the versions, so these are what is compared: through the store
-of ``torch.distributed``, which needs no GPU and no collective, once for each set of options.
+A process that calls a fused collective waits for the others; if one of them has the original one instead, all hang.
+What a graph becomes follows from the graph, the options and the versions, so these are what is compared: through the
+store of ``torch.distributed``, which needs no GPU and no collective, once for each set of options.
 
 Every process writes what it compiles with when it begins to compile, whether or not it wants fused collectives. The
 first to have compared all of them, or to have waited for too long, writes the verdict, and that one holds for all.

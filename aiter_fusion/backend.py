@@ -117,7 +117,9 @@ class Backend:
         if made is not None and JOINTLY & made.replaced.keys() and manager.why_unlike():
             # It came from the cache, where it was put when all processes compiled alike; no pass has asked again.
             report.discard(made)
-            without = replace(self.options, disable=self.options.disable | JOINTLY, enable=self.options.enable - JOINTLY)
+            without = replace(
+                self.options, disable=self.options.disable | JOINTLY, enable=self.options.enable - JOINTLY
+            )
             patches[SLOT] = compose(existing, without)
             before = report.begin(counters["inductor"])
             compiled = compile_fx(gm, example_inputs, config_patches=patches)

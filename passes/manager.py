@@ -70,9 +70,7 @@ class PassManager(CustomGraphPass):
         notes = [] if is_inference else ["training graph, left alone"]
         try:
             recognised = recognise(graph, FORMS, self.options.strict)
-            planned = plan(
-                graph, recognised, FUSIONS, self.options, training=not is_inference, unlike=self.why_unlike
-            )
+            planned = plan(graph, recognised, FUSIONS, self.options, training=not is_inference, unlike=self.why_unlike)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:

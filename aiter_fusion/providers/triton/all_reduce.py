@@ -178,10 +178,11 @@ def _symmetric(group: str, device: torch.device, rank: int, world: int, half: in
     import torch.distributed._symmetric_memory as symmetric
 
     size = flags_size(world) + 2 * half
-    memory = symmetric.empty(size, dtype=torch.uint8, device=device)
+    # An allocation of its own: a part of a pool's may begin elsewhere on another rank.
+    memory = symmetric._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # type: ignore[arg-type]
     memory[: flags_size(world)].zero_()
     torch.cuda.synchronize(device)  # nobody signals before the flags are 0
-    handle = symmetric.rendezvous(memory, group)
+    handle = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]
     addresses = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
     if addresses[rank] != memory.data_ptr() or handle.rank != rank:
         raise RuntimeError("symmetric memory has another address than its tensor")
@@ -248,7 +249,7 @@ def _rows(x: Tensor, width: int) -> Tensor:
 
 def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, saturates: bool) -> dict[str, Any]:
     """The kernels' constants, but for those of the way, and the scale's tensors as None."""
-    value = op.shape(**arguments)["value"][1] if "value" in op.shape(**arguments) else arguments["dtype"]
+    value = op.shape(**arguments)["value"][1]
     if "quant_dtype" in op.arguments:
         quantiser = launches.quantiser_arguments(op, arguments, width, value, saturates)
     else:

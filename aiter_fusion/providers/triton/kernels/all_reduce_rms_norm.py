@@ -282,12 +282,14 @@ def two_shot_kernel(
                 whole = tl.load(scale)
                 factor = apply_steps(FACTOR_STEPS, whole, whole)
             if exchange(peers, state, late, rank, turn, block, limit, 1, W, BLOCKS, CLOCK):
-                for row in range(first, tl.minimum(first + W, rows)):
-                    sums = tl.load(at(peers, rank, start + half + row * ROW, x) + columns, mask=here, other=0.0)
-                    finish(
-                        sums, row, columns, element, here, residual, residual_stride, weights, factor,
-                        q, scale_out, value_out, residual_out, reduced_out, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST,
-                        SUM, DTYPE, VALUE, GROUPED, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS,
-                        SEGMENTS, SEGMENT, NORM,
-                    )  # fmt: skip
+                for nth in range(W):
+                    each = first + nth
+                    if each < rows:
+                        sums = tl.load(at(peers, rank, start + half + each * ROW, x) + columns, mask=here, other=0.0)
+                        finish(
+                            sums, each, columns, element, here, residual, residual_stride, weights, factor,
+                            q, scale_out, value_out, residual_out, reduced_out, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST,
+                            SUM, DTYPE, VALUE, GROUPED, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS,
+                            SEGMENTS, SEGMENT, NORM,
+                        )  # fmt: skip
     end(state, turn)
