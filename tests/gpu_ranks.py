@@ -69,7 +69,7 @@ def digest(outputs: dict[str, Tensor]) -> Tensor:
     """A number for all bits of all outputs."""
     total = torch.zeros((), dtype=torch.int64, device="cuda")
     for tensor in outputs.values():
-        codes = tensor.contiguous().view(torch.uint8).flatten().long()
+        codes = tensor.flatten().view(torch.uint8).long()
         total = total * 31 + (codes * (torch.arange(codes.numel(), device="cuda") % 65521 + 1)).sum()
     return total
 
