@@ -166,12 +166,12 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
 def _compare(
     ours: Callable[[str], Callable[[], Any]], chosen: str, x: Tensor, residual: Tensor, weight: Tensor, rest: Any
 ) -> None:
-    """Refuse to compare what computes another thing: sums within one rounding, and codes accordingly."""
+    """Refuse to compare what computes another thing: NCCL may round after every rank that it adds, and codes follow."""
     have = ours(chosen)()
     reduced = x.clone()
     dist.all_reduce(reduced)
     want = rest(reduced, residual, weight)
-    limit = 2.0**-7 * reduced.float().abs().max()
+    limit = dist.get_world_size() * 2.0**-8 * want[2].float().abs().max()
     apart = (have[2].float() - want[2].float()).abs().max()
     q = have[0].float() * have[1].repeat_interleave(128, -1)
     other = want[0].float() * want[1].repeat_interleave(128, -1)
