@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import Backend, FusionError, explain, reports, reset
+    from .backend import Backend, FusionError, explain, reports, reset, warmup
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .providers.triton.all_reduce import LateRankError, check
     from .report import FusionReport, Site
@@ -28,6 +28,7 @@ _HOME = {
     "explain": "backend",
     "reports": "backend",
     "reset": "backend",
+    "warmup": "backend",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -49,6 +50,7 @@ __all__ = [
     "is_aiter_found_and_supported",
     "reports",
     "reset",
+    "warmup",
 ]
 
 

@@ -103,6 +103,11 @@ class Backend:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]
     ) -> Callable[..., Any]:
         report.configure_logging()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a graph would be compiled while a CUDA graph is captured: call aiter_fusion.warmup(model, inputs) "
+                "before, with inputs of the same shapes and dtypes, in the same grad mode"
+            )
         patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
         existing = patches.get(SLOT, getattr(inductor_config, SLOT))
         manager = compose(existing, self.options)
@@ -183,6 +188,43 @@ def explain(
     known = len(report.reports())
     with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(model, "training", False)):
         torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
+    return report.merge(report.reports()[known:])
+
+
+# With mode="reduce-overhead" PyTorch warms up in the first call, captures in the second and replays in the third.
+WARMUP_CALLS = 3
+
+
+def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[str, Any]]) -> report.FusionReport:
+    """Call a compiled model with every one of ``inputs``, so that whatever such calls compile, load or allocate once is
+    there before it is in the way: before a CUDA graph is captured, where nothing can be compiled, or before a server
+    takes requests.
+
+    The calls are made in the caller's grad mode, since another would compile other graphs; on a GPU on a stream of
+    their own, as a capture is. On return they are finished. Each is made three times, for ``mode="reduce-overhead"``.
+
+    Args:
+        model: what ``torch.compile`` returned.
+        inputs: for each shape to come, the arguments: a sequence of positional ones, or a mapping of keyword arguments.
+
+    Returns one report for all graphs that this compiled.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured already.
+    """
+    known = len(report.reports())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("warmup inside a CUDA-graph capture is too late: call it before")
+    stream = torch.cuda.Stream() if on_gpu else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # type: ignore[arg-type]
+        for given in inputs:
+            for _ in range(WARMUP_CALLS):
+                model(**given) if isinstance(given, Mapping) else model(*given)
+    if on_gpu:
+        torch.cuda.synchronize()
     return report.merge(report.reports()[known:])
 
 

@@ -22,9 +22,10 @@ from . import __version__, config, platform
 from .bench import allreduce as bench_allreduce
 from .bench import model as bench_model
 from .bench import ops as bench_ops
+from .bench import tune as bench_tune
 from .bench.timing import Refused
 from .providers import PROVIDERS
-from .providers.triton import native_fp8
+from .providers.triton import native_fp8, tuned
 
 PROGRAM = "aiter-fusion"
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
-    for add in (_add_info, _add_bench):
+    for add in (_add_info, _add_bench, _add_tune):
         add(commands)
     return parser
 
@@ -106,6 +107,7 @@ def information() -> dict[str, Any]:
         "aiter_supported": platform.is_aiter_found_and_supported(),
         "aiter_reason": platform.why_no_aiter(),
         "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
+        "tuned": {"file": str(tuned.path()), "launches": len(tuned.choices())} if tuned.path() else None,
         "preferences": _preferences(),
     }
 
@@ -142,6 +144,8 @@ def _print_info(args: argparse.Namespace) -> None:
         ["AITER", found["aiter_reason"] or f"can run: version {found['aiter'] or 'unknown'}"],
         *([f"provider {name}", f"cannot run: {why}" if why else "can run"] for name, why in found["providers"].items()),
     ]
+    if found["tuned"]:
+        rows.append(["tuned launches", f"{found['tuned']['launches']} in {found['tuned']['file']}"])
     for name, preference in found["preferences"].items():
         value = preference["value"]
         text = (", ".join(value) or "nothing") if isinstance(value, list) else value
@@ -191,6 +195,18 @@ def _add_bench(commands: Any) -> None:
         reduce.add_argument(name, type=_positive, nargs="+", default=default, metavar="N", help=text)
     reduce.add_argument("--quick", action="store_true", help="of our ways only the one that is chosen")
     reduce.add_argument("--json", metavar="FILE", help="write the result")
+
+
+# ---- tune --------------------------------------------------------------------------------------------------------
+
+
+def _add_tune(commands: Any) -> None:
+    summary = "measure how our kernels are launched best on this GPU, and keep that in the user's cache"
+    tune = _command(commands, "tune", bench_tune.command, summary)
+    text = f"sizes of rows: of norms and of activations (default: {' '.join(map(str, bench_tune.HIDDEN))})"
+    tune.add_argument("--hidden", type=_positive, nargs="+", default=bench_tune.HIDDEN, metavar="N", help=text)
+    text = "write to this file, which is not used, instead of the user's cache"
+    tune.add_argument("--output", metavar="FILE.json", help=text)
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,8 @@ NAMESPACE = "aiter_fusion"
 _LIBRARIES: list[torch.library.Library] = []
 
 Implementation = Callable[..., Any]
-Spec = tuple[Sequence[int], torch.dtype]  # sizes and dtype of a contiguous tensor
+# Sizes and dtype of a dense tensor and, unless it is contiguous, its dimensions, the outermost in memory first.
+Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class FusedOp:
     arguments:  name -> schema type, in order.
     outputs:    names of the outputs, in order; all are tensors.
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
-    shape:      sizes and dtype of every output, which is contiguous and on the first tensor's device.
+    shape:      sizes, dtype and, unless contiguous, layout of every output, which is on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.
+    layouts:    arguments that say how outputs lie in memory, in the order in which the planner tries them: the last is
+                for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
     """
@@ -58,6 +61,7 @@ class FusedOp:
     reference: Callable[..., dict[str, Tensor]]
     shape: Callable[..., dict[str, Spec]]
     samples: Callable[[], Iterator[dict[str, Any]]]
+    layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = Tolerance()
     order_free: frozenset[str] = frozenset()
 
@@ -81,12 +85,21 @@ class FusedOp:
         """The outputs, uninitialised: the fake implementation, and what kernels write to."""
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
         specs = self.shape(**arguments)
-        return {name: first.new_empty(specs[name][0], dtype=specs[name][1]) for name in self.outputs}
+        return {name: dense(specs[name], first.new_empty) for name in self.outputs}
 
     def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
         ordered = [outputs[name] for name in self.outputs]
         return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:
+    """The tensor of a spec, from ``empty(sizes, dtype=...)``, which makes contiguous ones."""
+    sizes, dtype, *order = spec
+    if not order:
+        return empty(sizes, dtype=dtype)
+    dims = order[0]
+    return empty([sizes[d] for d in dims], dtype=dtype).permute([dims.index(d) for d in range(len(dims))])
 
 
 # Every declared op by family and features.

@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .. import agreement, platform, report
 from ..config import Options
 from ..patterns.fusions import FORMS, FUSIONS
+from ..providers import PROVIDERS
 from . import verify
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
@@ -160,6 +161,7 @@ def environment() -> tuple[Any, ...]:
         torch.__version__,
         platform.aiter_version(),
         platform.triton_version(),
+        tuple(provider.state() for provider in PROVIDERS.values()),
         platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
         (dist.get_world_size(), dist.get_backend()) if in_group() else None,
     )

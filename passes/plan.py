@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
-from ..op import FusedOp, find
+from ..op import FusedOp, dense, find
 from ..patterns.language import VIEWS, Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
 from ..report import BARE, REPLACED, SKIPPED, Site
@@ -37,11 +38,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an output takes the place of a node: reshaped to ``shape`` (``sizes`` are how to spell that in a graph; None
-    if it has this shape), then permuted by ``dims`` (None if not)."""
+    """How an output takes the place of a node: reshaped to ``shape`` (``sizes`` are how to spell that in a graph, a
+    node being a size that the graph has; None if it has this shape), then permuted by ``dims`` (None if not)."""
 
     shape: torch.Size
-    sizes: tuple[int | Size, ...] | None
+    sizes: tuple[int | Size | fx.Node, ...] | None
     dims: tuple[int, ...] | None
 
 
@@ -335,12 +336,12 @@ def _attempt(
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
     _check_order(inputs, replaced, dead)
     known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
-    known, permuted, fakes, fitted = _laid_out(op, known, replaced, dead)
-    nodes = nodes.union(fitted)
+    laid = _laid_out(op, known, replaced, dead, _known_sizes(nodes, max(inputs)))
+    nodes = nodes.union(laid.fitted, laid.between)
     _check_writes(inputs, nodes, writes)
     agree(fusion, arguments)
-    provider = _provider(op, known, options)
-    return Plan(op, provider, arguments, permuted, fakes, fitted, nodes), features
+    provider = _provider(op, laid.given, options)
+    return Plan(op, provider, {**arguments, **laid.layout}, laid.permuted, laid.fakes, laid.fitted, nodes), features
 
 
 def _views_between(records: Sequence[Record]) -> set[fx.Node]:
@@ -369,6 +370,7 @@ def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for record in reversed(records):
         known |= {**record.attributes, **record.branches, **record.inputs}
+    known |= op.layouts[-1]
     missing = [name for name, kind in op.arguments.items() if name not in known and not kind.endswith("?")]
     if missing:
         raise TypeError(f"no record gives {op.name} its arguments {', '.join(missing)}")
@@ -447,23 +449,39 @@ def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:
     first = next(value for value in given.values() if isinstance(value, Tensor))
     if not isinstance(first, FakeTensor):
         return op.allocate(**given)
-    specs = op.shape(**given)
-    return {
-        name: FakeTensor(
-            first.fake_mode, torch.empty(specs[name][0], dtype=specs[name][1], device="meta"), first.device
-        )
-        for name in op.outputs
-    }
+    specs, empty = op.shape(**given), partial(torch.empty, device="meta")
+    return {name: FakeTensor(first.fake_mode, dense(specs[name], empty), first.device) for name in op.outputs}
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A way for all outputs to take the places of what is replaced.
+
+    given:   the op's arguments as fakes; layout: those of them that it chose; permuted, fakes, fitted: as in ``Plan``.
+    between: nodes that are left out besides: views of an output on the way to the copy that it takes the place of.
+    """
+
+    given: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    permuted: Mapping[str, tuple[int, ...]]
+    fakes: Mapping[str, Tensor]
+    fitted: Mapping[fx.Node, tuple[str, Fit]]
+    between: frozenset[fx.Node]
 
 
 def _laid_out(
-    op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node]
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor], dict[fx.Node, tuple[str, Fit]]]:
-    """The op's arguments, those of them to permute, the outputs, and how these take the places of what is replaced.
+    op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node], sizes: Sequence[fx.Node]
+) -> _Laid:
+    """How the outputs take the places of what is replaced.
 
     Outputs are contiguous, but a norm of a permuted tensor is itself a permuted tensor. Then the rows are given to the
-    op in the order in which the results lie in memory, and the results are permuted back: both are views.
+    op in the order in which the results lie in memory, and the results are permuted back: both are views. Or the op can
+    write an output transposed, and the graph only reads transposed copies of it: then it takes the place of these.
     """
+    for layout in op.layouts[:-1]:
+        laid = _transposed(op, {**known, **layout}, replaced, dead, sizes)
+        if laid is not None:
+            return laid
     first = next(value for value in known.values() if isinstance(value, Tensor))
     rows = first.shape[:-1]
     orders = [_order(node.meta["val"], rows) for node in replaced]
@@ -482,13 +500,72 @@ def _laid_out(
         fitted: dict[fx.Node, tuple[str, Fit]] = {}
         try:
             for node, name in replaced.items():
-                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead)}
+                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead, sizes)}
         except Refused as refusal:
             refusals.append(str(refusal))
         else:
-            return given, permuted, fakes, fitted
+            return _Laid(given, {}, permuted, fakes, fitted, frozenset())
     others = [f"; with the rows in that order, {refusal.removeprefix('layout: ')}" for refusal in refusals[1:]]
     raise Refused("".join([refusals[0], *others]))
+
+
+def _transposed(
+    op: FusedOp, given: dict[str, Any], replaced: Mapping[fx.Node, str], dead: set[fx.Node], sizes: Sequence[fx.Node]
+) -> _Laid | None:
+    """The outputs with the columns of some outermost in memory, if the graph reads only such copies of these."""
+    orders = {name: tuple(spec[2]) for name, spec in op.shape(**given).items() if len(spec) > 2}
+    copies = {node: _transposed_copies(node, dead) for node, name in replaced.items() if name in orders}
+    if not copies or not all(copies.values()):
+        return None
+    fakes = _outputs(op, given)
+    fitted: dict[fx.Node, tuple[str, Fit]] = {}
+    between: set[fx.Node] = set()
+    try:
+        for node, name in replaced.items():
+            if node not in copies:
+                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], None, dead, sizes)}
+                continue
+            for copy, path in copies[node].items():
+                fitted[copy] = (name, _fit_transposed(copy, name, fakes[name], sizes))
+                between |= {node, *path}
+    except Refused:
+        return None
+    return _Laid(given, {name: given[name] for name in op.layouts[-1]}, {}, fakes, fitted, frozenset(between))
+
+
+def _transposed_copies(node: fx.Node, dead: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The copies with the last dimension first through which alone a node is read, each with the views before it; empty
+    if it is read in any other way."""
+    copies: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    paths: list[tuple[fx.Node, ...]] = [(node,)]
+    while paths:
+        *_, last = path = paths.pop()
+        for reader in last.users:
+            if reader in dead:
+                continue
+            if reader.target is torch.ops.aten.permute.default and path[-1].target is not reader.target:
+                count = last.meta["val"].dim()
+                dims = [d % count for d in reader.args[1]]  # type: ignore[union-attr,operator]
+                if dims != [count - 1, *range(count - 1)]:
+                    return {}
+                paths.append((*path, reader))
+            elif last.target is torch.ops.aten.permute.default and reader.target is torch.ops.aten.clone.default:
+                copies[reader] = path[1:]
+            elif reader.target in VIEWS:
+                paths.append((*path, reader))
+            else:
+                return {}
+    return copies
+
+
+def _fit_transposed(node: fx.Node, name: str, have: Tensor, sizes: Sequence[fx.Node]) -> Fit:
+    """How an output whose columns are outermost in memory takes the place of a contiguous copy of it, columns first."""
+    want = node.meta["val"]
+    whole = same_size(want.shape[0], have.shape[-1]) and _contiguous(want)
+    if not whole or want.dtype != have.dtype or want.device != have.device:
+        raise Refused(f"layout: {node.name} is not a contiguous copy of {name}, columns first")
+    rows_first = want.permute(*range(1, want.dim()), 0)
+    return Fit(rows_first.shape, _sizes(node, name, rows_first, have, sizes), (want.dim() - 1, *range(want.dim() - 1)))
 
 
 def _order(want: Tensor, rows: Sequence[Any]) -> tuple[int, ...] | None:
@@ -515,19 +592,24 @@ def _order(want: Tensor, rows: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 def _fits(
-    node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, dead: set[fx.Node]
+    node: fx.Node,
+    name: str,
+    have: Tensor,
+    order: tuple[int, ...] | None,
+    dead: set[fx.Node],
+    sizes: Sequence[fx.Node],
 ) -> list[tuple[fx.Node, Fit]]:
     """How an output takes the place of a node, or of the copies of it, if nothing else reads it."""
     try:
-        return [(node, _fit(node, name, have, order))]
+        return [(node, _fit(node, name, have, order, sizes))]
     except Refused:
         readers = [user for user in node.users if user not in dead]
         if not readers or any(reader.target is not torch.ops.aten.clone.default for reader in readers):
             raise
-        return [(reader, _fit(reader, name, have, order)) for reader in readers]
+        return [(reader, _fit(reader, name, have, order, sizes)) for reader in readers]
 
 
-def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None) -> Fit:
+def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, sizes: Sequence[fx.Node]) -> Fit:
     """How an output, whose rows are in ``order`` (None: as the op's inputs), takes the place of ``node``."""
     want = node.meta["val"]
     for what in ("dtype", "device"):
@@ -540,30 +622,48 @@ def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None) 
         outermost = (*order, *range(len(order), want.dim()))
         want = want.permute(outermost)
         dims = tuple(outermost.index(d) for d in range(want.dim()))
-    expected = 1
-    for size, stride in zip(reversed(want.shape), reversed(want.stride()), strict=True):
-        if not same_size(size, 1) and not same_size(stride, expected):
-            kind = "contiguous" if dims is None else "not in its order"
-            raise Refused(f"layout: {node.name} has strides {tuple(node.meta['val'].stride())}; {name} is {kind}")
-        expected = expected * size
+    if not _contiguous(want):
+        kind = "contiguous" if dims is None else "not in its order"
+        raise Refused(f"layout: {node.name} has strides {tuple(node.meta['val'].stride())}; {name} is {kind}")
     if dims is not None and not same_shape(want.shape[: len(order or ())], have.shape[: len(order or ())]):
         raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
-    return Fit(want.shape, _sizes(node, name, want, have), dims)
+    return Fit(want.shape, _sizes(node, name, want, have, sizes), dims)
 
 
-def _sizes(node: fx.Node, name: str, want: Tensor, have: Tensor) -> tuple[int | Size, ...] | None:
+def _contiguous(value: Tensor) -> bool:
+    """Whether a tensor is known to be contiguous; never adds a guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not same_size(size, 1) and not same_size(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def _known_sizes(nodes: Iterable[fx.Node], last: fx.Node) -> list[fx.Node]:
+    """The symbolic sizes that views among ``nodes`` are given, where the graph has them when it comes to ``last``."""
+    sizes = {size for node in nodes if node.target in VIEWS for size in node.all_input_nodes[1:]}
+    return [size for size in sorted(sizes) if size.op == "placeholder" or not last < size]
+
+
+def _sizes(
+    node: fx.Node, name: str, want: Tensor, have: Tensor, known: Sequence[fx.Node]
+) -> tuple[int | Size | fx.Node, ...] | None:
     """How to spell the shape of ``want`` in a reshape of ``have``; None if it has that shape."""
     if same_shape(want.shape, have.shape):
         return None
     if not same_size(want.numel(), have.numel()):
         raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
-    sizes: list[int | Size] = []
+    sizes: list[int | Size | fx.Node] = []
     for size in want.shape:
         same = next((d for d, s in enumerate(have.shape) if same_size(s, size)), None)
+        given = next((n for n in known if same_size(n.meta["val"], size)), None)
         if isinstance(size, int):
             sizes.append(size)
         elif same is not None:
             sizes.append(Size(same))
+        elif given is not None:
+            sizes.append(given)
         elif -1 not in sizes:
             sizes.append(-1)
         else:

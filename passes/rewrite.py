@@ -76,7 +76,7 @@ class _Builder:
     def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
         return self.add(aten.permute.default, (node, list(dims)), node.meta["val"].permute(dims))
 
-    def reshape(self, node: fx.Node, sizes: tuple[int | Size, ...], shape: torch.Size) -> fx.Node:
+    def reshape(self, node: fx.Node, sizes: tuple[int | Size | fx.Node, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""
         val = node.meta["val"]
         target = [

@@ -176,8 +176,8 @@ def _clamped_swiglu(gate: Pattern, up: Pattern) -> Pattern:
 def _complete(root: fx.Node, found: Found) -> Completion | str:
     packed = found.attributes["packed"]
     tensors = list(found.inputs.values())
-    if any(dtype(t) not in FLOATS for t in tensors) or len({dtype(t) for t in tensors}) != 1:
-        return "gate and up are not of one floating-point dtype"
+    if any(dtype(t) not in FLOATS for t in tensors):
+        return "gate and up are not of bfloat16, float16 or float32"
     if not packed and not all(same_shape(shape(t), shape(root)) for t in tensors):
         return "gate and up are broadcast"
     return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())

@@ -108,6 +108,16 @@ def separate_up_first(x: Tensor) -> Tensor:
     return up * F.silu(gate)
 
 
+def wide_gate(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].float() * 2, x[..., 1::2] * 2
+    return F.silu(gate).to(x.dtype) * up
+
+
+def wide_up(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2] * 2, x[..., 1::2].float() * 2
+    return up * F.silu(gate)
+
+
 def rounded_late(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return (F.silu(a.float()) * b.float()).to(x.dtype)
@@ -166,6 +176,8 @@ ACTS = (
     ActForm("S1_gelu_tanh", separate(gelu_tanh), False),
     ActForm("S1_gelu", separate(F.gelu), False),
     ActForm("S1_swish", separate(swish), False),
+    ActForm("S1_wide_gate", wide_gate, False),
+    ActForm("S1_wide_up", wide_up, False),
     ActForm("S2", chunked(F.silu), True),
     ActForm("S2_rounded_late", rounded_late, True),
     ActForm("S3", chunked(F.silu, up_first=True), True),

@@ -12,4 +12,4 @@ def divide_kernel(x, s, q, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     value, scale = tl.load(x + at, mask=inside, other=0.0), tl.load(s + at, mask=inside, other=1.0)
-    tl.store(q + at, shared_division(value, scale, 1, True).to(q.dtype.element_ty), mask=inside)
+    tl.store(q + at, shared_division(value, scale, True).to(q.dtype.element_ty), mask=inside)

@@ -350,6 +350,29 @@ def test_the_users_own_pass_still_runs(route: str) -> None:
     assert inductor_config.post_grad_custom_pre_pass is None
 
 
+def test_warmup_compiles_everything_once() -> None:
+    """Afterwards nothing is left to compile; arguments are given by position or by name."""
+    call = torch.compile(cases.q3, backend=aiter_fusion.Backend(provider="reference"), dynamic=False)
+    inputs = [torch.randn(rows, 256, dtype=torch.bfloat16) for rows in (2, 5)]
+    with torch.no_grad():
+        made = aiter_fusion.warmup(call, [(inputs[0],), {"y": inputs[1]}])
+        assert len(made.bare) == 2
+        known = len(aiter_fusion.reports())
+        call(inputs[0])
+        call(y=inputs[1])
+    assert len(aiter_fusion.reports()) == known
+
+
+def test_nothing_is_compiled_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    backend = aiter_fusion.Backend(provider="reference")
+    with pytest.raises(RuntimeError, match=r"aiter_fusion.warmup\(model, inputs\)"):
+        backend(torch.fx.symbolic_trace(lambda x: x + 1), [torch.ones(2)])
+    with pytest.raises(RuntimeError, match="too late"):
+        aiter_fusion.warmup(lambda: None, [()])
+
+
 def test_uuid() -> None:
     def uuid(user_pass=None, **options):
         return compose(user_pass, config.options(**options)).uuid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -88,6 +89,7 @@ def whole_numbers(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.bfloat1
 
 
 QUANTISER = {
+    "column_major": False,
     "scale_steps": "div=448.0 float32",
     "factor_steps": "div=448.0 float32",
     "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
@@ -151,7 +153,7 @@ def test_norms_of_every_width(width: int, features: frozenset[str]) -> None:
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
                 continue
-            same(op, **norm_arguments(width, rows, block=block))
+            same(op, **norm_arguments(width, rows, block=block, column_major=rows == 3))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -192,7 +194,7 @@ def test_activations_of_every_width(width: int, features: frozenset[str]) -> Non
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
                 continue
-            same(op, **act_arguments(width, rows, block=block))
+            same(op, **act_arguments(width, rows, block=block, column_major=rows == 3))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -233,8 +235,8 @@ def test_activations_of_every_number(dtype: torch.dtype, act: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 11])
 def test_divisions_beside_the_middle_of_two_codes(bits: int) -> None:
-    """One correction is enough for half precision. Only quotients within a few last places of the middle of two FP8
-    numbers can be rounded to the wrong one: all of them, for every significand that such an x has."""
+    """A reciprocal in two parts is enough for half precision. Only quotients within a few last places of the middle of
+    two FP8 numbers can be rounded to the wrong one: all of them, for every significand that such an x has."""
     divide = import_module("division_kernel").divide_kernel
     significands = torch.arange(2 ** (bits - 1), 2**bits, device="cuda").float()
     normal = [1 + (k + 0.5) / 8 for k in range(8)]
@@ -248,6 +250,17 @@ def test_divisions_beside_the_middle_of_two_codes(bits: int) -> None:
         q = torch.empty(x.shape, dtype=cases.FN, device="cuda")
         divide[(-(-x.numel() // 1024),)](x, s, q, x.numel(), 1024)
         assert same_bits((x.float() / s).to(cases.FN), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, 1e-39, -1e-38, 0.02, -2.0, 3e38, math.inf, -math.inf, math.nan])
+def test_divisions_of_every_number(scale: float, dtype: torch.dtype) -> None:
+    divide = import_module("division_kernel").divide_kernel
+    x = every(dtype)
+    s = torch.full(x.shape, scale, device="cuda")
+    q = torch.empty(x.shape, dtype=cases.FN, device="cuda")
+    divide[(-(-x.numel() // 1024),)](x, s, q, x.numel(), 1024)
+    assert same_bits((x.float() / s).clamp(-448, 448).to(cases.FN), q)
 
 
 def test_rare_differences_with_random_rows() -> None:
@@ -266,6 +279,39 @@ def test_rare_differences_with_random_rows() -> None:
         share = (want["q"].view(torch.uint8) != q.view(torch.uint8)).double().mean().item()
         assert share <= op.tolerance.share
         assert torch.allclose(want["scale"], scale, rtol=2**-7, atol=0)
+
+
+def test_an_op_compiles_nothing_while_a_cuda_graph_is_captured() -> None:
+    op = OPS["rms_norm_quant"][frozenset()]
+    graph = torch.cuda.CUDAGraph()
+    given = norm_arguments(1234, 3, block=1234)
+    call = [given[name] for name in op.arguments]
+    with pytest.raises(RuntimeError, match="would be compiled"), torch.cuda.graph(graph):
+        op.target(*call, "triton")
+    want = op.target(*call, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        have = op.target(*call, "triton")
+    graph.replay()
+    assert all(map(same_bits, want, have))
+
+
+def test_warmup_before_a_capture() -> None:
+    """Then a graph that was compiled for other rows can be captured for all that it was warmed up with."""
+    call = torch.compile(block_of_model, backend=aiter_fusion.Backend(provider="triton"), dynamic=False)
+    sizes, other = (5, 64), inputs_of_block(3)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        with pytest.raises(RuntimeError, match=r"aiter_fusion.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call(*other)
+        aiter_fusion.warmup(call, [inputs_of_block(rows) for rows in sizes])
+        for rows in sizes:
+            inputs = inputs_of_block(rows)
+            want = call(*inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                have = call(*inputs)
+            graph.replay()
+            assert all(map(same_bits, want, have))
 
 
 def test_more_elements_than_32_bits_can_count() -> None:

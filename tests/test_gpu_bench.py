@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from aiter_fusion import cli
+from aiter_fusion.bench import tune
 from aiter_fusion.bench.ops import Result
+from aiter_fusion.providers.triton import tuned
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +53,23 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for name in ("gpu_us", "wall_us", "kernels", "peak_bytes"):
             assert all(value > 0 for value in row[name].values())
     assert "rms_norm_quant 5, act_mul_quant 2" in capsys.readouterr().out
+
+
+def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is written is one that can be read."""
+    monkeypatch.setattr(tune, "WARPS", (1, 2))
+    monkeypatch.setattr(tune, "FLAT_ELEMENTS", (512,))
+    monkeypatch.setattr(tune, "MANY_ROWS", (300,))
+    monkeypatch.setenv("AITER_FUSION_CACHE", str(tmp_path))
+    path = tuned.path()
+    assert path is not None
+    assert cli.main(["tune", "--hidden", "256"]) == 0
+    content = json.loads(path.read_text())
+    assert content["conditions"]["device"] == torch.cuda.get_device_name()
+    assert tuned.choices() == content["launches"]
+    assert f"written to {path}" in capsys.readouterr().out
+    tuned._content.cache_clear()
+    tuned.choices.cache_clear()
 
 
 def test_a_model_in_which_nothing_is_replaced(

@@ -1,4 +1,4 @@
-"""Norms and activations of permuted tensors: every result has the bits, shape and strides of the original's."""
+"""Norms and activations of permuted and regrouped tensors: results keep bits, shapes and strides."""
 
 from __future__ import annotations
 
@@ -88,6 +88,32 @@ def packed(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q2_static(cases.gpt_oss(heads(x)), SCALE)
 
 
+def heads_joined(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Rows are heads; the quantiser sees batch and sequence again, two sizes that no tensor of rows shows."""
+    y = cases.llama(x.reshape(-1, cases.H), w)
+    return cases.q3_tensor(y.reshape(x.shape))
+
+
+def scale_by_columns(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """As block-scaled matrix products want it: the scale in memory column after column."""
+    q, scale = cases.q7(128)(cases.llama(x, w.repeat(HEADS)))
+    return q, scale.reshape(-1, scale.shape[-1]).t().contiguous().t()
+
+
+def scale_by_columns_twice(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Two copies, which stay two tensors: the caller may write to them."""
+    summed = r + x
+    q, scale = cases.q7(64)(cases.llama(summed, w.repeat(HEADS)))
+    scale = scale.reshape(-1, scale.shape[-1])
+    return q, scale.t().contiguous(), scale.t().contiguous(), summed
+
+
+def scale_both_ways(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """The rows are wanted too, so they are copied."""
+    q, scale = cases.q7(128)(cases.sliced(x))
+    return q, scale.reshape(-1, scale.shape[-1]).t().contiguous().t(), scale
+
+
 def scale_of_rows(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q3(cases.llama(heads(x), w))
 
@@ -110,6 +136,10 @@ TAKEN: dict[Callable[..., tuple[Tensor, ...]], str] = {
     split_into_groups: "static+value",
     activation: "tensor+value",
     packed: "packed+static",
+    heads_joined: "tensor",
+    scale_by_columns: "group128",
+    scale_by_columns_twice: "add+group64",
+    scale_both_ways: "packed+group128",
 }
 
 
@@ -169,6 +199,20 @@ def test_permuted(fn: Callable[..., tuple[Tensor, ...]], sizes: str) -> None:
     report = run(fn, sizes)
     assert [site.variant for site in report.sites] == [TAKEN[fn]]
     assert report.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("fn", "left"),
+    [(scale_by_columns, 0), (scale_by_columns_twice, 1), (scale_both_ways, 1)],
+    ids=["", "twice", "both"],
+)
+def test_transposed_scales_are_written_so(fn: Callable[..., tuple[Tensor, ...]], left: int) -> None:
+    """By the op itself: as many copies are left as more than one layout or tensor demand."""
+    result = checked(fn)
+    with torch.no_grad():
+        result.call(*inputs(2, 3))
+    (graph,) = result.oracle.graphs
+    assert copies(graph.after.graph) == left
 
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])

@@ -1017,8 +1017,7 @@ def check_arguments(node: fx.Node) -> None:
                 assert x.numel() == 1, f"{node}: scale {tuple(x.shape)}"
             case _:
                 assert same_shape(x.shape, first.shape), f"{node}: {name} {tuple(x.shape)}"
-                # the sum says what its operands become; gate and up have nothing of the kind
-                assert x.dtype is first.dtype or (name == "residual" and x.dtype in FLOATS), f"{node}: {name} {x.dtype}"
+                assert x.dtype in FLOATS, f"{node}: {name} {x.dtype}"
     assert not given.get("block") or width % given["block"] == 0, f"{node}: blocks of {given['block']} in {width}"
 
 

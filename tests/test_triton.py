@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.passes.manager import environment
 from aiter_fusion.providers import triton as provider
-from aiter_fusion.providers.triton import launches, programs, rules
+from aiter_fusion.providers.triton import launches, programs, rules, tuned
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
@@ -151,18 +155,82 @@ def test_where_inductor_is_faster() -> None:
         assert (reason is not None) == faster
 
 
+@pytest.fixture
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache, on a machine with a GPU."""
+    monkeypatch.setenv("AITER_FUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (1)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tuned.platform, "triton_version", lambda: "3.6.0")
+    forget()
+    yield tmp_path / "launches-nvidia-h200-1-triton-3.6.0.json"
+    forget()
+
+
+def forget() -> None:
+    tuned._content.cache_clear()
+    tuned.choices.cache_clear()
+
+
+def test_tuned_launches_win_over_the_rule(tuned_file: Path) -> None:
+    assert tuned.path() == tuned_file
+    assert tuned.state() == ""
+    by_rule = rules.norm(4096, 128, 1), rules.row(4096, 1), rules.flat(128, 10**6, True, False)
+    tuned.write(tuned_file, {"norm 4096 128 1": {"warps": 2, "run": 4}}, {"device": "H200"})
+    tuned.write(tuned_file, {"flat 128 0 1 0": {"segments": 2}}, {"device": "H200"})
+    assert rules.norm(4096, 128, 1) == replace(by_rule[0], warps=2, run=4)
+    assert rules.norm(4096, 128, 1000).warps == rules.norm(4096, 4096, 1000).warps == 4
+    assert rules.row(4096, 1) == by_rule[1]
+    assert rules.flat(128, 10**6, True, False) == replace(by_rule[2], segments=2)
+    with tuned.trying({"norm 4096 128 1": {}}):
+        assert rules.norm(4096, 128, 1) == by_rule[0]
+
+
+def test_code_compiled_with_other_launches_is_not_reused(tuned_file: Path) -> None:
+    before = environment()
+    tuned.write(tuned_file, {"row 4096 1": {"warps": 8}}, {})
+    assert environment() != before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"launches": {"row 4096 1": 8}}', '{"launches": {"row 4096 1": {"warps": 3}}}']
+)
+def test_a_tuned_file_that_is_none(tuned_file: Path, content: str) -> None:
+    tuned_file.write_text(content)
+    if not content:
+        assert tuned.choices() == {}
+        return
+    with pytest.raises(ValueError, match="delete it"):
+        tuned.choices()
+
+
+def test_what_is_tuned_is_what_the_rules_ask() -> None:
+    """Every question is about a key that the launches of its cases look up, and every candidate can be launched."""
+    for question in questions((2880, 4096)):
+        for case in question.cases:
+            known = case.arguments("meta")
+            usual = launches.of(case.op, known, True)
+            for candidate in question.candidates:
+                with tuned.trying({question.key: candidate}):
+                    (launch,) = launches.of(case.op, known, True).launches
+                assert launch.warps == candidate["warps"]
+                names = {"run": "RUN", "segments": "SEGMENTS"}
+                assert all(launch.arguments[names[n]] == v for n, v in candidate.items() if n in names)
+            assert len(usual.launches) == 1
+
+
 def test_programs() -> None:
     """As PyTorch computes on a GPU: a division by a number is a product with its float32 reciprocal."""
     assert programs.steps("div=448.0 float32") == (("mul", 0.0022321429569274187), ("float32", None))
     assert programs.steps("float32 clamp_min=1e-12") == (("float32", None), ("clamp_min", 9.999999960041972e-13))
     torchao = "float32 div_scale clamp_min=-448.0 clamp_max=448.0"
     scale = "div=448.0 float32"
-    # the cast saturates, and no quotient is much larger than FP8's largest number
-    assert programs.value_steps(torchao, scale, BF16, FN, "block", True) == (("covered_div_scale", None),)
-    # a given scale may be anything
+    # the cast saturates
+    assert programs.value_steps(torchao, scale, BF16, FN, "block", True) == (("shared_div_scale", None),)
     assert programs.value_steps(torchao, "", BF16, FN, "any", True) == (("shared_div_scale", None),)
-    # a bound on the maximum does not bound the values
-    assert programs.value_steps(torchao, "clamp_max=1e3 div=448.0", BF16, FN, "block", True)[0][0] == "shared_div_scale"
+    # only for half precision are two parts of the reciprocal enough
+    assert programs.value_steps(torchao, "", torch.float32, FN, "any", True)[1] == ("div_scale", None)
     # no clamp: the cast's own end
     assert programs.value_steps("float32 div_scale", scale, BF16, FNUZ, "block", True)[-1] == ("nan_from", 248.0)
     # a cast that does not saturate keeps the clamps
@@ -173,7 +241,7 @@ def test_programs() -> None:
     # half precision stays half precision, unless a factor with dimensions promotes it
     assert programs.value_steps("div_scale", scale, BF16, FN, "tensor", True)[0] == ("div_scale", None)
     assert programs.value_steps("div_scale", "div=448.0", BF16, FN, "block", True)[0] == ("div_scale", None)
-    assert programs.value_steps("div_scale", scale, BF16, FN, "block", True)[0] == ("covered_div_scale", None)
+    assert programs.value_steps("div_scale", scale, BF16, FN, "block", True)[0] == ("shared_div_scale", None)
 
 
 @pytest.mark.parametrize("dtype", [FN, FNUZ], ids=str)

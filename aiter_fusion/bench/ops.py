@@ -105,7 +105,7 @@ class Case:
             given |= {"factor_steps": "", "scale": torch.full((), 0.02, device=device)}
         else:
             block = {"group128": 128, "token": hidden, "tensor": 0}[self.variant.split("+")[-1]]
-            given |= {"block": block, "scale_steps": given["factor_steps"]}
+            given |= {"block": block, "scale_steps": given["factor_steps"], "column_major": False}
         return {name: given[name] for name in self.op.arguments}
 
     @property

@@ -28,7 +28,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.d
     """``act(gate) * up`` with the activation in float32.
 
     gate, up ``[..., H]``; act: a key of ``ACTIVATIONS`` or a clamped swiglu, else a ValueError names them.
-    cast_first: ``act(gate32).to(dtype) * up``, else ``(act(gate32) * up32).to(dtype)``.
+    cast_first: ``act(gate32).to(dtype) * up`` (of the promoted dtype), else ``(act(gate32) * up32).to(dtype)``.
 
     ``clamped_swiglu=<alpha>,<limit>`` is ``(clamp(up, -limit, limit) + 1) * (g * sigmoid(g * alpha))`` with
     ``g = clamp(gate, max=limit)``. cast_first: the result of every operation (the two clamps of up are one) is rounded
@@ -78,7 +78,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         given = [arguments.pop(name) for name in inputs]
         act = {name: arguments.pop(name) for name in ACT}
         sizes = [*given[0].shape[:-1], given[0].shape[-1] // 2] if packed else given[0].shape
-        return fp8_quant.shape(sizes, _value_dtype(given[0], **act), **arguments)
+        return fp8_quant.shape(sizes, _value_dtype(given[0 if packed else 1], **act), **arguments)
 
     def samples() -> Iterator[dict[str, Any]]:
         for seed, (sizes, dtype) in enumerate(
@@ -95,7 +95,8 @@ def _declaration(features: frozenset[str]) -> FusedOp:
             gate, up = _parts(both, True, False)
             for index, act in enumerate([*ACTIVATIONS, f"{CLAMPED}1.702,7.0"]):
                 columns = {"gate_up": both, "gate_first": index % 2 == 0, "interleaved": index % 3 == 1}
-                tensors = columns if packed else {"gate": gate, "up": up}
+                wide = {2: {"up": up.to(F32)}, 3: {"gate": gate.to(F32)}}.get(index, {})
+                tensors = columns if packed else {"gate": gate, "up": up} | wide
                 for quant in fp8_quant.sample_arguments(features, 64):
                     yield tensors | {"act": act, "cast_first": index % 2 == 0, "dtype": dtype} | quant
 
@@ -107,6 +108,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         reference=reference,
         shape=shape,
         samples=samples,
+        layouts=fp8_quant.layouts(features),
     )
 
 

@@ -86,6 +86,7 @@ def _declaration(features: frozenset[str], quantised: bool) -> FusedOp:
         reference=reference,
         shape=shape,
         samples=samples,
+        layouts=fp8_quant.layouts(features) if quantised else ({},),
         order_free=frozenset({"x", "other"}),
     )
 

@@ -14,7 +14,8 @@ from ..op import OPS, FusedOp, Spec, fused_op
 from ..providers import implementation
 
 # block: elements of a row that share a scale; the row's length is per token, 0 the whole tensor.
-DYNAMIC = {"block": "int", "scale_steps": "str"}
+DYNAMIC = {"block": "int", "scale_steps": "str", "column_major": "bool"}
+LAYOUTS = ({"column_major": True}, {"column_major": False})
 STATIC = {"scale": "Tensor"}
 COMMON = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
 
@@ -22,6 +23,11 @@ COMMON = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarTyp
 def arguments(features: frozenset[str]) -> dict[str, str]:
     """The quantiser's arguments in an op's schema."""
     return (STATIC if "static" in features else DYNAMIC) | COMMON
+
+
+def layouts(features: frozenset[str]) -> tuple[dict[str, Any], ...]:
+    """How scales can lie in memory."""
+    return ({},) if "static" in features else LAYOUTS
 
 
 def reference(
@@ -32,6 +38,7 @@ def reference(
     quant_dtype: torch.dtype,
     block: int = 0,
     scale_steps: str = "",
+    column_major: bool = False,
     scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Quantise ``value`` ``[..., H]``.
@@ -41,6 +48,7 @@ def reference(
     a given ``scale`` (static), ``factor = factor_steps(scale)`` and no scale is returned.
 
     Returns q ``[..., H]`` of ``quant_dtype`` and, unless static, scale: ``[..., H / block]``, or ``[]`` for block 0.
+    column_major: in memory its columns follow each other, strides ``(..., 1, rows)``, as some matrix products want it.
     """
     if scale is not None:
         # without dimensions, so that neither shape nor dtype of the result depend on how the graph viewed it
@@ -55,7 +63,10 @@ def reference(
         maximum = blocks.abs().amax(-1, keepdim=True)
     q = run(value_steps, blocks, run(factor_steps, maximum)).to(quant_dtype).reshape(value.shape)
     returned = run(scale_steps, maximum)
-    return {"q": q, "scale": returned.reshape(returned.shape[: value.dim() if block else 0])}
+    returned = returned.reshape(returned.shape[: value.dim() if block else 0])
+    if column_major and block:
+        returned = returned.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
+    return {"q": q, "scale": returned}
 
 
 def shape(
@@ -65,13 +76,16 @@ def shape(
     quant_dtype: torch.dtype,
     block: int = 0,
     scale_steps: str = "",
+    column_major: bool = False,
     **_: Any,
 ) -> dict[str, Spec]:
     """What ``reference`` returns for a value of these sizes and this dtype, and that value itself."""
     scales = [] if block == 0 else [*sizes[:-1], sizes[-1] // block]
+    kind = result_dtype(scale_steps, dtype)
+    columns_first = (len(scales) - 1, *range(len(scales) - 1))
     return {
         "q": (sizes, quant_dtype),
-        "scale": (scales, result_dtype(scale_steps, dtype)),
+        "scale": (scales, kind, columns_first) if column_major and block else (scales, kind),
         "value": (sizes, dtype),
     }
 
@@ -113,9 +127,10 @@ def sample_arguments(features: frozenset[str], width: int) -> list[dict[str, Any
         "quant_dtype": torch.float8_e4m3fnuz,
     }
     return [
-        SAMPLE_STEPS | {"scale_steps": "div=448.0 float32", "block": width},
-        SAMPLE_STEPS | {"scale_steps": "div=448.0 float32", "block": 0},
-        by_product | {"block": width // 2},
+        SAMPLE_STEPS | {"scale_steps": "div=448.0 float32", "block": width, "column_major": False},
+        SAMPLE_STEPS | {"scale_steps": "div=448.0 float32", "block": 0, "column_major": False},
+        by_product | {"block": width // 2, "column_major": False},
+        by_product | {"block": width // 4, "column_major": True},
     ]
 
 

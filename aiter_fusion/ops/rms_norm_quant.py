@@ -114,6 +114,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         reference=reference,
         shape=shape,
         samples=samples,
+        layouts=fp8_quant.layouts(features),
     )
 
 

@@ -24,6 +24,7 @@ class Provider:
     exact:    whether it keeps the graph's sequence of roundings.
     reorders: whether it sums the elements of a row in an order of its own; the statistic's last bits depend on it.
     prepare:  called before a graph in which it was chosen is compiled.
+    state:    what code compiled with it depends on besides the sources of this package and versions.
     slower:   why the code that Inductor would generate is faster for this call, by recorded measurements, or None.
               Asked unless the provider was chosen by name.
     """
@@ -35,6 +36,7 @@ class Provider:
     exact: bool
     reorders: bool = False
     prepare: Callable[[], None] = lambda: None
+    state: Callable[[], str] = lambda: ""
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
 
 
@@ -58,6 +60,7 @@ PROVIDERS: dict[str, Provider] = {
         exact=True,
         reorders=True,
         prepare=triton_kernels.prepare,
+        state=triton_kernels.tuned.state,
         slower=triton_kernels.slower,
     ),
     "reference": Provider(

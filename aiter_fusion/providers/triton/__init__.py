@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ... import platform
 from ...op import FusedOp, Implementation
 from . import all_reduce, launches
+from . import tuned as tuned
 
 
 def missing() -> str | None:
@@ -83,23 +85,44 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 def run(op: FusedOp) -> Implementation:
     """What computes a call outside a compiled graph."""
     if "group" in op.arguments:
-        return functools.partial(all_reduce.run, op, saturates())
+        return functools.partial(all_reduce.run, op, nvidia())
     return functools.partial(_run, op)
 
 
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     outputs = op.allocate(**arguments)
     first = next(iter(v for v in arguments.values() if isinstance(v, Tensor)))
-    plan = launches.of(op, arguments, saturates())
+    plan = launches.of(op, arguments, nvidia())
     scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
     known = {**arguments, **scratch, **outputs}
     if "static" in op.features:
         known["scale"] = arguments["scale"]
-    with torch.cuda.device(first.device):
+    with torch.cuda.device(first.device), compiling_nothing() if capturing() else nullcontext():
         for launch in plan.launches:
             given = {n: known[v.name] if isinstance(v, launches.Ref) else v for n, v in launch.arguments.items()}
             kernel(launch.kernel)[(launch.grid,)](**given, num_warps=launch.warps)
     return outputs
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def compiling_nothing() -> Iterator[None]:
+    """Where a kernel would have to be compiled, raise instead."""
+    runtime = import_module("triton").knobs.runtime
+
+    def refuse(**about: Any) -> bool:
+        raise RuntimeError(
+            "a kernel would be compiled while a CUDA graph is captured: call aiter_fusion.warmup, or the op once with "
+            "tensors of these dtypes and this width, before"
+        )
+
+    with runtime.scope():
+        runtime.jit_cache_hook = refuse
+        yield
 
 
 def prepare() -> None:
@@ -109,8 +132,9 @@ def prepare() -> None:
     register()
 
 
-def saturates() -> bool:
-    """Whether Triton's cast to FP8 turns what is too large into the largest number: on NVIDIA it does."""
+def nvidia() -> bool:
+    """Whether kernels are for GPUs of NVIDIA, where they may hold PTX, and where Triton's cast to FP8 turns what is too
+    large into the largest number."""
     return torch.version.hip is None
 
 

@@ -12,8 +12,8 @@ replaying a CUDA graph. Nothing computed since is right, and the group's channel
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -59,13 +59,18 @@ class Window:
 
 # AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
 ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
-# Beyond it, by the number of ranks: (up to so many bytes of a rank's tensor, way). "plain" is the library's all-reduce,
-# and one kernel for the rest.
-BEYOND: Mapping[int, tuple[tuple[float, str], ...]] = {
-    2: ((float("inf"), "one_shot"),),
-    4: ((float("inf"), "two_shot"),),
-    8: ((float("inf"), "two_shot"),),
+# The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule, which
+# leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for the
+# rest, never was.
+# Measured by ``bench allreduce`` on NVIDIA H200 (NVLink without multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21)
+# in bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
+# 8192 (416, one 425); of 4 ranks one for 80 rows (19.3, two 22.2), two for 128 (25.3, one 26.3).
+MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
+    2: ((32 * MIB, "one_shot"), (math.inf, "two_shot")),
+    4: ((1.25 * MIB, "one_shot"), (math.inf, "two_shot")),
 }
+# Of 8 ranks nothing has been measured: AITER's rule, and beyond it what is the fastest for most of 4.
+UNMEASURED = "two_shot"
 
 _forced: str | None = None
 
@@ -85,10 +90,9 @@ def choose(world: int, rows: int, width: int, itemsize: int) -> str:
     """``one_shot``, ``two_shot`` or ``plain``: from sizes alone, which are the same on all ranks."""
     if _forced is not None:
         return _forced
-    if ONE_STAGE.has(world, rows, width, itemsize):
-        return "one_shot"
-    nbytes = rows * width * itemsize
-    return next(way for most, way in BEYOND[world] if nbytes <= most)
+    if world in MEASURED:
+        return next(way for most, way in MEASURED[world] if rows * width * itemsize <= most)
+    return "one_shot" if ONE_STAGE.has(world, rows, width, itemsize) else UNMEASURED
 
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
@@ -157,8 +161,10 @@ class Communicator:
         half = next((size for size in CLASSES if size >= needed), CLASSES[-1])
         if (way, half) not in self.channels:
             if torch.cuda.is_current_stream_capturing():
-                _warn_of_capture()
-                return None
+                raise RuntimeError(
+                    "memory for an all-reduce would be registered while a CUDA graph is captured: call "
+                    "aiter_fusion.warmup, or the op once with as many rows, before"
+                )
             self.channels[way, half] = self._register(way, half)
         return self.channels[way, half]
 
@@ -197,14 +203,6 @@ def _symmetric(group: str, device: torch.device, rank: int, world: int, half: in
 def flags_size(world: int) -> int:
     """Bytes before the data of a channel."""
     return PHASES * BLOCKS * world * 4
-
-
-@functools.cache
-def _warn_of_capture() -> None:
-    logger.warning(
-        "aiter_fusion: a CUDA graph is captured before its all-reduces have run once, so PyTorch does them: run the "
-        "model once before the capture"
-    )
 
 
 _communicators: dict[tuple[str, torch.device], Communicator] = {}
@@ -247,15 +245,15 @@ def _rows(x: Tensor, width: int) -> Tensor:
     return x.as_strided((int(found[0]), width), (int(found[1]), 1))
 
 
-def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, saturates: bool) -> dict[str, Any]:
+def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: bool) -> dict[str, Any]:
     """The kernels' constants, but for those of the way, and the scale's tensors as None."""
     value = op.shape(**arguments)["value"][1]
     if "quant_dtype" in op.arguments:
-        quantiser = launches.quantiser_arguments(op, arguments, width, value, saturates)
+        quantiser = launches.quantiser_arguments(op, arguments, width, value, nvidia)
     else:
         quantiser = {"WIDTH": width, "BLOCK": width, "VALUE": launches.dtype_name(value), "GROUPED": False}
-        quantiser |= {"SCALE_STEPS": (), "FACTOR_STEPS": (), "VALUE_STEPS": ()}
-    names = ("WIDTH", "BLOCK", "VALUE", "GROUPED", "SCALE_STEPS", "FACTOR_STEPS", "VALUE_STEPS")
+        quantiser |= {"SCALE_STEPS": (), "FACTOR_STEPS": (), "VALUE_STEPS": (), "COLUMN_MAJOR": False, "PTX": nvidia}
+    names = ("WIDTH", "BLOCK", "VALUE", "GROUPED", "COLUMN_MAJOR", "SCALE_STEPS", "FACTOR_STEPS", "VALUE_STEPS", "PTX")
     return {name: quantiser[name] for name in names} | {
         "EPS": arguments["eps"],
         "OFFSET": arguments["offset"],
@@ -273,11 +271,11 @@ def warps(constants: Mapping[str, Any]) -> int:
     return max(1, min(16, constants["SEGMENTS"] * constants["SEGMENT"] // 512))
 
 
-def run(op: FusedOp, saturates: bool, **arguments: Any) -> dict[str, Tensor]:
+def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:
     """A call: in two ops if one scale is for the whole tensor, whose maximum is known after all rows are."""
     x = arguments["x"]
     if arguments.get("block") == 0 and "static" not in op.features:
-        return _then_quantise(op, saturates, arguments)
+        return _then_quantise(op, nvidia, arguments)
     width = x.shape[-1]
     outputs = op.allocate(**arguments)
     scaled = "quant_dtype" in op.arguments and "static" not in op.features
@@ -288,19 +286,19 @@ def run(op: FusedOp, saturates: bool, **arguments: Any) -> dict[str, Tensor]:
         "residual_out": outputs.get("residual_out"),
         "reduced_out": outputs.get("reduced"),
     }
-    _reduce(arguments, tensors, constants(op, arguments, width, saturates))
+    _reduce(arguments, tensors, constants(op, arguments, width, nvidia))
     return outputs
 
 
-def _then_quantise(op: FusedOp, saturates: bool, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _then_quantise(op: FusedOp, nvidia: bool, arguments: dict[str, Any]) -> dict[str, Tensor]:
     from . import run as run_kernels
 
     given = dict(arguments)
     sizes, dtype = op.shape(**arguments)["reduced"]
     x, other, group = given.pop("x"), given.pop("other"), given.pop("group")
     reduced = x.new_empty(sizes, dtype=dtype)
-    known = constants(op, arguments, x.shape[-1], saturates) | {"NORM": False, "BLOCK": x.shape[-1], "SEGMENTS": 1}
-    known |= {"SEGMENT": rules.power_of_two(x.shape[-1]), "GROUPED": False}
+    known = constants(op, arguments, x.shape[-1], nvidia) | {"NORM": False, "BLOCK": x.shape[-1], "SEGMENTS": 1}
+    known |= {"SEGMENT": rules.power_of_two(x.shape[-1]), "GROUPED": False, "COLUMN_MAJOR": False}
     nothing = dict.fromkeys(("q", "scale_out", "value_out", "residual_out"))
     _reduce({"x": x, "other": other, "group": group, "weight": None}, {**nothing, "reduced_out": reduced}, known)
     quantise = find("rms_norm_quant", op.features)
@@ -310,6 +308,8 @@ def _then_quantise(op: FusedOp, saturates: bool, arguments: dict[str, Any]) -> d
 
 def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], constants: dict[str, Any]) -> None:
     """Fill the outputs that are tensors, by the way that ``choose`` says."""
+    from . import capturing, compiling_nothing
+
     x, other, width = arguments["x"], arguments["other"], arguments["x"].shape[-1]
     rows = x.numel() // width
     known = communicator(arguments["group"], x.device)
@@ -322,7 +322,7 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
     copies = world if way == "one_shot" else 1
     needed = row * copies * (-(-rows // world) * world if way == "two_shot" else rows)
     channel = known.channel(way, needed) if way != "plain" else None
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.device), compiling_nothing() if capturing() else contextlib.nullcontext():
         stream = torch.cuda.current_stream()
         if known.stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
@@ -331,7 +331,7 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
             x, other = (_plainly(t, arguments["group"]) if t is not None else None for t in (x, other))
             given = _views({**arguments, "x": x, "other": other}, outputs, width)
             _kernel("one_shot")[(rows,)](
-                **given, **constants, **_placed(None, known, rows, x), num_warps=warps(constants)
+                **given, **constants, **_placed(None, known, rows, rows, x), num_warps=warps(constants)
             )
             return
         given = _views(arguments, outputs, width)
@@ -344,7 +344,7 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
                 for name, value in given.items()
             }
             blocks = count if way == "one_shot" else -(-count // world)
-            place = _placed(channel, known, count, x) | {"TICKETS": blocks > AT_ONCE}
+            place = _placed(channel, known, count, rows, x) | {"TICKETS": blocks > AT_ONCE}
             _kernel(way)[(blocks,)](**piece, **constants, **place, num_warps=warps(constants))
 
 
@@ -370,7 +370,7 @@ def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], w
     return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale")}
 
 
-def _placed(channel: Channel | None, known: Communicator, rows: int, x: Tensor) -> dict[str, Any]:
+def _placed(channel: Channel | None, known: Communicator, rows: int, all_rows: int, x: Tensor) -> dict[str, Any]:
     """The kernels' arguments that say where they run; without a channel, on their own."""
     world = 1 if channel is None else len(known.ranks)
     return {
@@ -379,6 +379,7 @@ def _placed(channel: Channel | None, known: Communicator, rows: int, x: Tensor) 
         "late": None if channel is None else known.late,
         "rank": known.rank,
         "rows": rows,
+        "all_rows": all_rows,
         "start": flags_size(world),
         "half": 0 if channel is None else channel.half,
         "limit": int(config.timeout() * 1e9),

@@ -78,13 +78,13 @@ def _segment(width: int) -> int:
     return math.gcd(width, 128)
 
 
-def of(op: FusedOp, arguments: Mapping[str, Any], saturates: bool) -> Launches:
+def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
-    return (_rms_norm_quant if op.family == "rms_norm_quant" else _act_mul_quant)(op, dict(arguments), saturates)
+    return (_rms_norm_quant if op.family == "rms_norm_quant" else _act_mul_quant)(op, dict(arguments), nvidia)
 
 
 def quantiser_arguments(
-    op: FusedOp, arguments: Mapping[str, Any], width: int, value: torch.dtype, saturates: bool
+    op: FusedOp, arguments: Mapping[str, Any], width: int, value: torch.dtype, nvidia: bool
 ) -> dict[str, Any]:
     static, block = "static" in op.features, arguments.get("block", 0)
     return {
@@ -98,6 +98,7 @@ def quantiser_arguments(
         "BLOCK": block or width,
         "VALUE": dtype_name(value),
         "GROUPED": 0 < block < width,
+        "COLUMN_MAJOR": arguments.get("column_major", False),
         "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
         "FACTOR_STEPS": programs.steps(arguments["factor_steps"]),
         "VALUE_STEPS": programs.value_steps(
@@ -106,9 +107,10 @@ def quantiser_arguments(
             value,
             arguments["quant_dtype"],
             "any" if static else "block" if block else "tensor",
-            saturates,
+            nvidia,
         ),
         "PARTS": 1,
+        "PTX": nvidia,
     }
 
 
@@ -132,7 +134,7 @@ def _programs(rows: Int, together: int) -> Int:
     return programs
 
 
-def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
+def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
     x, residual, weight = arguments["x"], arguments.get("residual"), arguments["weight"]
     width = width_of(op, x)
     found = rows_of(x)
@@ -140,7 +142,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> 
     rows, stride = found
     apart = rows_of(residual) if residual is not None else None
     value = op.shape(**arguments)["value"][1]
-    quantiser = quantiser_arguments(op, arguments, width, value, saturates)
+    quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     sum_dtype = arguments.get("sum_dtype", x.dtype)
     common = quantiser | {
         "x": Ref("x"),
@@ -186,7 +188,7 @@ def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, A
     return {"ACT": name, "ALPHA": alpha, "LIMIT": limit}
 
 
-def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> Launches:
+def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
     packed = "packed" in op.features
     gate = arguments["gate_up" if packed else "gate"]
     up = gate if packed else arguments["up"]
@@ -199,7 +201,7 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], saturates: bool) -> L
     second = (1 if interleaved else width) if packed else 0
     gate_first = arguments.get("gate_first", True)
     value = op.shape(**arguments)["value"][1]
-    quantiser = quantiser_arguments(op, arguments, width, value, saturates)
+    quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     by_row = "static" not in op.features and arguments["block"] == width
     common = quantiser | {
         "gate": Ref("gate_up" if packed else "gate"),

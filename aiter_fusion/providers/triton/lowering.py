@@ -19,8 +19,8 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ...op import OPS, FusedOp
-from . import kernel, launches, saturates
+from ...op import OPS, FusedOp, Spec
+from . import kernel, launches, nvidia
 
 NAME = "triton"
 
@@ -72,10 +72,13 @@ def _expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
-def _empty(sizes: Sequence[Any], dtype: torch.dtype, device: torch.device) -> ir.TensorBox:
-    strides = ir.FlexibleLayout.contiguous_strides([_expression(size) for size in sizes])
-    make = lowerings[torch.ops.aten.empty_strided.default]
-    return make([_expression(size) for size in sizes], strides, dtype=dtype, device=device)
+def _empty(spec: Spec, device: torch.device) -> ir.TensorBox:
+    given, dtype, *order = spec
+    sizes = [_expression(size) for size in given]
+    dims = list(order[0]) if order else list(range(len(sizes)))
+    packed = ir.FlexibleLayout.contiguous_strides([sizes[d] for d in dims])
+    strides = [packed[dims.index(d)] for d in range(len(dims))]
+    return lowerings[torch.ops.aten.empty_strided.default](sizes, strides, dtype=dtype, device=device)
 
 
 def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> ir.TensorBox | tuple[ir.TensorBox, ...]:
@@ -86,9 +89,9 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         for name, value in given.items()
         if isinstance(fakes[name], Tensor)
     }
-    outputs = {name: _empty(*op.shape(**fakes)[name], first.device) for name in op.outputs}
-    plan = launches.of(op, fakes, saturates())
-    scratch = {name: _empty(sizes, dtype, first.device) for name, (sizes, dtype) in plan.scratch.items()}
+    outputs = {name: _empty(op.shape(**fakes)[name], first.device) for name in op.outputs}
+    plan = launches.of(op, fakes, nvidia())
+    scratch = {name: _empty(spec, first.device) for name, spec in plan.scratch.items()}
     known = tensors | scratch | outputs
     for launch in plan.launches:
         arguments = {

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ...arithmetic import is_inverse, parse, result_dtype
+from ...arithmetic import parse, result_dtype
 
 Steps = tuple[tuple[str, float | None], ...]
 
@@ -77,20 +77,6 @@ def value_steps(
         translated.append(("nan_from", nan))
     elif not bounded and not saturates:
         translated += clamps
-    if translated[:2] == [("float32", None), ("div_scale", None)]:
-        covered = given != "any" and _covers(factor_program)
-        translated[:2] = [("covered_div_scale" if covered else "shared_div_scale", None)]
+    if translated[:2] == [("float32", None), ("div_scale", None)] and value.itemsize == 2:
+        translated[:2] = [("shared_div_scale", None)]
     return tuple(translated)
-
-
-def _covers(factor_program: str) -> bool:
-    """Whether the factor is about the maximum over FP8's largest number, or larger: then no quotient overflows."""
-    size = 1.0
-    for name, number in parse(factor_program):
-        if name == "clamp_max" or (number is not None and number <= 0.0):
-            return False
-        if name == "mul" and number is not None:
-            size *= number
-        elif name == "div" and number is not None:
-            size /= number
-    return 1e-6 < size < 1e6 and not is_inverse(factor_program)

@@ -1,4 +1,4 @@
-"""How kernels are launched: a small rule of the row's width and the number of rows.
+"""How kernels are launched: a small rule of the row's width and the number of rows, unless ``tuned`` knows better.
 
 Found on an NVIDIA H200 (torch 2.11.0, triton 3.6.0, 2026-11-21) by timing, in CUDA graphs, 1 to 32 warps and 8 or 16
 elements a thread, for widths of 2880, 4096, 8192, 14336 and 16384 and for 1, 32 and 16384 rows. The rule
@@ -8,14 +8,16 @@ takes the best that was found, or one within 4 % of it, but for SiLU with a scal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from . import tuned
 
 # The most elements that one program holds at a time; wider rows are read in tiles, more than once.
 TILE = 16384
 # Programs that look for the maximum of a whole tensor, each leaving one number. A power of two.
 PARTS = 512
 # Fewer rows than this leave processors idle: then only the time of one program counts.
-FEW, VERY_FEW = 256, 16
+FEW = 256
 # Up to so many elements Inductor's code, one kernel, is faster than ours, two, where one scale is for the whole tensor:
 # 1.1 to 2.0 times for 1 row of 2880 to 8192. From 8 rows of 4096 on ours is, 1.1 to 1.6 times.
 TENSOR = 8192
@@ -61,17 +63,19 @@ def norm(width: int, block: int, rows: int) -> Shape:
     elements = together * segments * segment
     grouped = block < width
     if rows < FEW:
-        warps, run = (4 if rows < VERY_FEW else 8), 8
+        warps, run = 8, 8
     else:
-        warps, run = (8 if elements > 8192 else 4), (16 if grouped and elements <= 4096 else 8)
-    return Shape(together, segments, segment, tiles, _warps(warps, elements), run)
+        warps, run = (8 if elements > 8192 else 4), (16 if grouped and elements <= 8192 else 8)
+    shape = Shape(together, segments, segment, tiles, _warps(warps, elements), run)
+    return replace(shape, **tuned.choice("norm", width, block, rows < FEW))
 
 
 def row(width: int, rows: int) -> Shape:
     """For activations with a scale for each row."""
     _, segments, segment, tiles = _tile(width, width)
     warps = (16 if segment <= 4096 else 32) if rows < FEW else (4 if segment <= 4096 else 8)
-    return Shape(1, segments, segment, tiles, _warps(warps, segment), 8)
+    shape = Shape(1, segments, segment, tiles, _warps(warps, segment), 8)
+    return replace(shape, **tuned.choice("row", width, rows < FEW))
 
 
 def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape:
@@ -83,4 +87,5 @@ def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape
         warps, run = (4, 8) if few else (8, 8)
     else:
         warps, run = (2, 16) if packed else (4, 8)
-    return Shape(1, segments, segment, 1, _warps(warps, segments * segment), run)
+    shape = Shape(1, segments, segment, 1, _warps(warps, segments * segment), run)
+    return replace(shape, **tuned.choice("flat", block, few, grouped, packed))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, whole_maximum
+from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, scale_index, whole_maximum, wide
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def product(
     LIMIT: tl.constexpr,
     CAST_FIRST: tl.constexpr,
     DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """The value: activated gate times up, with the roundings of the graph."""
     if INTERLEAVED:  # read as pairs: every other element alone would be read two bytes at a time
@@ -74,17 +75,17 @@ def product(
         u = tl.load(up + up_at, mask=mask, other=0.0)
     if ACT == "clamped_swiglu":
         STEPS: tl.constexpr = DTYPE if CAST_FIRST else "float32"
-        y = clamped_swiglu(g.to(tl.float32), u.to(tl.float32), ALPHA, LIMIT, STEPS).to(dtype_called(DTYPE))
+        y = clamped_swiglu(wide(g, PTX), wide(u, PTX), ALPHA, LIMIT, STEPS).to(dtype_called(DTYPE))
     else:
-        a = activated(g.to(tl.float32), one, ACT)
+        a = activated(wide(g, PTX), one, ACT)
         if CAST_FIRST:
             a = a.to(dtype_called(DTYPE))
             if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
                 y = a * u
             else:
-                y = a.to(tl.float32) * u.to(tl.float32)
+                y = wide(a, PTX) * wide(u, PTX)
         else:
-            y = (a * u.to(tl.float32)).to(dtype_called(DTYPE))
+            y = (a * wide(u, PTX)).to(dtype_called(DTYPE))
     return y
 
 
@@ -115,6 +116,7 @@ def act_mul_quant_kernel(
     DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     GROUPED: tl.constexpr,
+    COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     FACTOR_STEPS: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
@@ -123,6 +125,7 @@ def act_mul_quant_kernel(
     SEGMENT: tl.constexpr,
     TILES: tl.constexpr,
     RUN: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """A row's gate begins at its column ``GATE_FROM``, up at ``UP_FROM``; ``INTERLEAVED``: they take turns. ``DENSE``:
     both are contiguous.
@@ -162,7 +165,20 @@ def act_mul_quant_kernel(
                 gate_at = row * gate_stride + GATE_START + STEP * columns
                 up_at = row * up_stride + UP_FROM + STEP * columns
                 y = product(
-                    gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE
+                    gate,
+                    up,
+                    gate_at,
+                    up_at,
+                    mask,
+                    one,
+                    GATE_FROM,
+                    INTERLEAVED,
+                    ACT,
+                    ALPHA,
+                    LIMIT,
+                    CAST_FIRST,
+                    DTYPE,
+                    PTX,
                 )
                 size = tl.abs(y).to(tl.float32)
                 top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
@@ -189,15 +205,21 @@ def act_mul_quant_kernel(
                         LIMIT,
                         CAST_FIRST,
                         DTYPE,
+                        PTX,
                     )
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
-                codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
     else:
-        total = rows * IN_ROW
+        begin = tl.program_id(0)
+        if BLOCK < 32:  # there may be more segments than 32 bits count
+            begin = begin.to(tl.int64)
+            total = rows * tl.full([], IN_ROW, tl.int64)
+        else:
+            total = rows * IN_ROW
         best = 0.0
-        for first in range(tl.program_id(0) * SEGMENTS, total, tl.num_programs(0) * SEGMENTS):
+        for first in range(begin * SEGMENTS, total, tl.num_programs(0) * SEGMENTS):
             at = first + segment
             row = at // IN_ROW
             columns = (at - row * IN_ROW) * BLOCK + element
@@ -210,7 +232,7 @@ def act_mul_quant_kernel(
                 gate_at = row.to(tl.int64) * gate_stride + GATE_START + STEP * columns
                 up_at = row.to(tl.int64) * up_stride + UP_FROM + STEP * columns
             y = product(
-                gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE
+                gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE, PTX
             )
             size = tl.abs(y).to(tl.float32)
             if value_out is not None and maxima is None:
@@ -221,9 +243,10 @@ def act_mul_quant_kernel(
                 if GROUPED:
                     top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
                 if GROUPED:
-                    tl.store(scale_out + at, apply_steps(SCALE_STEPS, top, top), mask=at < total)
+                    scale_at = scale_index(row, at - row * IN_ROW, rows, IN_ROW, COLUMN_MAJOR)
+                    tl.store(scale_out + scale_at, apply_steps(SCALE_STEPS, top, top), mask=at < total)
         if maxima_out is not None:
             tl.store(maxima_out + tl.program_id(0), best)

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import globaltimer
 from triton.language.extra.hip import memrealtime
 
 from .rms_norm_quant import normalised
-from .steps import apply_steps, dtype_called, mask_of, nan_max
+from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
 # Words of a channel's state.
 TURN, ENDED, TICKET, FAILED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -101,25 +101,25 @@ def at(peers, peer, offset, like):
 @triton.jit
 def finish(
     reduced, row, columns, element, mask, residual, residual_stride, weights, factor,
-    q, scale_out, value_out, residual_out, reduced_out,
+    q, scale_out, value_out, residual_out, reduced_out, all_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, ONE_SCALE: tl.constexpr,
-    SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr,
+    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
+    ONE_SCALE: tl.constexpr, SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
+    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """What follows the sum, for one row."""
+    """What follows the sum, for one row; ``all_rows``: how many the tensors have, of which a call may be a part."""
     if reduced_out is not None:
         tl.store(reduced_out + row * WIDTH + columns, reduced, mask=mask)
     if NORM:
         value = reduced
         if residual is not None:
             addend = tl.load(residual + row * residual_stride + columns, mask=mask, other=0.0)
-            value = (addend.to(tl.float32) + reduced.to(tl.float32)).to(dtype_called(SUM))
+            value = (wide(addend, PTX) + wide(reduced, PTX)).to(dtype_called(SUM))
         if residual_out is not None:
             tl.store(residual_out + row * WIDTH + columns, value.to(residual_out.dtype.element_ty), mask=mask)
-        wide = value.to(tl.float32)
-        mean = tl.sum(tl.reshape(wide * wide, [SEGMENTS * SEGMENT]), 0) * (1.0 / WIDTH)
-        y = normalised(value, libdevice.rsqrt(mean + EPS), weights, OFFSET, CAST_FIRST, DTYPE)
+        value32 = wide(value, PTX)
+        mean = tl.sum(tl.reshape(value32 * value32, [SEGMENTS * SEGMENT]), 0) * (1.0 / WIDTH)
+        y = normalised(value, libdevice.rsqrt(mean + EPS), weights, OFFSET, CAST_FIRST, DTYPE, PTX)
         if value_out is not None:
             tl.store(value_out + row * WIDTH + columns, y, mask=mask)
         if q is not None:
@@ -129,19 +129,20 @@ def finish(
                     top = top.to(dtype_called(VALUE))[:, None]
                     group = tl.arange(0, SEGMENTS)[:, None]
                     scales = apply_steps(SCALE_STEPS, top, top)
-                    tl.store(scale_out + row * (WIDTH // BLOCK) + group, scales, mask=group < WIDTH // BLOCK)
+                    scale_at = scale_index(row, group, all_rows, WIDTH // BLOCK, COLUMN_MAJOR)
+                    tl.store(scale_out + scale_at, scales, mask=group < WIDTH // BLOCK)
                 else:
                     top = tl.reduce(top, 0, nan_max).to(dtype_called(VALUE))
                     tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
                 factor = apply_steps(FACTOR_STEPS, top, top)
-            codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+            codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
             # A thread writes as many as it reads, 16 bytes of x: else they would change hands.
             tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, 8]), codes, mask=mask)
 
 
 @triton.jit
 def total(
-    peers, rank, x, x_at, columns, mask, offset, slot, W: tl.constexpr,
+    peers, rank, x, x_at, columns, mask, offset, slot, W: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The sum over ranks, in their order, in float32, rounded to the dtype of ``x``; slots are ``slot`` bytes apart."""
     for p in tl.static_range(W):
@@ -150,21 +151,21 @@ def total(
         else:
             part = tl.load(at(peers, rank, offset + p * slot, x) + columns, mask=mask, other=0.0)
         if p == 0:
-            wide = part.to(tl.float32)
+            sums = wide(part, PTX)
         else:
-            wide = wide + part.to(tl.float32)
-    return wide.to(x.dtype.element_ty)
+            sums = sums + wide(part, PTX)
+    return sums.to(x.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "all_rows"])
 def one_shot_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, state, late, rank, rows, x_stride, other_stride, residual_stride, start, half, limit,
+    peers, state, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, start, half, limit,
     W: tl.constexpr, BLOCKS: tl.constexpr, TICKETS: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr,
+    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr,
+    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Every rank sends its row to every other, and sums all of them; a block has one row.
 
@@ -189,11 +190,12 @@ def one_shot_kernel(
         reduced = tl.load(x + row * x_stride + columns, mask=mask, other=0.0)
         if other is not None:
             more = tl.load(other + row * other_stride + columns, mask=mask, other=0.0)
-            reduced = (reduced.to(tl.float32) + more.to(tl.float32)).to(reduced.dtype)
+            reduced = (wide(reduced, PTX) + wide(more, PTX)).to(reduced.dtype)
         finish(
             reduced, row, columns, element, mask, residual, residual_stride, weights, factor,
-            q, scale_out, value_out, residual_out, reduced_out, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST, SUM, DTYPE,
-            VALUE, GROUPED, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT, NORM,
+            q, scale_out, value_out, residual_out, reduced_out, all_rows, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST, SUM,
+            DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT,
+            NORM, PTX,
         )  # fmt: skip
     else:
         TENSORS: tl.constexpr = 1 if other is None else 2
@@ -214,28 +216,29 @@ def one_shot_kernel(
                     there = base + rank * slot + rows.to(tl.int64) * ROW
                     tl.store(at(peers, peer, there, other) + columns, more, mask=mask)
             if exchange(peers, state, late, rank, turn, block, limit, 0, W, BLOCKS, CLOCK):
-                reduced = total(peers, rank, x, row * x_stride, columns, mask, base, slot, W)
+                reduced = total(peers, rank, x, row * x_stride, columns, mask, base, slot, W, PTX)
                 if other is not None:
                     there = base + rows.to(tl.int64) * ROW
-                    second = total(peers, rank, other, row * other_stride, columns, mask, there, slot, W)
-                    reduced = (reduced.to(tl.float32) + second.to(tl.float32)).to(reduced.dtype)
+                    second = total(peers, rank, other, row * other_stride, columns, mask, there, slot, W, PTX)
+                    reduced = (wide(reduced, PTX) + wide(second, PTX)).to(reduced.dtype)
                 finish(
                     reduced, row, columns, element, mask, residual, residual_stride, weights, factor,
-                    q, scale_out, value_out, residual_out, reduced_out, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST, SUM,
-                    DTYPE, VALUE, GROUPED, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT, NORM,
+                    q, scale_out, value_out, residual_out, reduced_out, all_rows, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST,
+                    SUM, DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS,
+                    SEGMENTS, SEGMENT, NORM, PTX,
                 )  # fmt: skip
         end(state, turn)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "all_rows"])
 def two_shot_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, state, late, rank, rows, x_stride, other_stride, residual_stride, start, half, limit,
+    peers, state, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, start, half, limit,
     W: tl.constexpr, BLOCKS: tl.constexpr, TICKETS: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr,
+    SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr,
+    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Every rank sums one row of ``W`` and sends the sum to all; a block has ``W`` rows.
 
@@ -267,10 +270,10 @@ def two_shot_kernel(
         if exchange(peers, state, late, rank, turn, block, limit, 0, W, BLOCKS, CLOCK):
             row = first + rank
             mask = here & (row < rows)
-            reduced = total(peers, rank, x, row * x_stride, columns, mask, to_sum, slot, W)
+            reduced = total(peers, rank, x, row * x_stride, columns, mask, to_sum, slot, W, PTX)
             if other is not None:
-                second = total(peers, rank, other, row * other_stride, columns, mask, to_sum + ROW, slot, W)
-                reduced = (reduced.to(tl.float32) + second.to(tl.float32)).to(reduced.dtype)
+                second = total(peers, rank, other, row * other_stride, columns, mask, to_sum + ROW, slot, W, PTX)
+                reduced = (wide(reduced, PTX) + wide(second, PTX)).to(reduced.dtype)
             for i in tl.static_range(W):
                 peer = (rank + i) & (W - 1)
                 tl.store(at(peers, peer, start + half + row * ROW, x) + columns, reduced, mask=mask)
@@ -288,8 +291,8 @@ def two_shot_kernel(
                         sums = tl.load(at(peers, rank, start + half + each * ROW, x) + columns, mask=here, other=0.0)
                         finish(
                             sums, each, columns, element, here, residual, residual_stride, weights, factor,
-                            q, scale_out, value_out, residual_out, reduced_out, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST,
-                            SUM, DTYPE, VALUE, GROUPED, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS,
-                            SEGMENTS, SEGMENT, NORM,
+                            q, scale_out, value_out, residual_out, reduced_out, all_rows, WIDTH, BLOCK, EPS, OFFSET,
+                            CAST_FIRST, SUM, DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS,
+                            VALUE_STEPS, SEGMENTS, SEGMENT, NORM, PTX,
                         )  # fmt: skip
     end(state, turn)

@@ -4,33 +4,41 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, whole_maximum
+from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
 
 
 @triton.jit
-def summed_row(x, residual, x_at, residual_at, mask, SUM: tl.constexpr):
+def summed_row(x, residual, x_at, residual_at, mask, SUM: tl.constexpr, PTX: tl.constexpr):
     """What is normalised: x, or residual + x rounded to ``SUM``."""
     value = tl.load(x + x_at, mask=mask, other=0.0)
     if residual is not None:
         other = tl.load(residual + residual_at, mask=mask, other=0.0)
-        value = (other.to(tl.float32) + value.to(tl.float32)).to(dtype_called(SUM))
+        value = (wide(other, PTX) + wide(value, PTX)).to(dtype_called(SUM))
     return value
 
 
 @triton.jit
-def normalised(value, statistic, weight, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, DTYPE: tl.constexpr):
+def normalised(
+    value,
+    statistic,
+    weight,
+    OFFSET: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
     """The norm's value, with the roundings of the graph."""
-    y = value.to(tl.float32) * statistic
+    y = wide(value, PTX) * statistic
     if CAST_FIRST:
         y = y.to(dtype_called(DTYPE))
     if weight is not None:
         w = weight
         if OFFSET is not None:
-            w = w.to(tl.float32) + OFFSET
+            w = wide(w, PTX) + OFFSET
         if y.dtype == w.dtype:  # of half precision too: the product of two is exact before it is rounded
             y = y * w
         else:
-            y = y.to(tl.float32) * w.to(tl.float32)
+            y = wide(y, PTX) * wide(w, PTX)
     if not CAST_FIRST:
         y = y.to(dtype_called(DTYPE))
     return y
@@ -60,6 +68,7 @@ def rms_norm_quant_kernel(
     DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     GROUPED: tl.constexpr,
+    COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     FACTOR_STEPS: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
@@ -69,6 +78,7 @@ def rms_norm_quant_kernel(
     SEGMENT: tl.constexpr,
     TILES: tl.constexpr,
     RUN: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Programs take ``ROWS`` rows at a time; a row is ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements
     (padded to ``SEGMENT``, a power of two). ``GROUPED``: a segment is a group that has a scale of its own.
@@ -106,13 +116,17 @@ def rms_norm_quant_kernel(
         for tile in tl.static_range(TILES):
             columns = tile * COLUMNS + tile_columns
             mask = mask_of(columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
-            value = summed_row(x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM)
+            value = summed_row(x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM, PTX)
             if residual_out is not None:
                 rounded = value.to(residual_out.dtype.element_ty)
                 tl.store(residual_out + row * WIDTH + columns, rounded, mask=mask)
-            wide = value.to(tl.float32)
-            total = wide * wide if TILES == 1 else total + wide * wide
-        mean = tl.sum(tl.reshape(total, [ROWS, SEGMENTS * SEGMENT]), 1) * (1.0 / WIDTH)
+            value32 = wide(value, PTX)
+            total = value32 * value32 if TILES == 1 else total + value32 * value32
+        if ROWS == 1:  # one reduction; where a warp has several rows, Triton 3.6 adds across them after a reshape
+            squares = tl.sum(tl.reshape(total, [1, SEGMENTS * SEGMENT]), 1)
+        else:
+            squares = tl.sum(tl.sum(total, 2), 1)
+        mean = squares * (1.0 / WIDTH)
         statistic = libdevice.rsqrt(mean + EPS)[:, None, None]
 
         # The maximum of each row, where nothing can be quantised before it is known. What is masked counts as 0, or,
@@ -124,13 +138,13 @@ def rms_norm_quant_kernel(
                 mask = mask_of(columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
                 if TILES > 1:
                     value = summed_row(
-                        x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM
+                        x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM, PTX
                     )
                 if weight is not None and TILES > 1:
                     these = tl.load(weight + columns, mask=mask, other=0.0)
                 else:
                     these = weights
-                y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE)
+                y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE, PTX)
                 if value_out is not None and maxima_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 size = tl.abs(y).to(tl.float32)
@@ -149,21 +163,21 @@ def rms_norm_quant_kernel(
                 mask = mask_of(columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
                 if TILES > 1:
                     value = summed_row(
-                        x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM
+                        x, residual, row * x_stride + columns, row * residual_stride + columns, mask, SUM, PTX
                     )
                 if TILES > 1 or not ROW_FIRST:
                     if weight is not None and TILES > 1:
                         these = tl.load(weight + columns, mask=mask, other=0.0)
                     else:
                         these = weights
-                    y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE)
+                    y = normalised(value, statistic, these, OFFSET, CAST_FIRST, DTYPE, PTX)
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 if GROUPED:
                     size = tl.abs(y).to(tl.float32)
                     top = tl.reduce(size, 2, nan_max).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor).to(q.dtype.element_ty)
+                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
                 at = tl.max_contiguous(row * WIDTH + columns, [1, 1, RUN])
                 tl.store(q + at, codes, mask=mask)
@@ -171,7 +185,8 @@ def rms_norm_quant_kernel(
                     group = tile * SEGMENTS + segment
                     scales = apply_steps(SCALE_STEPS, top, top)
                     exists = (group < WIDTH // BLOCK) & present
-                    tl.store(scale_out + row * (WIDTH // BLOCK) + group, scales, mask=exists)
+                    scale_at = scale_index(row, group, rows, WIDTH // BLOCK, COLUMN_MAJOR)
+                    tl.store(scale_out + scale_at, scales, mask=exists)
 
     if maxima_out is not None:
         tl.store(maxima_out + tl.program_id(0), best)

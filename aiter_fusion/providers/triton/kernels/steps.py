@@ -36,56 +36,56 @@ def nan_max(a, b):
 
 
 @triton.jit
+def wide(x, PTX: tl.constexpr):
+    """x in float32. ``PTX``: the compiler takes three instructions for two elements of bfloat16, and needs only two."""
+    if PTX and x.dtype == tl.bfloat16 and x.numel % 2 == 0:
+        halves: tl.constexpr = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
+        y = tl.inline_asm_elementwise(halves, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def reciprocal_of_normal(x):
     """``1 / x`` within two units in the last place for x between 2**-126 and 2**126, and right for 0 and infinity."""
     return libdevice.fast_dividef(1.0, x)
 
 
 @triton.jit
-def shared_division(x, s, CORRECTIONS: tl.constexpr, COVERS: tl.constexpr):
-    """``x / s`` in float32 for many x that share an s, correctly rounded as far as FP8 reaches.
+def shared_division(x, s, PTX: tl.constexpr):
+    """``x / s`` in float32 for many x of half precision that share an s, as far as a cast to FP8 afterwards can tell.
 
-    A reciprocal for each s and corrections by fused multiply-adds for each x (Markstein 1990), where a division takes
-    more instructions. Two corrections are right for every x. For an x of half precision one is, as far as the cast to
-    FP8 that follows can tell: only quotients beside the middle of two FP8 numbers matter, which are few enough to try
-    all (``tests/test_gpu.py`` does).
+    ``x * r + x * rest``, where r and rest are the reciprocal of s in two parts: two instructions for each x, where a
+    division takes more. Before it is rounded the result is right but for 2**-43 of it, and only quotients beside the
+    middle of two FP8 numbers matter, which are few enough to try all (``tests/test_gpu.py`` does).
 
-    c, a power of two, brings s near 1, where the corrections are exact, and negates x, which later would cost an
-    instruction. Where s is 0 or infinite a correction would be 0 * inf: s2 and r2 make it add nothing.
-
-    COVERS: s is positive and about the largest x over FP8's largest number, so no quotient is much larger. Otherwise
-    quotients are cut off far above what FP8 can hold, lest a correction be inf - inf.
+    c, a power of two with the sign of s, brings s near 1: nothing overflows or is subnormal on the way. r is a little
+    too small, so that rest is positive: no infinities cancel, and zeros keep their signs. For an s of 0 or infinity,
+    r is infinite or 0; rest, any number then, must not be 0, since x may be infinite.
     """
-    exponent = tl.minimum(s.to(tl.int32, bitcast=True) & 0x7F800000, 252 << 23)
-    c = ((253 << 23) - exponent).to(tl.float32, bitcast=True)
+    bits = s.to(tl.int32, bitcast=True)
+    exponent = tl.minimum(bits & 0x7F800000, 252 << 23)
+    c = (((253 << 23) - exponent) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
     near = s * c
-    if not COVERS:
-        c = tl.where(near < 0.0, -c, c)
-        near = tl.abs(near)
-    r = reciprocal_of_normal(near) * -1.0  # a minus sign would make +0 of 0
-    s2 = tl.minimum(tl.maximum(near, 2.0**-126), 2.0**126)
-    r2 = tl.where(near == 0.0, 1.0, r)
+    reciprocal = reciprocal_of_normal(near)
+    r = reciprocal * (1.0 - 2.0**-21)
+    error = tl.fma(near * -1.0, r, 1.0)
+    rest = tl.where(error == error, tl.fma(error, error, error) * reciprocal, 2.0**-126)
     if x.dtype == tl.bfloat16:  # a product with a power of two is exact, and two products are one instruction
-        n = (x * (-c).to(tl.bfloat16)).to(tl.float32)
+        n = wide(x * c.to(tl.bfloat16), PTX)
     else:
-        n = x.to(tl.float32) * -c
-    q = n * r
-    if not COVERS:
-        q = tl.maximum(q, -(2.0**20), propagate_nan=tl.PropagateNan.ALL)
-        q = tl.minimum(q, 2.0**20, propagate_nan=tl.PropagateNan.ALL)
-    for _ in tl.static_range(CORRECTIONS):
-        q = tl.fma(tl.fma(q, s2, n), r2, q)
-    return q
+        n = x.to(tl.float32) * c
+    return tl.fma(n, r, n * rest)
 
 
 @triton.jit
-def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale):
+def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.constexpr):
     """One step of a program."""
     if NAME == "float32" or NAME == "bfloat16" or NAME == "float16":
         result = value.to(dtype_called(NAME))
-    elif NAME == "covered_div_scale" or NAME == "shared_div_scale":
-        CORRECTIONS: tl.constexpr = 1 if value.dtype.primitive_bitwidth == 16 else 2
-        result = shared_division(value, scale.to(tl.float32), CORRECTIONS, NAME == "covered_div_scale")
+    elif NAME == "shared_div_scale":
+        result = shared_division(value, scale.to(tl.float32), PTX)
     else:
         x = value.to(tl.float32)
         if NAME == "mul":
@@ -120,10 +120,10 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale):
 
 
 @triton.jit
-def apply_steps(STEPS: tl.constexpr, value, scale):
-    """A whole program."""
+def apply_steps(STEPS: tl.constexpr, value, scale, PTX: tl.constexpr = False):
+    """A whole program. ``PTX``: for a GPU of NVIDIA."""
     for i in tl.static_range(step_count(STEPS)):
-        value = apply_step(step_name(STEPS, i), step_number(STEPS, i), value, scale)
+        value = apply_step(step_name(STEPS, i), step_number(STEPS, i), value, scale, PTX)
     return value
 
 
@@ -153,3 +153,13 @@ def mask_of(
     if SOME_ABSENT:
         mask = mask & present
     return mask
+
+
+@triton.jit
+def scale_index(row, group, rows, GROUPS: tl.constexpr, COLUMN_MAJOR: tl.constexpr):
+    """Where the scale of a row's group lies."""
+    if COLUMN_MAJOR:
+        at = group.to(tl.int64) * rows + row
+    else:
+        at = row.to(tl.int64) * GROUPS + group
+    return at

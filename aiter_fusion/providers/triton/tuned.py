@@ -1,0 +1,107 @@
+"""Launch shapes that ``aiter-fusion tune`` measured on this machine; they win over the rule (``rules.py``).
+
+One JSON file for each GPU model and version of Triton, in ``$AITER_FUSION_CACHE``, else ``aiter_fusion`` in
+``$XDG_CACHE_HOME`` or ``~/.cache``. It only says how kernels are launched; a file that does not exist changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ... import platform
+
+# What of a launch shape a measurement may choose.
+FREE = frozenset({"warps", "run", "segments"})
+
+Choice = Mapping[str, int]
+_tried: dict[str, Choice] = {}
+
+
+def path() -> Path | None:
+    """The file for this process's first GPU, whether it exists or not; None without a GPU or without Triton."""
+    version = platform.triton_version()
+    if version is None or not torch.cuda.is_available():
+        return None
+    given, home = os.environ.get("AITER_FUSION_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(given) if given else (Path(home) if home else Path.home() / ".cache") / "aiter_fusion"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+    return folder / f"launches-{name}-triton-{version}.json"
+
+
+@functools.cache
+def _content() -> str:
+    file = path()
+    return file.read_text() if file is not None and file.exists() else ""
+
+
+@functools.cache
+def choices() -> Mapping[str, Choice]:
+    """What was measured: a rule's name and arguments -> what it chooses. Read once a process.
+
+    Raises:
+        ValueError: the file does not hold that.
+    """
+    content = _content()
+    if not content:
+        return {}
+    try:
+        found = json.loads(content)["launches"]
+        valid = all(
+            choice.keys() <= FREE and all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in choice.values())
+            for choice in found.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid, found = False, {}
+    if not valid:
+        raise ValueError(f"{path()} is not what 'aiter-fusion tune' writes: delete it, or run that again")
+    return found
+
+
+def state() -> str:
+    """What compiled code depends on besides its sources: a hash of the file, empty if there is none."""
+    content = _content()
+    return hashlib.sha256(content.encode()).hexdigest() if content else ""
+
+
+def key(rule: str, *arguments: int | bool) -> str:
+    """How the file names a rule and its arguments."""
+    return " ".join([rule, *(str(int(argument)) for argument in arguments)])
+
+
+def choice(rule: str, *arguments: int | bool) -> Choice:
+    """What was measured, or is being tried, for a rule and its arguments; empty if nothing was."""
+    named = key(rule, *arguments)
+    return _tried[named] if named in _tried else choices().get(named, {})
+
+
+@contextmanager
+def trying(candidates: Mapping[str, Choice]) -> Iterator[None]:
+    """Use these choices instead of the file's."""
+    known = dict(_tried)
+    _tried.update(candidates)
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(known)
+
+
+def write(file: Path, measured: Mapping[str, Choice], conditions: Mapping[str, str | None]) -> None:
+    """Add to the file, and note under which conditions that was measured."""
+    known = dict(choices()) if file == path() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"conditions": conditions, "launches": dict(sorted({**known, **measured}.items()))}
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(file)
+    _content.cache_clear()
+    choices.cache_clear()
