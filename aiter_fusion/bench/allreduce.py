@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from tabulate import tabulate
 from torch import Tensor
 
@@ -230,7 +231,7 @@ def measure(world: int, hidden: Sequence[int], rows: Sequence[int], command: str
         raise RuntimeError(f"{world} GPUs asked for; this machine has {torch.cuda.device_count()}, and 2 are the least")
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     with tempfile.TemporaryDirectory(prefix="aiter_fusion_") as folder:
-        torch.multiprocessing.spawn(_process, (world, folder, tuple(hidden), tuple(rows), quick), nprocs=world)
+        spawn(_process, (world, folder, tuple(hidden), tuple(rows), quick), nprocs=world)
         made = json.loads((Path(folder) / "rows.json").read_text())
     return Result(conditions(command), made["link_rate"], tuple(Row(**row) for row in made["rows"]))
 

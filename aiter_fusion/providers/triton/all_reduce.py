@@ -59,11 +59,11 @@ class Window:
 
 # AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
 ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
-# The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule, which
-# leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for the
-# rest, never was.
-# Measured by ``bench allreduce`` on NVIDIA H200 (NVLink without multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21)
-# in bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
+# The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule,
+# which leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for
+# the rest, never was.
+# Measured by ``bench allreduce`` on NVIDIA H200 (NVLink, no multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21) in
+# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
 # 8192 (416, one 425); of 4 ranks one for 80 rows (19.3, two 22.2), two for 128 (25.3, one 26.3).
 MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
     2: ((32 * MIB, "one_shot"), (math.inf, "two_shot")),
@@ -108,7 +108,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
     if torch.version.hip is not None:
         return "its all-reduces have not been run on AMD GPUs"
-    ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(arguments["group"]))
+    ranks = dist.get_process_group_ranks(_process_group(arguments["group"]))
     if len(ranks) not in WORLDS:
         return f"a group of {len(ranks)}; its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
     if not agreement.on_one_host(ranks):
@@ -205,6 +205,10 @@ def flags_size(world: int) -> int:
     return PHASES * BLOCKS * world * 4
 
 
+def _process_group(name: str) -> Any:
+    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+
+
 _communicators: dict[tuple[str, torch.device], Communicator] = {}
 
 
@@ -212,7 +216,7 @@ def communicator(group: str, device: torch.device) -> Communicator:
     """The one of a group and a device; another when the group of that name is another."""
     import torch.distributed as dist
 
-    process_group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    process_group = _process_group(group)
     known = _communicators.get((group, device))
     if known is None or known.process_group is not process_group:
         late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
@@ -294,7 +298,7 @@ def _then_quantise(op: FusedOp, nvidia: bool, arguments: dict[str, Any]) -> dict
     from . import run as run_kernels
 
     given = dict(arguments)
-    sizes, dtype = op.shape(**arguments)["reduced"]
+    sizes, dtype, *_ = op.shape(**arguments)["reduced"]
     x, other, group = given.pop("x"), given.pop("other"), given.pop("group")
     reduced = x.new_empty(sizes, dtype=dtype)
     known = constants(op, arguments, x.shape[-1], nvidia) | {"NORM": False, "BLOCK": x.shape[-1], "SEGMENTS": 1}
@@ -328,7 +332,8 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
             stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
         known.stream = stream
         if channel is None:
-            x, other = (_plainly(t, arguments["group"]) if t is not None else None for t in (x, other))
+            x = _plainly(x, arguments["group"])
+            other = None if other is None else _plainly(other, arguments["group"])
             given = _views({**arguments, "x": x, "other": other}, outputs, width)
             _kernel("one_shot")[(rows,)](
                 **given, **constants, **_placed(None, known, rows, rows, x), num_warps=warps(constants)
