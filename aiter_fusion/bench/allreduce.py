@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 from tabulate import tabulate
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from .. import ops  # noqa: F401  (importing ops registers them)
 from ..op import find
