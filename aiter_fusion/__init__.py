@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .patterns.registry import fused_op, register_form, register_fusion, register_provider
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .prepared import prepare
+    from .providers.triton.all_reduce import LateRankError, check
     from .report import FusionReport, Site
 
 __version__ = "0.1.0"
@@ -40,6 +41,8 @@ _HOME = {
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
     "prepare": "prepared",
+    "check": "providers.triton.all_reduce",
+    "LateRankError": "providers.triton.all_reduce",
     "FusionReport": "report",
     "Site": "report",
 }
@@ -47,7 +50,9 @@ __all__ = [
     "Backend",
     "FusionError",
     "FusionReport",
+    "LateRankError",
     "Site",
+    "check",
     "dump",
     "explain",
     "fused_op",

@@ -2,4 +2,5 @@
 
 from .cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # processes that a benchmark starts import this module too
+    raise SystemExit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch._inductor.compile_fx import compile_fx
 from . import config, ops, platform, report  # noqa: F401  (importing ops registers them)
 from .passes.manager import compose
 from .passes.oracle import Oracle
+from .patterns.fusions import FUSIONS
 from .providers import PROVIDERS
 
 SLOT = "post_grad_custom_pre_pass"
+# Families that all processes must take, or none.
+JOINTLY = frozenset(fusion.family for fusion in FUSIONS if fusion.jointly)
 
 
 class FusionError(RuntimeError):
@@ -105,17 +109,28 @@ class Backend:
                 "before, with inputs of the same shapes and dtypes, in the same grad mode"
             )
         patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **inductor}
+        existing = patches.get(SLOT, getattr(inductor_config, SLOT))
+        manager = compose(existing, self.options)
+        manager.publish()
         if self.options.does_nothing:
             compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
             self._check(report.keep(report.FusionReport(note="level 0: plain Inductor")))
             return compiled  # type: ignore[return-value]
-        existing = patches.get(SLOT, getattr(inductor_config, SLOT))
-        patches[SLOT] = compose(existing, self.options)
         if report.is_recording():
             patches["force_disable_caches"] = True
         before = report.begin(counters["inductor"])
-        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+        compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
         made = report.collect(counters["inductor"], before)
+        if made is not None and JOINTLY & made.replaced.keys() and manager.why_unlike():
+            # It came from the cache, where it was put when all processes compiled alike; no pass has asked again.
+            report.discard(made)
+            without = replace(
+                self.options, disable=self.options.disable | JOINTLY, enable=self.options.enable - JOINTLY
+            )
+            patches[SLOT] = compose(existing, without)
+            before = report.begin(counters["inductor"])
+            compiled = compile_fx(gm, example_inputs, config_patches=patches)
+            made = report.collect(counters["inductor"], before)
         if made is not None:
             self._check(made)
         return compiled  # type: ignore[return-value]

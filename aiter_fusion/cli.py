@@ -27,6 +27,7 @@ from tabulate import tabulate
 from . import __version__, config, platform
 from . import report as report_module
 from .backend import Backend, explain, reports
+from .bench import allreduce as bench_allreduce
 from .bench import model as bench_model
 from .bench import ops as bench_ops
 from .bench import tune as bench_tune
@@ -323,6 +324,14 @@ def _add_bench(commands: Any) -> None:
     text = f"also the host's time to launch {bench_model.HOST_WORKLOAD}, without CUDA graphs"
     model.add_argument("--host", action="store_true", help=text)
     model.add_argument("--json", metavar="FILE", help="write the result")
+    summary = "all-reduce, norm and quantisation on the GPUs of this host, against NCCL and symmetric memory"
+    reduce = _command(kinds, "allreduce", bench_allreduce.command, summary)
+    reduce.add_argument("--world", type=_positive, metavar="N", help="GPUs (default: all of this host)")
+    for name, default in (("--hidden", bench_allreduce.HIDDEN), ("--rows", bench_allreduce.ROWS)):
+        text = f"default: {' '.join(map(str, default))}"
+        reduce.add_argument(name, type=_positive, nargs="+", default=default, metavar="N", help=text)
+    reduce.add_argument("--quick", action="store_true", help="of our ways only the one that is chosen")
+    reduce.add_argument("--json", metavar="FILE", help="write the result")
 
 
 # ---- tune --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "aiter_fusion"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# One for each overload: PyTorch 2.11 to 2.13 abort at exit, taking down a library that has defined overloads of one op
+# with three outputs, three and another number, in this order.
+_LIBRARIES: list[torch.library.Library] = []
 
 Implementation = Callable[..., Any]
 # Sizes and dtype of a dense tensor and, unless it is contiguous, its dimensions, the outermost in memory first.
@@ -53,6 +55,8 @@ class FusedOp:
     samples:    argument sets for tests, with hostile rows.
     layouts:    arguments that say how outputs lie in memory, in the order in which the planner tries them: the last is
                 for contiguous outputs, each other for where the graph would transpose and copy them.
+    order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
+                gives them values whose sums are exact.
     """
 
     family: str
@@ -64,6 +68,7 @@ class FusedOp:
     samples: Callable[[], Iterator[dict[str, Any]]]
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = Tolerance()
+    order_free: frozenset[str] = frozenset()
 
     @property
     def overload_name(self) -> str:
@@ -130,7 +135,9 @@ def fused_op(
     returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
-    _LIBRARY.define(
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _LIBRARIES.append(library)
+    library.define(
         f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})',
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     )
@@ -143,7 +150,7 @@ def fused_op(
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         return declaration.pack(declaration.allocate(**dict(zip(names[:-1], args, strict=False))))
 
-    _LIBRARY.impl(qualified, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
+    library.impl(qualified, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=library)
     registry.setdefault(declaration.family, {})[declaration.features] = declaration
     return declaration

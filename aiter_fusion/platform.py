@@ -36,7 +36,7 @@ EXPERIMENTAL_ARCHITECTURES = dict.fromkeys(("gfx1100", "gfx1151", "gfx1201", "gf
 
 def require_torch(version: str = torch.__version__) -> None:
     """Raise a RuntimeError if PyTorch is older than this package can work with."""
-    if _release(version) < OLDEST_TORCH:
+    if release(version) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise RuntimeError(
             f"aiter_fusion needs torch >= {oldest}, found {version}: pip install --upgrade 'torch>={oldest}'"
@@ -45,7 +45,7 @@ def require_torch(version: str = torch.__version__) -> None:
 
 def why_untested(version: str = torch.__version__) -> str | None:
     """What to say about a PyTorch newer than any that this package was tested with, or None if it is not."""
-    if _release(version) <= NEWEST_TESTED_TORCH:
+    if release(version) <= NEWEST_TESTED_TORCH:
         return None
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
     return (
@@ -55,7 +55,7 @@ def why_untested(version: str = torch.__version__) -> str | None:
     )
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """(2, 13) of 2.13.0+cpu."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 

@@ -26,11 +26,13 @@ REASONS = {
     "producer": "what is quantised comes from an operation that no fusion takes",
     "boundary": "the value comes from outside the graph: its producer is an input or in the graph before a break",
     "unquantised": "the value is not quantised to FP8",
+    "unnormalised": "no RMSNorm reads the all-reduced value",
     "unknown": "a cast to FP8 whose arithmetic no form describes",
     "starved": "another site has taken the value that this one would fuse with",
     "level": "the optimisation level does not include this fusion",
     "disabled": "the fusion is switched off by name",
     "training": "the graph is compiled for training",
+    "collective": "the reduction or its group is none that a fused op takes, or its processes do not compile alike",
     "eps": "the eps of a norm is a tensor, which the fused ops do not take",
     "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
     "no_kernel": "no provider on this machine has a kernel",
@@ -305,6 +307,11 @@ def keep(report: FusionReport) -> FusionReport:
         payload_fn=report.to_json,
     )
     return report
+
+
+def discard(report: FusionReport) -> None:
+    """Forget the report of a graph that is compiled anew."""
+    _STORE.reports.remove(report)
 
 
 class _Handler(logging.StreamHandler):

@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import getArtifactLogger, trace_structured
 from torch.fx._utils import lazy_format_graph_code
 
-from .. import config, platform, record, report
+from .. import agreement, config, platform, record, report
 from ..config import Options
 from ..patterns import registry
 from ..providers import PROVIDERS, can_be_asked
@@ -81,7 +81,7 @@ class PassManager(CustomGraphPass):
         try:
             fusions = [f for f in registry.fusions() if can_be_asked(self.options.provider, f.only)]
             recognised = recognise(graph, registry.forms(fusions), self.options.strict)
-            planned = plan(graph, recognised, fusions, self.options, training=not is_inference)
+            planned = plan(graph, recognised, fusions, self.options, not is_inference, self.why_unlike)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
             if self.options.strict:
@@ -114,15 +114,28 @@ class PassManager(CustomGraphPass):
             made = replace(made, recorded=(recorded,))
         return made
 
+    def publish(self) -> None:
+        """Tell the other processes of a distributed job what this one compiles with."""
+        agreement.publish(self._facts())
+
+    def why_unlike(self) -> str | None:
+        """Why the processes of a distributed job do not compile alike, or None if they do."""
+        return agreement.why_unlike(self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        """All that the rewritten graph depends on besides the graph, by a name for messages."""
+        facts = {**_canonical(self.options), "the source of aiter_fusion": source_hash()[:12], **environment()}
+        return {name: repr(value) for name, value in facts.items()}
+
     def uuid(self) -> Any | None:
         """Everything that the result depends on besides the graph; None (no caching) if something of the user's, a pass
-        or a form, has none."""
+        or a form, has none, or if sites are to be verified, which several processes can only do together."""
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         registered = registry.identity()
-        if not all(theirs) or registered is None:
+        if not all(theirs) or registered is None or (self.options.verify and in_group()):
             return None
         options = repr(_canonical(self.options))
-        return ("aiter_fusion", source_hash(), registered, options, environment(), tuple(theirs))
+        return ("aiter_fusion", source_hash(), registered, options, repr(environment()), tuple(theirs))
 
 
 def show(graph: fx.Graph, stage: str) -> None:
@@ -146,17 +159,17 @@ def _name_of(user_pass: UserPass) -> str:
     return getattr(user_pass, "__name__", type(user_pass).__name__)
 
 
-def _canonical(options: Options) -> tuple[Any, ...]:
-    """The options in an order that does not depend on the hash seed of the process."""
-    return (
-        options.level,
-        options.provider,
-        options.numerics,
-        options.strict,
-        options.verify,
-        sorted(options.disable),
-        sorted(options.enable),
-    )
+def _canonical(options: Options) -> dict[str, Any]:
+    """The options that decide what becomes of a graph, in an order that does not depend on the process's hash seed."""
+    return {
+        "level": options.level,
+        "provider": options.provider,
+        "numerics": options.numerics,
+        "strict": options.strict,
+        "verify": options.verify,
+        "disable": sorted(options.disable),
+        "enable": sorted(options.enable),
+    }
 
 
 @lru_cache(maxsize=1)
@@ -174,21 +187,28 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def environment() -> tuple[Any, ...]:
-    """Versions, architecture, process group and preferences: what decides which provider a site gets. Neither rank nor
-    path."""
+def in_group() -> bool:
+    """Whether this is one of the processes of a distributed job."""
     import torch.distributed as dist
 
-    in_group = dist.is_available() and dist.is_initialized()
-    return (
-        torch.__version__,
-        platform.aiter_version(),
-        platform.triton_version(),
-        tuple(provider.state() for provider in PROVIDERS.values()),
-        platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
-        (dist.get_world_size(), dist.get_backend()) if in_group else None,
-        tuple(map(config.preference, config.PREFERENCES)),
-    )
+    return dist.is_available() and dist.is_initialized()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, architecture, process group and preferences, by a name for messages: what decides which provider a site
+    gets, and how that runs. Neither rank nor path."""
+    import torch.distributed as dist
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "AITER": platform.aiter_version(),
+        "triton": platform.triton_version(),
+        "what was tuned": tuple(provider.state() for provider in PROVIDERS.values()),
+        "the architecture": platform.architecture() or capability,
+        "the process group": (dist.get_world_size(), dist.get_backend()) if in_group() else None,
+        "the preferences": tuple(map(config.preference, config.PREFERENCES)),
+    }
 
 
 def compose(existing: UserPass | Sequence[UserPass] | None, options: Options) -> PassManager:

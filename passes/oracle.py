@@ -73,6 +73,8 @@ class Oracle:
         self.graphs: list[Comparison] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._manager.publish()
+
         def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
             capture = _Capture(self._manager, gm)
             patches = {"post_grad_custom_pre_pass": capture, "fx_graph_cache": False}

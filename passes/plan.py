@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,6 +89,7 @@ class _Draft:
     reason: str
     at: fx.Node
     plan: Plan | None = None
+    without: list[Record] = field(default_factory=list)  # what a larger fusion, which was refused, would have included
 
     def site(self) -> Site:
         op, provider = (self.plan.op.name, self.plan.provider.name) if self.plan else ("", "")
@@ -102,24 +103,49 @@ class _Draft:
 
 
 def plan(
-    graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool
+    graph: fx.Graph,
+    recognised: Recognised,
+    fusions: Sequence[Fusion],
+    options: Options,
+    training: bool,
+    unlike: Callable[[], str | None] = lambda: None,
 ) -> Planned:
-    """Sites for all records, with a plan for each that a provider accepts."""
-    planner = _Planner(graph, recognised, fusions, options, training)
+    """Sites for all records, with a plan for each that a provider accepts.
+
+    ``unlike`` is asked before the first fusion that all processes must take jointly: why they do not compile alike, or
+    None if they do.
+    """
+    planner = _Planner(graph, recognised, fusions, options, training, unlike)
     accounted: dict[Record, _Draft] = {}
     drafts: list[_Draft] = []
 
     def account(draft: _Draft) -> None:
+        if draft.status == REPLACED:  # what a refused site had before goes to it
+            for record in filter(accounted.__contains__, draft.records):
+                accounted.pop(record).records.remove(record)
         draft.records = [record for record in draft.records if record not in accounted]
         accounted.update(dict.fromkeys(draft.records, draft))
         drafts.append(draft)
 
-    for group in _groups(recognised.records, {fusion.chain[-1] for fusion in fusions}):
+    ends = {fusion.chain[-1] for fusion in fusions}
+    inner = {kind for fusion in fusions for kind in fusion.chain[:-1]}
+    for group in _groups(recognised.records, ends - inner):
         account(planner.decide(group))
+    for group in _groups(recognised.records, ends & inner):  # what is left of them, without what might have followed
+        group = [record for record in group if record not in planner.claimed]
+        draft = planner.decide(group) if group else None
+        if draft is not None and (
+            draft.status == REPLACED or (draft.status == SKIPPED and accounted.keys().isdisjoint(group))
+        ):
+            account(draft)
+    for draft in drafts:
+        for record in draft.without:
+            if record not in accounted:
+                draft.records.append(record)
+                accounted[record] = draft
     for record in recognised.records:
         if record not in accounted and record.serves is None:
-            reason = "unquantised: no FP8 quantiser in this graph reads it"
-            account(_Draft([record], record.kind, record.variant, BARE, reason, record.root))
+            account(_Draft([record], record.kind, record.variant, BARE, record.alone, record.root))
     for record in recognised.records:
         if record not in accounted:  # it serves a record that is not fused with it
             served = next(
@@ -144,14 +170,22 @@ class _Planner:
     """Decides groups of equal records one after another; what one has taken, no later one can."""
 
     def __init__(
-        self, graph: fx.Graph, recognised: Recognised, fusions: Sequence[Fusion], options: Options, training: bool
+        self,
+        graph: fx.Graph,
+        recognised: Recognised,
+        fusions: Sequence[Fusion],
+        options: Options,
+        training: bool,
+        unlike: Callable[[], str | None],
     ) -> None:
+        self._unlike = unlike
+        self._one: dict[str, dict[str, Any]] = {}  # family -> what is the same at all of its sites
         self._fusions = sorted(fusions, key=lambda fusion: -len(fusion.chain))
         self._value_of = {record.root: record for record in recognised.records}
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._writes = list(_writes(graph))
-        self._claimed: set[Record] = set()
+        self.claimed: set[Record] = set()
 
     def decide(self, group: list[Record]) -> _Draft:
         """The largest fusion that is possible, else the first that was refused, else a bare site."""
@@ -160,16 +194,20 @@ class _Planner:
             chain = _chain(tail, fusion, self._value_of)
             if chain is None:
                 continue
-            value = (chain or [tail])[-1].root
+            # the value that the fused op computes; a chain of one kind has no records before its tail
+            value = tail.outputs.get("value", (chain or [tail])[-1].root)
             misfit = fusion.fits(tail.attributes, value)
             if misfit is not None:
                 continue
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
-                if self._claimed.intersection(chain):
-                    raise Refused(f"starved: {value.name} is already part of another site")
-                made, features = _attempt(fusion, chain, group, features, self._options, self._training, self._writes)
+                taken = next((record for record in reversed(chain) if record in self.claimed), None)
+                if taken is not None:
+                    raise Refused(f"starved: {taken.root.name} is already part of another site")
+                made, features = _attempt(
+                    fusion, chain, group, features, self._options, self._training, self._writes, self._agree
+                )
             except Refused as refusal:
                 reason = str(refusal)
             except Exception as error:
@@ -179,16 +217,29 @@ class _Planner:
                 logger.warning("aiter_fusion: planning %s failed", tail.root.name, exc_info=True)
                 reason = f"error: {type(error).__name__}: {error}"
             else:
-                self._claimed.update(records)
+                self.claimed.update(records)
+                self._one.setdefault(fusion.family, {name: made.arguments[name] for name in fusion.one})
                 variant = fusion.variant(features, tail.attributes, value)
                 without = self._without(records, refused)
-                return _Draft(records, fusion.family, variant, REPLACED, without, value, made)
+                more = [record for record in refused.records if record not in records] if refused is not None else []
+                return _Draft(records, fusion.family, variant, REPLACED, without, value, made, more)
             variant = fusion.variant(features, tail.attributes, value)
             refused = refused or _Draft(records, fusion.family, variant, SKIPPED, reason, value)
         if refused is not None:
             return refused
         reason = f"producer: {misfit}" if misfit is not None else self._where_from(tail.inputs["x"])
         return _Draft(list(group), tail.kind, tail.variant, BARE, reason, tail.root)
+
+    def _agree(self, fusion: Fusion, arguments: Mapping[str, Any]) -> None:
+        """Refuse what other sites of the graph, or other processes, do not go along with."""
+        mine = {name: arguments[name] for name in fusion.one}
+        theirs = self._one.get(fusion.family, mine)
+        for name in fusion.one:
+            if mine[name] != theirs[name]:
+                raise Refused(f"collective: its {name} is {mine[name]}, that of the sites before it {theirs[name]}")
+        why = self._unlike() if fusion.jointly else None
+        if why is not None:
+            raise Refused(f"collective: {why}")
 
     def _without(self, records: list[Record], refused: _Draft | None) -> str:
         """What a larger fusion of these records would have included, and why it does not."""
@@ -253,30 +304,31 @@ def _attempt(
     options: Options,
     training: bool,
     writes: list[tuple[fx.Node, set[int] | None]],
+    agree: Callable[[Fusion, Mapping[str, Any]], None],
 ) -> tuple[Plan, frozenset[str]]:
     """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
     records = [*chain, *group]
     nodes = frozenset().union(*(record.nodes for record in records), _views_between(records))
     outputs = {node: name for record in records for name, node in record.outputs.items()}
-    base = find(fusion.op or fusion.family, features)
+    base = find(fusion.op, features)
     if base is None:
-        raise Refused(f"overload: {fusion.family} has none for {', '.join(sorted(features))}")
+        raise Refused(f"overload: {fusion.op} has none for {', '.join(sorted(features))}")
     dead = _dead(nodes, {node for node, name in outputs.items() if name in base.outputs})
     for position, record in enumerate(chain):
         if record.rooted is not None and record.root not in dead:
             chain = [*chain[:position], record.rooted, *chain[position + 1 :]]
-            return _attempt(fusion, chain, group, features, options, training, writes)
+            return _attempt(fusion, chain, group, features, options, training, writes, agree)
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
-    op = find(fusion.op or fusion.family, features)
+    op = find(fusion.op, features)
     replaced = {node: name for node, name in outputs.items() if op is not None and name in op.outputs}
     if op is None or extra - set(op.outputs):
-        raise Refused(f"overload: no overload of {fusion.family} also returns {', '.join(sorted(extra))}")
+        raise Refused(f"overload: no overload of {fusion.op} also returns {', '.join(sorted(extra))}")
 
     for record in records:
         if record.refusal is not None:
             raise Refused(record.refusal)
-    needed = max((fusion.levels.get(feature, 1) for feature in features), default=1)
+    needed = max([fusion.level, *(fusion.levels.get(feature, 1) for feature in features)])
     reason = options.why_not(fusion.family, needed)
     if reason is not None:
         raise Refused(reason)
@@ -292,6 +344,7 @@ def _attempt(
     laid = _laid_out(op, known, replaced, dead, _known_sizes(nodes, max(inputs)))
     nodes = nodes.union(laid.fitted, laid.between)
     _check_writes(inputs, nodes, writes)
+    agree(fusion, arguments)
     provider = _provider(op, laid.given, options, fusion.only)
     return Plan(op, provider, {**arguments, **laid.layout}, laid.permuted, laid.fakes, laid.fitted, nodes), features
 

@@ -28,6 +28,7 @@ class Record:
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
+    alone:   why it is left alone where no fusion begins or ends with it.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Record:
     nodes: frozenset[fx.Node]
     root: fx.Node
     serves: str | None = None
+    alone: str = ""
     refusal: str | None = None
     rooted: Record | None = None
 
@@ -110,10 +112,11 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             found.records.append(record)
             inside[record.kind] |= record.nodes
     served = {}
+    roots = {record.root for record in found.records}
     for record in found.records:
         helpers = serving.get(record.kind, ())
         root = behind_views(record.inputs["x"]) if helpers else None
-        if root is not None and root not in served:
+        if root is not None and root not in served and root not in roots:
             served[root] = first(helpers, root)
             if served[root] is None and (failed := _failed(Matcher(), helpers, root)) is not None:
                 found.unserved[root] = f"{next(iter(helpers)).kind}: {failed[0]}"
@@ -147,6 +150,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
                 root=node,
                 serves=form.serves,
+                alone=form.alone,
                 refusal=completion.refusal,
             )
             for branch in form.branches:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from .. import config
-from . import act_mul, fp8_linear, fp8_quant, rms_norm
+from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
 from .language import Form, Fusion, same_size, shape
 
 # Features that need a level above 1: outputs that the graph still reads besides q and scale, Gemma's weight, static
 # scales.
 LEVELS = {"value": 2, "offset": 2, "static": 2}
+
+Fits = Callable[[Mapping[str, Any], fx.Node], str | None]
 
 
 def blocks_fit_rows(attributes: Mapping[str, Any], value: fx.Node) -> str | None:
@@ -25,16 +27,18 @@ def blocks_fit_rows(attributes: Mapping[str, Any], value: fx.Node) -> str | None
 
 
 def variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
-    """E.g. ``add+token``, ``packed+group128+value``, ``static``."""
-    block = attributes["block"]
+    """E.g. ``add+token``, ``packed+group128+value``, ``static``, ``add+unquantised``."""
+    block = attributes.get("block")
     if "static" in features:
         granularity = "static"
+    elif block is None:
+        granularity = "unquantised"
     elif block == 0:
         granularity = "tensor"
     else:
         granularity = "token" if same_size(shape(value)[-1], block) else f"group{block}"
-    before = [name for name in ("add", "packed", "offset") if name in features]
-    after = [name for name in ("value",) if name in features]
+    before = [name for name in ("pair", "add", "packed", "offset") if name in features]
+    after = [name for name in ("value", "reduced") if name in features]
     return "+".join([*before, granularity, *after])
 
 
@@ -60,7 +64,25 @@ def _quantised(family: str, *chain: str) -> Fusion:
     return Fusion(family, (*chain, "fp8_quant"), variant, LEVELS, blocks_fit_rows)
 
 
+def _reduced(op: str, *chain: str, fits: Fits = lambda attributes, value: None) -> Fusion:
+    return Fusion(
+        "all_reduce_rms_norm",
+        ("all_reduce", *chain),
+        variant,
+        LEVELS,
+        fits,
+        level=3,
+        one=("group",),
+        jointly=True,
+        op=op,
+    )
+
+
 FUSIONS: tuple[Fusion, ...] = (
+    _reduced("all_reduce_rms_norm_quant", "residual_add", "rms_norm", "fp8_quant", fits=blocks_fit_rows),
+    _reduced("all_reduce_rms_norm_quant", "rms_norm", "fp8_quant", fits=blocks_fit_rows),
+    _reduced("all_reduce_rms_norm", "residual_add", "rms_norm"),
+    _reduced("all_reduce_rms_norm", "rms_norm"),
     _quantised("rms_norm_quant", "residual_add", "rms_norm"),
     _quantised("rms_norm_quant", "rms_norm"),
     _quantised("act_mul_quant", "act_mul"),
@@ -74,6 +96,7 @@ FORMS: tuple[Form, ...] = (
     *rms_norm.FORMS,
     *act_mul.FORMS,
     *fp8_quant.FORMS,
+    *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,
     *fp8_linear.FORMS,
 )

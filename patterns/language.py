@@ -208,6 +208,7 @@ class Form:
                the match does not hold, which the report shows for values that no form explains.
     branches:  further outputs that leave the pattern on the way.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
+    alone:     why a record that begins no fusion is left alone, with the reason's code.
     """
 
     kind: str
@@ -217,13 +218,14 @@ class Form:
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
     serves: str | None = None
+    alone: str = "unquantised: no FP8 quantiser in this graph reads it"
 
 
 @dataclass(frozen=True)
 class Fusion:
     """A chain of kinds that one fused op computes, each the input ``x`` of the next.
 
-    family:  the name in reports, options and ``torch.ops.aiter_fusion``.
+    family:  the name in reports and options, and in ``torch.ops.aiter_fusion`` unless ``op`` is that.
     levels:  the optimisation level from which a feature of the site (an overload, a variant) is taken; others need 1.
     op:      the name of the op, where it is not the family's.
     against: what the environment prefers against this op where others are for the same chain: asked in every case.
@@ -231,6 +233,10 @@ class Fusion:
     fits:    a condition on the last record and the value that it reads: a sentence saying why the chain does not
              hold, or None.
     variant: names the site within its family, from the features and the attributes of its records.
+    level:   the optimisation level from which it is taken at all.
+    one:     attributes that must be the same at all sites of a graph that are taken; the first site decides.
+    jointly: all processes must take it or none: it is taken only if all of them compile alike.
+    op:      the name in ``torch.ops.aiter_fusion``.
     """
 
     family: str
@@ -238,9 +244,15 @@ class Fusion:
     variant: Callable[[frozenset[str], Mapping[str, Any], fx.Node], str]
     levels: Mapping[str, int] = field(default_factory=dict)
     fits: Callable[[Mapping[str, Any], fx.Node], str | None] = lambda attributes, value: None
+    level: int = 1
+    one: tuple[str, ...] = ()
+    jointly: bool = False
     op: str = ""
     against: Callable[[], list[str]] = list
     only: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", self.op or self.family)
 
 
 # Views that keep the row-major order of the elements; clone changes strides, never order.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from .all_reduce import is_reduced
 from .language import (
     FLOATS,
     HALVES,
@@ -109,6 +110,8 @@ def _complete_residual(root: fx.Node, found: Found) -> Completion | str:
     for node in (x, residual):
         if dtype(node) not in FLOATS:
             return f"{node.name}, which is added, is {dtype(node)}"
+    if is_reduced(residual) and not is_reduced(x):
+        return "the residual is the all-reduced value"  # it is the other way round
     # one rounding of the exact sum, whether the operands were converted by the graph or by type promotion
     return Completion({"sum_dtype": dtype(root), "residual_dtype": dtype(root)}, frozenset({"add"}))
 
@@ -117,7 +120,7 @@ RESIDUAL_FORMS = (
     Form(
         "residual_add",
         "residual_add",
-        Named("sum", Call((aten.add.Tensor,), (in_float32(Var("residual")), in_float32(Var("x"))))),
+        Named("sum", Call((aten.add.Tensor,), (in_float32(Var("residual")), in_float32(Var("x"))), commute=True)),
         output="residual_out",
         complete=_complete_residual,
         # inference engines normalise the float32 sum, and pass on its rounded copy

@@ -171,7 +171,6 @@ BAD = [
     ({"numerics": "fast"}, "numerics='fast': no such numerics"),
     ({"strict": "yes"}, "strict='yes': must be True or False"),
     ({"disable": ["silu"]}, "disable: no fusion is called 'silu'"),
-    ({"enable": ["all_reduce_rms_norm"]}, "enable: all_reduce_rms_norm is not in this version of aiter_fusion yet"),
     ({"enable": ["act_mul_quant"], "disable": ["act_mul_quant"]}, "act_mul_quant in both 'enable' and 'disable'"),
     ({"expect": {"rms": 1}}, "expect: no fusion is called 'rms'"),
     ({"expect": {"rms_norm_quant": "4"}}, "counts are whole numbers"),

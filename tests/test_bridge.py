@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiter_double
+import models
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -115,6 +116,7 @@ def test_fake_equals_real(op: FusedOp) -> None:
 
 @pytest.mark.parametrize("family", ["gemm_a8w8", "hipb_mm_fp8"])
 def test_torch_s_own_product(family: str) -> None:
+    models.need_scaled_rows()
     op, count = OPS[family], 0
     for arguments in op.samples():
         if BRIDGE_PROVIDERS["torch"].refuse(op, arguments) is None:

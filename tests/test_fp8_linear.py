@@ -20,6 +20,10 @@ from aiter_fusion.ops.gemm import unshuffled
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.prepared import ShuffledWeight
 
+pytestmark = pytest.mark.skipif(
+    not models.scales_rows(), reason="needs a torch whose _scaled_mm takes a scale for each row on a CPU: 2.12 or newer"
+)
+
 BF16, FN = torch.bfloat16, torch.float8_e4m3fn
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -26,6 +27,15 @@ EVERY_PROVIDER = [
 
 ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
 providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process is the only one of a group, for the ops that reduce over one."""
+    rendezvous = tmp_path_factory.mktemp("group") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def sampled(op: FusedOp, provider: str) -> Iterator[dict[str, Any]]:
@@ -104,7 +114,7 @@ def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
 def test_scale_contract(op: FusedOp, provider: str) -> None:
     """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
     for given in sampled(op, provider):
-        if "static" in op.features:
+        if "static" in op.features or "quant_dtype" not in op.arguments:
             continue
         before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
         outputs = call(op, provider, given)

@@ -44,8 +44,37 @@ def rms_norm(
     return y if cast_first else y.to(dtype)
 
 
-def _value_dtype(weight: Tensor | None, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
+def value_dtype(weight: Tensor | None, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(weight.dtype, dtype) if cast_first and weight is not None else dtype
+
+
+def norm_samples(add: bool) -> Iterator[dict[str, Any]]:
+    """Arguments up to the quantiser's to test ops with."""
+    for seed, (sizes, dtype) in enumerate(
+        [
+            ((9, 64), torch.bfloat16),
+            ((2, 4, 64), torch.float16),
+            ((1, 64), F32),
+            ((0, 64), torch.bfloat16),
+            ((64,), F32),
+        ]
+    ):
+        rows = torch.Size(sizes[:-1]).numel()
+        x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
+        weight = fp8_quant.hostile_rows(1, 64, dtype, seed + 100)[0]
+        residual = x.flip(-1).contiguous()
+        sums = [
+            {"residual": residual, "sum_dtype": dtype, "residual_dtype": dtype},
+            {"residual": residual, "sum_dtype": F32, "residual_dtype": dtype},
+            {"residual": residual.to(F32), "sum_dtype": F32, "residual_dtype": F32},
+        ]
+        norms = [
+            {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype},
+            {"weight": weight.to(F32), "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
+            {"weight": None, "eps": 1e-6, "offset": None, "cast_first": False, "dtype": dtype},
+        ]
+        for norm, summed in zip(norms, sums, strict=True):
+            yield {"x": x} | (summed if add else {}) | norm
 
 
 def _declaration(features: frozenset[str]) -> FusedOp:
@@ -69,36 +98,13 @@ def _declaration(features: frozenset[str]) -> FusedOp:
 
     def shape(x: Tensor, residual_dtype: torch.dtype | None = None, **arguments: Any) -> dict[str, Spec]:
         norm = {name: arguments.pop(name) for name in NORM}
-        dtype = _value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
+        dtype = value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
         return {**fp8_quant.shape(x.shape, dtype, **arguments), "residual_out": (x.shape, residual_dtype or x.dtype)}
 
     def samples() -> Iterator[dict[str, Any]]:
-        for seed, (sizes, dtype) in enumerate(
-            [
-                ((9, 64), torch.bfloat16),
-                ((2, 4, 64), torch.float16),
-                ((1, 64), F32),
-                ((0, 64), torch.bfloat16),
-                ((64,), F32),
-            ]
-        ):
-            rows = torch.Size(sizes[:-1]).numel()
-            x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
-            weight = fp8_quant.hostile_rows(1, 64, dtype, seed + 100)[0]
-            residual = x.flip(-1).contiguous()
-            sums = [
-                {"residual": residual, "sum_dtype": dtype, "residual_dtype": dtype},
-                {"residual": residual, "sum_dtype": F32, "residual_dtype": dtype},
-                {"residual": residual.to(F32), "sum_dtype": F32, "residual_dtype": F32},
-            ]
-            norms = [
-                {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype},
-                {"weight": weight.to(F32), "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
-                {"weight": None, "eps": 1e-6, "offset": None, "cast_first": False, "dtype": dtype},
-            ]
-            for norm, summed in zip(norms, sums, strict=True):
-                for quant in fp8_quant.sample_arguments(features, 64):
-                    yield {"x": x} | (summed if add else {}) | norm | quant
+        for before in norm_samples(add):
+            for quant in fp8_quant.sample_arguments(features, 64):
+                yield before | quant
 
     return FusedOp(
         family="rms_norm_quant",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import platform
 from ..op import FusedOp, Implementation
 
 
@@ -34,6 +35,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return "there are no rows"
     if a_scale.dtype != torch.float32 or b_scale.dtype != torch.float32:
         return "its scales are float32"
+    if a.device.type == "cpu" and platform.release(torch.__version__) < (2, 12):
+        return "before torch 2.12, on a CPU it takes one scale for the whole tensor"
     if a.device.type != "cpu":
         if arguments["dtype"] is not torch.bfloat16:
             return "with scales for rows its result is bfloat16"

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import config, platform
 from ...op import FusedOp, Implementation
-from . import launches
+from . import all_reduce, launches
 from .tuned import state as state
 
 
@@ -48,7 +48,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
     native = native_fp8(first.device.index or 0)
-    if arguments["quant_dtype"] != native:
+    if arguments.get("quant_dtype", native) != native:
         return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
     for name, tensor in tensors.items():
         if tensor.device != first.device:
@@ -69,7 +69,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     block = arguments.get("block", 0)
     if 0 < block < width and block > launches.rules.TILE:
         return f"groups of {block} elements"
-    return None
+    return all_reduce.refuse(op, arguments) if "group" in op.arguments else None
 
 
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
@@ -77,6 +77,8 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     width = launches.width_of(op, first)
     rows, _ = launches.rows_of(first) or (1, width)
+    if "group" in op.arguments:
+        return None
     if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
         return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
     return None
@@ -84,6 +86,8 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 
 def run(op: FusedOp) -> Implementation:
     """What computes a call outside a compiled graph."""
+    if "group" in op.arguments:
+        return functools.partial(all_reduce.run, op, nvidia())
     return functools.partial(_run, op)
 
 
@@ -95,7 +99,7 @@ def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     known = {**arguments, **scratch, **outputs}
     if "static" in op.features:
         known["scale"] = arguments["scale"]
-    with torch.cuda.device(first.device), _compiling_nothing() if capturing() else nullcontext():
+    with torch.cuda.device(first.device), compiling_nothing() if capturing() else nullcontext():
         for launch in plan.launches:
             given = {n: known[v.name] if isinstance(v, launches.Ref) else v for n, v in launch.arguments.items()}
             kernel(launch.kernel)[(launch.grid,)](**given, num_warps=launch.warps)
@@ -108,7 +112,7 @@ def capturing() -> bool:
 
 
 @contextmanager
-def _compiling_nothing() -> Iterator[None]:
+def compiling_nothing() -> Iterator[None]:
     """Where a kernel would have to be compiled, raise instead."""
     runtime = import_module("triton").knobs.runtime
 

@@ -69,7 +69,7 @@ def hint(size: Int, default: int) -> int:
     return size.node.hint if size.node.has_hint() else default
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -83,7 +83,7 @@ def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     return (_rms_norm_quant if op.family == "rms_norm_quant" else _act_mul_quant)(op, dict(arguments), nvidia)
 
 
-def _quantiser(
+def quantiser_arguments(
     op: FusedOp, arguments: Mapping[str, Any], width: int, value: torch.dtype, nvidia: bool
 ) -> dict[str, Any]:
     static, block = "static" in op.features, arguments.get("block", 0)
@@ -96,7 +96,7 @@ def _quantiser(
         "maxima_out": None,
         "WIDTH": width,
         "BLOCK": block or width,
-        "VALUE": _name(value),
+        "VALUE": dtype_name(value),
         "GROUPED": 0 < block < width,
         "COLUMN_MAJOR": arguments.get("column_major", False),
         "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
@@ -142,7 +142,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     rows, stride = found
     apart = rows_of(residual) if residual is not None else None
     value = op.shape(**arguments)["value"][1]
-    quantiser = _quantiser(op, arguments, width, value, nvidia)
+    quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     sum_dtype = arguments.get("sum_dtype", x.dtype)
     common = quantiser | {
         "x": Ref("x"),
@@ -155,8 +155,8 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
         "EPS": arguments["eps"],
         "OFFSET": arguments["offset"],
         "CAST_FIRST": arguments["cast_first"],
-        "SUM": _name(sum_dtype),
-        "DTYPE": _name(arguments["dtype"]),
+        "SUM": dtype_name(sum_dtype),
+        "DTYPE": dtype_name(arguments["dtype"]),
     }
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
     common |= _tiling(shape) | {"ROWS": shape.rows}
@@ -201,7 +201,7 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
     second = (1 if interleaved else width) if packed else 0
     gate_first = arguments.get("gate_first", True)
     value = op.shape(**arguments)["value"][1]
-    quantiser = _quantiser(op, arguments, width, value, nvidia)
+    quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     by_row = "static" not in op.features and arguments["block"] == width
     common = quantiser | {
         "gate": Ref("gate_up" if packed else "gate"),
@@ -216,7 +216,7 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         "DENSE": not packed and all(statically_known_true(s == width) for s in (stride, apart[1])),
         **_activation(arguments, value),
         "CAST_FIRST": arguments["cast_first"],
-        "DTYPE": _name(arguments["dtype"]),
+        "DTYPE": dtype_name(arguments["dtype"]),
     }
     if by_row:
         shape = rules.row(width, hint(rows, rules.FEW))

@@ -124,4 +124,6 @@ def register() -> None:
     """Tell Inductor how to lower every fused op; calls for other providers stay what they are, opaque."""
     for overloads in OPS.values():
         for op in overloads.values():
+            if "group" in op.arguments:  # how it is computed is decided when it is called
+                continue
             register_lowering(op.target, type_promotion_kind=None)(_lowering(op))

@@ -1,0 +1,400 @@
+"""All-reduce fusions over symmetric memory: which calls are taken, by which way, and the memory that they go through.
+
+Memory (a ``Channel``) is registered once for a group, a way and a size class, when first needed, and kept. Registering
+is a collective and waits for the device. All of a group's channels take at most 590 MiB on each GPU; what needs more
+goes in pieces.
+
+A rank that does not come is noticed by the kernels of the others: after ``AITER_FUSION_TIMEOUT`` seconds they write its
+number to host memory and end. The next call raises, and so does ``aiter_fusion.check()``, which is what to call after
+replaying a CUDA graph. Nothing computed since is right, and the group's channels refuse further use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import agreement, config
+from ...op import FusedOp, find
+from . import launches, rules
+
+logger = logging.getLogger("aiter_fusion")
+
+MIB = 1 << 20
+WORLDS = (2, 4, 8)
+WIDEST = 16384  # elements of a row, which a block holds
+# A channel has two halves of data; these sizes of a half, in bytes.
+CLASSES = (2 * MIB, 16 * MIB, 128 * MIB)
+# Blocks of one launch, each with a flag for each rank and phase.
+BLOCKS, PHASES = 16384, 2
+# More blocks than this may not all run at once, and are numbered as they start.
+AT_ONCE = 128
+
+
+# ---- Which way ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """Calls of at most ``rows`` rows of ``packs`` times 16 bytes, and of ``nbytes // world`` bytes."""
+
+    rows: int
+    packs: int
+    nbytes: int
+
+    def has(self, world: int, rows: int, width: int, itemsize: int) -> bool:
+        packs, rest = divmod(width * itemsize, 16)
+        return (
+            rest == 0 and packs <= self.packs and rows <= self.rows and rows * width * itemsize <= self.nbytes // world
+        )
+
+
+# AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
+ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
+# The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule,
+# which leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for
+# the rest, never was.
+# Measured by ``bench allreduce`` on NVIDIA H200 (NVLink, no multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21) in
+# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
+# 8192 (416, one 425); of 4 ranks one for 80 rows (19.3, two 22.2), two for 128 (25.3, one 26.3).
+MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
+    2: ((32 * MIB, "one_shot"), (math.inf, "two_shot")),
+    4: ((1.25 * MIB, "one_shot"), (math.inf, "two_shot")),
+}
+# Of 8 ranks nothing has been measured: AITER's rule, and beyond it what is the fastest for most of 4.
+UNMEASURED = "two_shot"
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Take all calls by this way: to measure it."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(world: int, rows: int, width: int, itemsize: int) -> str:
+    """``one_shot``, ``two_shot`` or ``plain``: from sizes alone, which are the same on all ranks."""
+    if _forced is not None:
+        return _forced
+    if world in MEASURED:
+        return next(way for most, way in MEASURED[world] if rows * width * itemsize <= most)
+    return "one_shot" if ONE_STAGE.has(world, rows, width, itemsize) else UNMEASURED
+
+
+def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why no kernel can take a call, from what is the same on all ranks; the rest of ``triton.refuse`` has passed."""
+    import torch.distributed as dist
+
+    for name in ("x", "other"):
+        value = arguments[name]
+        if value is not None and value.dtype not in (torch.bfloat16, torch.float16):
+            return f"{name}, which is reduced, is {value.dtype}"
+    width = arguments["x"].shape[-1]
+    if width > WIDEST or width % 8:
+        return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
+    if torch.version.hip is not None:
+        return "its all-reduces have not been run on AMD GPUs"
+    ranks = dist.get_process_group_ranks(_process_group(arguments["group"]))
+    if len(ranks) not in WORLDS:
+        return f"a group of {len(ranks)}; its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
+    if not agreement.on_one_host(ranks):
+        return "the ranks of the group are on several hosts"
+    return None
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------------
+
+
+class LateRankError(RuntimeError):
+    """A rank did not take part in a fused all-reduce in time. Results since are wrong; the group is of no more use."""
+
+
+@dataclass
+class Channel:
+    """Memory of one way and class: the ranks' addresses, and this rank's state, all on the device."""
+
+    half: int
+    peers: Tensor
+    state: Tensor
+    memory: Any = None  # what keeps it registered
+
+
+@dataclass
+class Communicator:
+    """The channels of a group on a device, by way and class; ``None`` where the group could not register one."""
+
+    group: str
+    process_group: Any
+    device: torch.device
+    rank: int
+    ranks: list[int]
+    late: Tensor  # one number in pinned memory: the late rank of the group, from 1 on, or 0
+    channels: dict[tuple[str, int], Channel | None] = field(default_factory=dict)
+    stream: torch.cuda.Stream | None = None
+
+    def check(self) -> None:
+        """Raise a LateRankError if a kernel that has ended missed a rank."""
+        late = int(self.late[0])
+        if late:
+            raise LateRankError(
+                f"rank {self.ranks[late - 1]} did not take part in an all-reduce of group {self.group!r} within "
+                f"{config.timeout():g} s (AITER_FUSION_TIMEOUT): it has stopped, or does something else. Results since "
+                "then are wrong, and this group can do no more fused all-reduces: end all of its processes"
+            )
+
+    def channel(self, way: str, needed: int) -> Channel | None:
+        """The channel for ``needed`` bytes in a half, or the largest; None if there is none and none can be made."""
+        half = next((size for size in CLASSES if size >= needed), CLASSES[-1])
+        if (way, half) not in self.channels:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "memory for an all-reduce would be registered while a CUDA graph is captured: call "
+                    "aiter_fusion.warmup, or the op once with as many rows, before"
+                )
+            self.channels[way, half] = self._register(way, half)
+        return self.channels[way, half]
+
+    def _register(self, way: str, half: int) -> Channel | None:
+        channel, problem = None, None
+        try:
+            channel = _symmetric(self.group, self.device, self.rank, len(self.ranks), half)
+        except RuntimeError as error:  # no peer access, no memory: all ranks are told, and go without
+            problem = str(error).splitlines()[0]
+        why = agreement.joint(f"{self.group}/{way}/{half}", self.ranks, problem)
+        if why is not None:
+            logger.warning("aiter_fusion: no memory for fused all-reduces, which PyTorch does instead: %s", why)
+        return channel if why is None else None
+
+
+def _symmetric(group: str, device: torch.device, rank: int, world: int, half: int) -> Channel:
+    import torch.distributed._symmetric_memory as symmetric
+
+    size = flags_size(world) + 2 * half
+    # An allocation of its own: a part of a pool's may begin elsewhere on another rank.
+    memory = symmetric._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # type: ignore[arg-type]
+    memory[: flags_size(world)].zero_()
+    torch.cuda.synchronize(device)  # nobody signals before the flags are 0
+    handle = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]
+    addresses = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
+    if addresses[rank] != memory.data_ptr() or handle.rank != rank:
+        raise RuntimeError("symmetric memory has another address than its tensor")
+    return Channel(
+        half,
+        torch.tensor(addresses, dtype=torch.int64, device=device),
+        torch.zeros(4, dtype=torch.int32, device=device),
+        (memory, handle),
+    )
+
+
+def flags_size(world: int) -> int:
+    """Bytes before the data of a channel."""
+    return PHASES * BLOCKS * world * 4
+
+
+def _process_group(name: str) -> Any:
+    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+
+
+_communicators: dict[tuple[str, torch.device], Communicator] = {}
+
+
+def communicator(group: str, device: torch.device) -> Communicator:
+    """The one of a group and a device; another when the group of that name is another."""
+    import torch.distributed as dist
+
+    process_group = _process_group(group)
+    known = _communicators.get((group, device))
+    if known is None or known.process_group is not process_group:
+        late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        ranks = dist.get_process_group_ranks(process_group)
+        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late)
+        _communicators[group, device] = known
+    return known
+
+
+def check() -> None:
+    """Wait for the GPU, and raise if a rank was late for a fused all-reduce: call it after replaying CUDA graphs.
+
+    Raises:
+        LateRankError: it names the rank.
+    """
+    for known in _communicators.values():
+        torch.cuda.synchronize(known.device)
+        known.check()
+
+
+# ---- Calls -------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """``[rows, width]``; rows begin at multiples of 16 bytes."""
+    found = launches.rows_of(x)
+    step = x.element_size()
+    if found is None or x.stride(-1) != 1 or found[1] * step % 16 or x.data_ptr() % 16:
+        return x.reshape(-1, width).clone(memory_format=torch.contiguous_format)
+    return x.as_strided((int(found[0]), width), (int(found[1]), 1))
+
+
+def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: bool) -> dict[str, Any]:
+    """The kernels' constants, but for those of the way, and the scale's tensors as None."""
+    value = op.shape(**arguments)["value"][1]
+    if "quant_dtype" in op.arguments:
+        quantiser = launches.quantiser_arguments(op, arguments, width, value, nvidia)
+    else:
+        quantiser = {"WIDTH": width, "BLOCK": width, "VALUE": launches.dtype_name(value), "GROUPED": False}
+        quantiser |= {"SCALE_STEPS": (), "FACTOR_STEPS": (), "VALUE_STEPS": (), "COLUMN_MAJOR": False, "PTX": nvidia}
+    names = ("WIDTH", "BLOCK", "VALUE", "GROUPED", "COLUMN_MAJOR", "SCALE_STEPS", "FACTOR_STEPS", "VALUE_STEPS", "PTX")
+    return {name: quantiser[name] for name in names} | {
+        "EPS": arguments["eps"],
+        "OFFSET": arguments["offset"],
+        "CAST_FIRST": arguments["cast_first"],
+        "SUM": launches.dtype_name(arguments.get("sum_dtype", arguments["x"].dtype)),
+        "DTYPE": launches.dtype_name(arguments["dtype"]),
+        "SEGMENTS": rules.power_of_two(width // quantiser["BLOCK"]),
+        "SEGMENT": rules.power_of_two(quantiser["BLOCK"]),
+        "NORM": True,
+    }
+
+
+def warps(constants: Mapping[str, Any]) -> int:
+    """One for 512 elements of a row, 16 at most."""
+    return max(1, min(16, constants["SEGMENTS"] * constants["SEGMENT"] // 512))
+
+
+def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:
+    """A call: in two ops if one scale is for the whole tensor, whose maximum is known after all rows are."""
+    x = arguments["x"]
+    if arguments.get("block") == 0 and "static" not in op.features:
+        return _then_quantise(op, nvidia, arguments)
+    width = x.shape[-1]
+    outputs = op.allocate(**arguments)
+    scaled = "quant_dtype" in op.arguments and "static" not in op.features
+    tensors = {
+        "q": outputs.get("q"),
+        "scale_out": outputs["scale"] if scaled else None,
+        "value_out": outputs.get("value"),
+        "residual_out": outputs.get("residual_out"),
+        "reduced_out": outputs.get("reduced"),
+    }
+    _reduce(arguments, tensors, constants(op, arguments, width, nvidia))
+    return outputs
+
+
+def _then_quantise(op: FusedOp, nvidia: bool, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    from . import run as run_kernels
+
+    given = dict(arguments)
+    sizes, dtype, *_ = op.shape(**arguments)["reduced"]
+    x, other, group = given.pop("x"), given.pop("other"), given.pop("group")
+    reduced = x.new_empty(sizes, dtype=dtype)
+    known = constants(op, arguments, x.shape[-1], nvidia) | {"NORM": False, "BLOCK": x.shape[-1], "SEGMENTS": 1}
+    known |= {"SEGMENT": rules.power_of_two(x.shape[-1]), "GROUPED": False, "COLUMN_MAJOR": False}
+    nothing = dict.fromkeys(("q", "scale_out", "value_out", "residual_out"))
+    _reduce({"x": x, "other": other, "group": group, "weight": None}, {**nothing, "reduced_out": reduced}, known)
+    quantise = find("rms_norm_quant", op.features)
+    assert quantise is not None
+    return {**run_kernels(quantise)(x=reduced, **given), "reduced": reduced}
+
+
+def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], constants: dict[str, Any]) -> None:
+    """Fill the outputs that are tensors, by the way that ``choose`` says."""
+    from . import capturing, compiling_nothing
+
+    x, other, width = arguments["x"], arguments["other"], arguments["x"].shape[-1]
+    rows = x.numel() // width
+    known = communicator(arguments["group"], x.device)
+    known.check()
+    if rows == 0:
+        return
+    world, tensors = len(known.ranks), 1 if other is None else 2
+    way = choose(world, rows, width, x.element_size())
+    row = width * x.element_size() * tensors
+    copies = world if way == "one_shot" else 1
+    needed = row * copies * (-(-rows // world) * world if way == "two_shot" else rows)
+    channel = known.channel(way, needed) if way != "plain" else None
+    with torch.cuda.device(x.device), compiling_nothing() if capturing() else contextlib.nullcontext():
+        stream = torch.cuda.current_stream()
+        if known.stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
+        known.stream = stream
+        if channel is None:
+            x = _plainly(x, arguments["group"])
+            other = None if other is None else _plainly(other, arguments["group"])
+            given = _views({**arguments, "x": x, "other": other}, outputs, width)
+            _kernel("one_shot")[(rows,)](
+                **given, **constants, **_placed(None, known, rows, rows, x), num_warps=warps(constants)
+            )
+            return
+        given = _views(arguments, outputs, width)
+        most = min(channel.half // (row * copies), BLOCKS * (world if way == "two_shot" else 1))
+        most -= most % world if way == "two_shot" else 0
+        for first in range(0, rows, most):
+            count = min(most, rows - first)
+            piece = {
+                name: value[first : first + count] if isinstance(value, Tensor) and name not in WHOLE else value
+                for name, value in given.items()
+            }
+            blocks = count if way == "one_shot" else -(-count // world)
+            place = _placed(channel, known, count, rows, x) | {"TICKETS": blocks > AT_ONCE}
+            _kernel(way)[(blocks,)](**piece, **constants, **place, num_warps=warps(constants))
+
+
+WHOLE = ("weight", "scale")  # tensors without rows
+
+
+def _plainly(x: Tensor, group: str) -> Tensor:
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], width: int) -> dict[str, Any]:
+    """The kernels' tensors as rows, and how far apart these are."""
+    rows = {
+        name: None if arguments.get(name) is None else _rows(arguments[name], width)
+        for name in ("x", "other", "residual")
+    }
+    strides = {f"{name}_stride": 0 if tensor is None else tensor.stride(0) for name, tensor in rows.items()}
+    made = {
+        name: None if tensor is None else tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor[None]
+        for name, tensor in outputs.items()
+    }
+    return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale")}
+
+
+def _placed(channel: Channel | None, known: Communicator, rows: int, all_rows: int, x: Tensor) -> dict[str, Any]:
+    """The kernels' arguments that say where they run; without a channel, on their own."""
+    world = 1 if channel is None else len(known.ranks)
+    return {
+        "peers": None if channel is None else channel.peers,
+        "state": None if channel is None else channel.state,
+        "late": None if channel is None else known.late,
+        "rank": known.rank,
+        "rows": rows,
+        "all_rows": all_rows,
+        "start": flags_size(world),
+        "half": 0 if channel is None else channel.half,
+        "limit": int(config.timeout() * 1e9),
+        "W": world,
+        "BLOCKS": BLOCKS,
+        "TICKETS": False,
+        "CLOCK": "cuda",
+        "ITEM": x.element_size(),
+    }
+
+
+def _kernel(way: str) -> Any:
+    return getattr(import_module(".kernels.all_reduce_rms_norm", __package__), f"{way}_kernel")

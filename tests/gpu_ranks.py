@@ -1,0 +1,172 @@
+"""What several GPUs do together in tests/test_multi_gpu.py: each function runs in a process for each GPU."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import aiter_fusion
+from aiter_fusion import ops  # noqa: F401  (importing ops registers them)
+from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.passes.verify import differing_codes
+from aiter_fusion.providers.triton import all_reduce
+
+BF16 = torch.bfloat16
+WIDTHS = (256, 2880, 4096, 8192)
+KINDS = 12  # each is some kernels to compile
+ROWS = (1, 2, 3, 7, 32, 80, 81, 200, 515)
+STEPS = {
+    "factor_steps": "div=448.0 float32",
+    "scale_steps": "div=448.0 float32",
+    "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
+    "quant_dtype": torch.float8_e4m3fn,
+}
+
+
+def arguments(op: FusedOp, rows: int, width: int, block: int, seed: int, pair: bool = False) -> dict[str, Any]:
+    """This rank's arguments of a call; ``x`` and ``other`` of rank r are of seed 16 seed + r."""
+    rank = dist.get_rank()
+    x, other = summands(rows, width, seed, rank)
+    generator = torch.Generator("cuda").manual_seed(16 * seed + 15)
+    residual = torch.randn(rows, width, generator=generator, device="cuda").to(BF16)
+    weight = torch.randn(width, generator=generator, device="cuda").to(BF16)
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    known = {"x": x, "other": other if pair else None, "group": group, "weight": weight}
+    known |= {"residual": residual, "sum_dtype": BF16, "residual_dtype": BF16}
+    known |= {"scale": torch.full((), 0.02, device="cuda"), "eps": 1e-6, "offset": None, "cast_first": True}
+    known |= {"dtype": BF16, "block": block, **STEPS}
+    return {name: known[name] for name in op.arguments}
+
+
+def summands(rows: int, width: int, seed: int, rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(16 * seed + rank)
+    x, other = torch.randn(2, rows, width, generator=generator, device="cuda").to(BF16)
+    return x, other
+
+
+def reduced(rows: int, width: int, seed: int, pair: bool) -> Tensor:
+    """The sum that every rank must get: float32, in the order of ranks, rounded once."""
+    sums = []
+    for which in range(2 if pair else 1):
+        total = torch.zeros(rows, width, device="cuda")
+        for rank in range(dist.get_world_size()):
+            total = total + summands(rows, width, seed, rank)[which].float()
+        sums.append(total.to(BF16))
+    return sums[0] if not pair else sums[0] + sums[1]
+
+
+def call(op: FusedOp, given: dict[str, Any], provider: str = "triton") -> dict[str, Tensor]:
+    result = op.target(*given.values(), provider)
+    return dict(zip(op.outputs, (result,) if isinstance(result, Tensor) else result, strict=True))
+
+
+def digest(outputs: dict[str, Tensor]) -> Tensor:
+    """A number for all bits of all outputs."""
+    total = torch.zeros((), dtype=torch.int64, device="cuda")
+    for tensor in outputs.values():
+        codes = tensor.flatten().view(torch.uint8).long()
+        total = total * 31 + (codes * (torch.arange(codes.numel(), device="cuda") % 65521 + 1)).sum()
+    return total
+
+
+def kind(choice: random.Random) -> tuple[FusedOp, int, int, bool]:
+    """An op, the length of rows, that of blocks, and whether two tensors are reduced."""
+    every = [op for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant") for op in OPS[family].values()]
+    op, width = choice.choice(every), choice.choice(WIDTHS)
+    return op, width, choice.choice([width, width, 0] if width % 128 else [width, 128, 128, 0]), choice.random() < 0.2
+
+
+def random_calls(count: int, seed: int = 0) -> dict[str, Any]:
+    """Calls of every op in mixed sizes and ways, one after another: bits on all ranks, sums, and codes."""
+    choice = random.Random(seed)
+    kinds = [kind(choice) for _ in range(KINDS)]
+    digests, ways, wrong_sums, wrong_codes, codes = [], {}, 0, 0, 0
+    for number in range(count):
+        (op, width, block, pair), rows = choice.choice(kinds), choice.choice(ROWS)
+        way = choice.choice([None, None, "one_shot", "two_shot", "plain"])
+        way = way or all_reduce.choose(dist.get_world_size(), rows, width, 2)
+        given = arguments(op, rows, width, block, number, pair)
+        with all_reduce.forced(way):
+            have = call(op, given)
+        ways[way] = ways.get(way, 0) + 1
+        if way != "plain":  # whose order of summation is the library's
+            digests.append(digest(have))
+        if number % 10 == 0 and way != "plain":
+            sums = reduced(rows, width, number, pair)
+            want = without_reduction(op, given, sums)
+            for name in {"reduced", "residual_out"} & have.keys():
+                wrong_sums += int(not torch.equal(have[name], want[name]))
+            if "q" in have:
+                codes += have["q"].numel()
+                apart = (have["q"].view(torch.uint8) != want["q"].view(torch.uint8)).sum().item()
+                wrong_codes += int(apart)
+                wrong_sums += int(differing_codes(have["q"].cpu(), want["q"].cpu()) > 1)
+    aiter_fusion.check()
+    mine = torch.stack(digests)
+    every_rank = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every_rank, mine)
+    differing = sum(int((mine != theirs).sum()) for theirs in every_rank)
+    return {"ways": ways, "differing": differing, "wrong": wrong_sums, "moved_codes": wrong_codes, "codes": codes}
+
+
+def without_reduction(op: FusedOp, given: dict[str, Any], sums: Tensor) -> dict[str, Tensor]:
+    """The reference's outputs for these sums."""
+    features = op.features - {"reduced"}
+    plain = {name: value for name, value in given.items() if name not in ("x", "other", "group")}
+    if "quant_dtype" in op.arguments:
+        return {**OPS["rms_norm_quant"][features].reference(x=sums, **plain), "reduced": sums}
+    add = plain["residual"] + sums if "residual" in plain else sums
+    return {"reduced": sums, "residual_out": add}
+
+
+def stopped_rank(seconds: float) -> dict[str, Any]:
+    """The last rank does not come to the third call."""
+    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add"})]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for number in range(2):
+        call(op, arguments(op, 4, 4096, 128, number))
+    aiter_fusion.check()
+    dist.barrier()
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    said = []
+    if rank != world - 1:
+        given = arguments(op, 4, 4096, 128, 3)
+        call(op, given)
+        for attempt in (aiter_fusion.check, lambda: call(op, given)):
+            try:
+                attempt()
+            except aiter_fusion.LateRankError as error:
+                said.append(str(error))
+    else:
+        time.sleep(2 * seconds)
+    return {"said": said, "took": time.monotonic() - begin}
+
+
+def replays(count: int) -> dict[str, Any]:
+    """A CUDA graph of calls of several sizes and ways, replayed; then the same calls without it, on another stream."""
+    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add"})]
+    shapes = [(1, 4096), (32, 8192), (512, 4096), (128, 8192), (1, 8192)]
+    given = [arguments(op, rows, width, 128, number) for number, (rows, width) in enumerate(shapes)]
+    want = [call(op, each) for each in given]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = [call(op, each) for each in given]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        have = [call(op, each) for each in given]
+    begin = time.monotonic()
+    for _ in range(count):
+        graph.replay()
+    aiter_fusion.check()
+    took = time.monotonic() - begin
+    after = [call(op, each) for each in given]
+    aiter_fusion.check()
+    first = torch.stack([digest(outputs) for outputs in want])
+    same = all(torch.equal(first, torch.stack([digest(o) for o in other])) for other in (again, have, after))
+    return {"same": same, "microseconds": 1e6 * took / count / len(shapes)}

@@ -1,0 +1,41 @@
+"""Fused all-reduces on the GPUs of one host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpu_ranks
+import pytest
+import ranks
+import torch
+
+WORLDS = [
+    pytest.param(world, marks=pytest.mark.skipif(torch.cuda.device_count() < world, reason=f"needs {world} GPUs"))
+    for world in (2, 4, 8)
+]
+pytestmark = pytest.mark.multi_gpu
+worlds = pytest.mark.parametrize("world", WORLDS)
+
+
+@worlds
+def test_the_same_bits_on_every_rank(world: int, tmp_path: Path) -> None:
+    for found in ranks.run(world, tmp_path, gpu_ranks.random_calls, 1000, backend="nccl"):
+        assert found["differing"] == found["wrong"] == 0
+        assert found["moved_codes"] <= 1e-5 * found["codes"]
+        assert set(found["ways"]) == {"one_shot", "two_shot", "plain"}
+
+
+@worlds
+def test_a_rank_that_stops(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AITER_FUSION_TIMEOUT", "2")
+    *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, 2.0, backend="nccl")
+    for found in others:
+        assert len(found["said"]) == 2
+        assert all(f"rank {world - 1} did not take part" in text for text in found["said"])
+        assert found["took"] < 8
+
+
+@worlds
+def test_a_graph_replayed(world: int, tmp_path: Path) -> None:
+    for found in ranks.run(world, tmp_path, gpu_ranks.replays, 10000, backend="nccl"):
+        assert found["same"]
