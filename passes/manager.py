@@ -104,9 +104,7 @@ class PassManager(CustomGraphPass):
 
     def _facts(self) -> dict[str, str]:
         """All that the rewritten graph depends on besides the graph, by a name for messages."""
-        versions = ("torch", "AITER", "triton", "the architecture", "the process group")
-        facts = {**_canonical(self.options), "the source of aiter_fusion": source_hash()[:12]}
-        facts |= zip(versions, environment(), strict=True)
+        facts = {**_canonical(self.options), "the source of aiter_fusion": source_hash()[:12], **environment()}
         return {name: repr(value) for name, value in facts.items()}
 
     def uuid(self) -> Any | None:
@@ -115,7 +113,7 @@ class PassManager(CustomGraphPass):
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
         if not all(theirs) or (self.options.verify and in_group()):
             return None
-        return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), environment(), tuple(theirs))
+        return ("aiter_fusion", source_hash(), repr(_canonical(self.options)), repr(environment()), tuple(theirs))
 
 
 def _canonical(options: Options) -> dict[str, Any]:
@@ -153,18 +151,20 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def environment() -> tuple[Any, ...]:
-    """Versions, architecture and process group: what decides which providers can run. Neither rank nor path."""
+def environment() -> dict[str, Any]:
+    """Versions, architecture and process group, by a name for messages: what decides which providers can run, and how.
+    Neither rank nor path."""
     import torch.distributed as dist
 
-    return (
-        torch.__version__,
-        platform.aiter_version(),
-        platform.triton_version(),
-        tuple(provider.state() for provider in PROVIDERS.values()),
-        platform.architecture() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"),
-        (dist.get_world_size(), dist.get_backend()) if in_group() else None,
-    )
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "AITER": platform.aiter_version(),
+        "triton": platform.triton_version(),
+        "what was tuned": tuple(provider.state() for provider in PROVIDERS.values()),
+        "the architecture": platform.architecture() or capability,
+        "the process group": (dist.get_world_size(), dist.get_backend()) if in_group() else None,
+    }
 
 
 def compose(existing: UserPass | Sequence[UserPass] | None, options: Options) -> PassManager:
