@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import no_python_dispatcher
 
 from ..op import BRIDGE, FusedOp
 from ..providers import Provider, implementation
@@ -64,6 +65,13 @@ def check(plan: Plan, site: str) -> str | None:
     known: dict[fx.Node, Any] = {node: _random_like(node.meta["val"], generator) for node in inputs}
     for node in {plan.arguments[name] for name in plan.op.order_free}.intersection(known):
         known[node] = known[node].to(torch.float8_e4m3fn).to(known[node].dtype)  # the sum of 16 fits in bfloat16
+    # Compilation has the Python dispatcher on, by which PyTorch 2.13 waits for a collective without giving up the
+    # interpreter's lock. A thread of gloo that wants it, to let go of a tensor, then never comes to the collective.
+    with no_python_dispatcher():
+        return _compare(plan, site, known)
+
+
+def _compare(plan: Plan, site: str, known: dict[fx.Node, Any]) -> None:
     original = {node: _evaluate(node, known) for node in plan.replaced}
     arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
     arguments |= {name: arguments[name].permute(dims) for name, dims in plan.permuted.items()}
@@ -76,7 +84,6 @@ def check(plan: Plan, site: str) -> str | None:
             raise MismatchError(
                 f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"
             )
-    return None
 
 
 def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: Tensor) -> str | None:

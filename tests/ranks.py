@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-SECONDS = 240  # far more than any function takes: a process that hangs is a defect
+SECONDS = 120  # far more than any function takes: a process that hangs is a defect
 
 
 def run(world: int, folder: Path, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:

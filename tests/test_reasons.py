@@ -9,6 +9,8 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from conftest import checked
 from test_traps import hand_built
 from torch import Tensor
@@ -89,10 +91,25 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (y.float() / scale).to(cases.FN), scale
 
 
+def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
+    """In a group of one process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield from sites(fn, ("x",))
+    finally:
+        dist.destroy_process_group()
+
+
+def largest(x: Tensor) -> Tensor:
+    return cases.llama(funcol.all_reduce(x, "max", dist.group.WORLD), x[0])  # type: ignore[arg-type]
+
+
 PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "producer": lambda patch: sites(lambda x: cases.q3(x * 2), ("x",)),
     "boundary": lambda patch: sites(lambda x: cases.q3(x.view(2, 2, -1)), ("x",)),
     "unquantised": lambda patch: sites(cases.llama),
+    "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
+    "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)),

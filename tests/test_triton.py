@@ -21,11 +21,11 @@ from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import OPS, FusedOp
 from aiter_fusion.passes.manager import environment
 from aiter_fusion.providers import triton as provider
-from aiter_fusion.providers.triton import launches, programs, rules, tuned
+from aiter_fusion.providers.triton import all_reduce, launches, programs, rules, tuned
 
 KERNELS = Path(provider.__file__).parent / "kernels"
-# The ops that one GPU computes.
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in OPS[family].values()]
+REDUCING = [op for overloads in OPS.values() for op in overloads.values() if "all_reduce" in op.family]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
 # What kernels are compiled for, without having it: (Triton's target, its FP8 format, Triton's name of that)
@@ -285,3 +285,41 @@ def test_kernels_compile(op: FusedOp, target: str) -> None:
                     signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             source = compiler.ASTSource(function, signature=signature, constexprs=constants)
             triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+@pytest.mark.parametrize("way", ["one_shot", "two_shot", "plain"])
+@pytest.mark.parametrize("op", REDUCING[::3], ids=lambda op: op.name.split("::")[1])
+def test_all_reduces_compile(op: FusedOp, way: str) -> None:
+    """Every way, for two ranks; each gets exactly its parameters."""
+    triton = import_module("triton")
+    compiler = import_module("triton.compiler")
+    machine_of = import_module("triton.backends.compiler").GPUTarget
+
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FN: "*fp8e4nv"}
+    samples = [s for s in op.samples() if s["x"].dtype is not torch.float32 and s.get("block", 64) and s["x"].numel()]
+    known = {name: samples[1][name] for name in op.arguments}
+    outputs = op.allocate(**known)
+    tensors = {"q": "q", "scale_out": "scale", "value_out": "value", "residual_out": "residual_out"}
+    given = {name: outputs.get(output) for name, output in (tensors | {"reduced_out": "reduced"}).items()}
+    if "static" in op.features or "q" not in outputs:
+        given["scale_out"] = None
+    given = all_reduce._views(known, given, 64) | all_reduce.constants(op, known, 64, True)
+    memory = torch.zeros(4, dtype=torch.int32)
+    channel = all_reduce.Channel(all_reduce.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
+    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory)
+    given |= all_reduce._placed(None if way == "plain" else channel, group, 9, 9, known["x"])
+    kernel = all_reduce._kernel("two_shot" if way == "two_shot" else "one_shot")
+    assert sorted(given) == sorted(parameter.name for parameter in kernel.params)
+    signature, constants = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if isinstance(value, Tensor):
+            signature[parameter.name] = {torch.int32: "*i32", torch.int64: "*i64", **names}[value.dtype]
+        elif value is None or parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = "i64" if parameter.name == "limit" else "i32"
+    source = compiler.ASTSource(kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=machine_of("cuda", 90, 32), options={"num_warps": all_reduce.warps(given)})
