@@ -164,3 +164,16 @@ def test_availability() -> None:
     done = subprocess.run([sys.executable, EXAMPLES / "availability.py"], capture_output=True, text=True, check=True)
     assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", done.stdout)
     assert "preferences (AITER_FUSION_<name>): AITER=on" in done.stdout
+
+
+def test_tensor_parallel_llama(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "tp_llama.py"], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "replaced 13 of 13 sites (all_reduce_rms_norm 9, act_mul_quant 4); 0 skipped; 4 bare" in done.stdout
+    assert "reports of 2 processes: identical" in done.stdout
+    apart = re.search(r"to the quantised model in one process: relative (\S+)", done.stdout)
+    assert apart is not None
+    assert float(apart[1]) < 0.25  # two quantised models, whose scales belong to other parts of the tensors

@@ -92,7 +92,8 @@ def test_fake_equals_real(op: FusedOp, provider: str) -> None:
                     other.device,
                 ), name
             count += 1
-    assert count >= 20
+    # Triton's all-reduces refuse a group of one: tests/test_multi_gpu.py has them
+    assert count >= 20 or (provider == "triton" and "group" in op.arguments)
 
 
 def _strided(x: Tensor) -> Tensor:

@@ -298,7 +298,8 @@ def test_all_reduces_compile(op: FusedOp, way: str) -> None:
 
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FN: "*fp8e4nv"}
     samples = [s for s in op.samples() if s["x"].dtype is not torch.float32 and s.get("block", 64) and s["x"].numel()]
-    known = {name: samples[1][name] for name in op.arguments}
+    changed = samples[1] | {"quant_dtype": FN, "block": 32, "column_major": True}
+    known = {name: changed[name] for name in op.arguments}
     outputs = op.allocate(**known)
     tensors = {"q": "q", "scale_out": "scale", "value_out": "value", "residual_out": "residual_out"}
     given = {name: outputs.get(output) for name, output in (tensors | {"reduced_out": "reduced"}).items()}
