@@ -93,7 +93,8 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
     """In a group of one process."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     try:
         yield from sites(fn, ("x",))
     finally:
