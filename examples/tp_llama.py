@@ -33,7 +33,7 @@ import aiter_fusion
 PROCESSES = 2  # without torchrun
 CONFIG = LlamaConfig(
     hidden_size=512,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=4,
     intermediate_size=1024,

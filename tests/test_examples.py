@@ -167,12 +167,13 @@ def test_availability() -> None:
 
 
 def test_tensor_parallel_llama(tmp_path: Path) -> None:
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    # headers compiled in advance pay only where many kernels follow
+    env = {**os.environ, "TMPDIR": str(tmp_path), "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "tp_llama.py"], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "replaced 13 of 13 sites (all_reduce_rms_norm 9, act_mul_quant 4); 0 skipped; 4 bare" in done.stdout
+    assert "replaced 7 of 7 sites (all_reduce_rms_norm 5, act_mul_quant 2); 0 skipped; 2 bare" in done.stdout
     assert "reports of 2 processes: identical" in done.stdout
     apart = re.search(r"to the quantised model in one process: relative (\S+)", done.stdout)
     assert apart is not None

@@ -93,7 +93,7 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
     """In a group of one process."""
-    store = dist.distributed_c10d.HashStore()  # type: ignore[attr-defined,reportPrivateImportUsage]
+    store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     try:
         yield from sites(fn, ("x",))
