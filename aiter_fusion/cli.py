@@ -252,6 +252,7 @@ def _preferences(chosen: config.Options) -> dict[str, dict[str, Any]]:
         "provider": chosen.provider,
         "disable": sorted(chosen.disable),
         "log": os.environ.get("AITER_FUSION_LOG", "").upper() or "INFO",
+        **{name.lower(): config.preference(name) for name in config.PREFERENCES},
     }
     found = {
         name: {"value": value, "from": variable if os.environ.get(variable) else "default"}
@@ -284,7 +285,10 @@ def _print_info(args: argparse.Namespace) -> None:
         rows.append(["tuned launches", f"{found['tuned']['launches']} in {found['tuned']['file']}"])
     for name, preference in found["preferences"].items():
         value = preference["value"]
-        text = (", ".join(value) or "nothing") if isinstance(value, list) else value
+        if isinstance(value, bool):
+            text = "on" if value else "off"
+        else:
+            text = (", ".join(value) or "nothing") if isinstance(value, list) else value
         rows.append([f"preferred {name}", f"{text} ({preference['from']})"])
     rows += [[f"fusion {family}", f"off: {why}" if why else "on"] for family, why in found["fusions"].items()]
     print(_painted(tabulate(rows, tablefmt="plain", disable_numparse=True), sys.stdout))

@@ -70,6 +70,7 @@ def saved(tmp_path: Path) -> str:
 @pytest.mark.usefixtures("no_gpu")
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_DISABLE", "act_mul_quant")
+    monkeypatch.setenv("AITER_FUSION_LINEAR", "0")
     status, out, err = run("info", capsys=capsys)
     assert (status, err) == (0, "")
     assert "\x1b" not in out
@@ -80,6 +81,8 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert rows["provider reference"] == "can run"
     assert rows["preferred level"] == "3 (default)"
     assert rows["preferred disable"] == "act_mul_quant (AITER_FUSION_DISABLE)"
+    assert rows["preferred linear"] == "off (AITER_FUSION_LINEAR)"
+    assert rows["preferred moe"] == "on (default)"
     assert rows["fusion rms_norm_quant"] == "on"
     assert rows["fusion act_mul_quant"] == "off: disabled: act_mul_quant is in 'disable'"
 
