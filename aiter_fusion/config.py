@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
-PACKAGE_FAMILIES = FAMILIES  # FAMILIES also gets those that are registered from outside
 PROVIDER_NAMES = ("auto", "aiter", "triton", "reference")
 NUMERICS = ("exact", "kernel")
 LEVELS = {

@@ -107,6 +107,19 @@ def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:
     return empty([sizes[d] for d in dims], dtype=dtype).permute([dims.index(d) for d in range(len(dims))])
 
 
+def is_contiguous(x: Tensor) -> bool:
+    """Whether a tensor, maybe of symbolic sizes, is known to be contiguous; never adds a guard."""
+    # not before: it loads sympy, which registering ops must not
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    expected: Any = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
 # Every declared op by family and features: those that fusions make, and those that also stand alone (the bridge).
 OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
 BRIDGE: dict[str, dict[frozenset[str], FusedOp]] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
-from ..op import FusedOp, dense, find
+from ..op import FusedOp, dense, find, is_contiguous
 from ..patterns.language import VIEWS, Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
@@ -568,7 +568,7 @@ def _transposed_copies(node: fx.Node, dead: set[fx.Node]) -> dict[fx.Node, tuple
 def _fit_transposed(node: fx.Node, name: str, have: Tensor, sizes: Sequence[fx.Node]) -> Fit:
     """How an output whose columns are outermost in memory takes the place of a contiguous copy of it, columns first."""
     want = node.meta["val"]
-    whole = same_size(want.shape[0], have.shape[-1]) and _contiguous(want)
+    whole = same_size(want.shape[0], have.shape[-1]) and is_contiguous(want)
     if not whole or want.dtype != have.dtype or want.device != have.device:
         raise Refused(f"layout: {node.name} is not a contiguous copy of {name}, columns first")
     rows_first = want.permute(*range(1, want.dim()), 0)
@@ -629,22 +629,12 @@ def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, 
         outermost = (*order, *range(len(order), want.dim()))
         want = want.permute(outermost)
         dims = tuple(outermost.index(d) for d in range(want.dim()))
-    if not _contiguous(want):
+    if not is_contiguous(want):
         kind = "contiguous" if dims is None else "not in its order"
         raise Refused(f"layout: {node.name} has strides {tuple(node.meta['val'].stride())}; {name} is {kind}")
     if dims is not None and not same_shape(want.shape[: len(order or ())], have.shape[: len(order or ())]):
         raise Refused(f"layout: {node.name} has shape {list(want.shape)}, {name} {list(have.shape)}")
     return Fit(want.shape, _sizes(node, name, want, have, sizes), dims)
-
-
-def _contiguous(value: Tensor) -> bool:
-    """Whether a tensor is known to be contiguous; never adds a guard."""
-    expected: Any = 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not same_size(size, 1) and not same_size(stride, expected):
-            return False
-        expected = expected * size
-    return True
 
 
 def _known_sizes(nodes: Iterable[fx.Node], last: fx.Node) -> list[fx.Node]:

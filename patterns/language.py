@@ -225,9 +225,8 @@ class Form:
 class Fusion:
     """A chain of kinds that one fused op computes, each the input ``x`` of the next.
 
-    family:  the name in reports and options, and in ``torch.ops.aiter_fusion`` unless ``op`` is that.
+    family:  the name in reports and options.
     levels:  the optimisation level from which a feature of the site (an overload, a variant) is taken; others need 1.
-    op:      the name of the op, where it is not the family's.
     against: what the environment prefers against this op where others are for the same chain: asked in every case.
     only:    the providers that are asked for it, if not all; where none of them can be, nobody looks for the chain.
     fits:    a condition on the last record and the value that it reads: a sentence saying why the chain does not
@@ -236,7 +235,7 @@ class Fusion:
     level:   the optimisation level from which it is taken at all.
     one:     attributes that must be the same at all sites of a graph that are taken; the first site decides.
     jointly: all processes must take it or none: it is taken only if all of them compile alike.
-    op:      the name in ``torch.ops.aiter_fusion``.
+    op:      the name in ``torch.ops.aiter_fusion``; empty: the family's.
     """
 
     family: str

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from aiter_double import Double
 from torch import Tensor
 
 import aiter_fusion
@@ -67,6 +70,28 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("recorded rows")
         for row in sorted(rows):
             terminalreporter.line(row)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process: graphs are what they are with several."""
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Double]]:
+    """Install doubles of AITER; each takes the place of the one before."""
+    made: list[Double] = []
+
+    def install(*args: Any, **kwargs: Any) -> Double:
+        made.append(Double(*args, **kwargs))
+        return made[-1].install(monkeypatch, tmp_path)
+
+    yield install
+    for double in made:
+        double.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ BF16 = torch.bfloat16
 WIDTHS = (256, 2880, 4096, 8192)
 KINDS = 12  # each is some kernels to compile
 ROWS = (1, 2, 3, 7, 32, 80, 81, 200, 515)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = {
+    "column_major": False,
     "factor_steps": "div=448.0 float32",
     "scale_steps": "div=448.0 float32",
     "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
@@ -32,20 +34,20 @@ def arguments(op: FusedOp, rows: int, width: int, block: int, seed: int, pair: b
     """This rank's arguments of a call; ``x`` and ``other`` of rank r are of seed 16 seed + r."""
     rank = dist.get_rank()
     x, other = summands(rows, width, seed, rank)
-    generator = torch.Generator("cuda").manual_seed(16 * seed + 15)
-    residual = torch.randn(rows, width, generator=generator, device="cuda").to(BF16)
-    weight = torch.randn(width, generator=generator, device="cuda").to(BF16)
+    generator = torch.Generator(DEVICE).manual_seed(16 * seed + 15)
+    residual = torch.randn(rows, width, generator=generator, device=DEVICE).to(BF16)
+    weight = torch.randn(width, generator=generator, device=DEVICE).to(BF16)
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     known = {"x": x, "other": other if pair else None, "group": group, "weight": weight}
     known |= {"residual": residual, "sum_dtype": BF16, "residual_dtype": BF16}
-    known |= {"scale": torch.full((), 0.02, device="cuda"), "eps": 1e-6, "offset": None, "cast_first": True}
+    known |= {"scale": torch.full((), 0.02, device=DEVICE), "eps": 1e-6, "offset": None, "cast_first": True}
     known |= {"dtype": BF16, "block": block, **STEPS}
     return {name: known[name] for name in op.arguments}
 
 
 def summands(rows: int, width: int, seed: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(16 * seed + rank)
-    x, other = torch.randn(2, rows, width, generator=generator, device="cuda").to(BF16)
+    generator = torch.Generator(DEVICE).manual_seed(16 * seed + rank)
+    x, other = torch.randn(2, rows, width, generator=generator, device=DEVICE).to(BF16)
     return x, other
 
 
@@ -53,7 +55,7 @@ def reduced(rows: int, width: int, seed: int, pair: bool) -> Tensor:
     """The sum that every rank must get: float32, in the order of ranks, rounded once."""
     sums = []
     for which in range(2 if pair else 1):
-        total = torch.zeros(rows, width, device="cuda")
+        total = torch.zeros(rows, width, device=DEVICE)
         for rank in range(dist.get_world_size()):
             total = total + summands(rows, width, seed, rank)[which].float()
         sums.append(total.to(BF16))
@@ -67,10 +69,10 @@ def call(op: FusedOp, given: dict[str, Any], provider: str = "triton") -> dict[s
 
 def digest(outputs: dict[str, Tensor]) -> Tensor:
     """A number for all bits of all outputs."""
-    total = torch.zeros((), dtype=torch.int64, device="cuda")
+    total = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for tensor in outputs.values():
         codes = tensor.flatten().view(torch.uint8).long()
-        total = total * 31 + (codes * (torch.arange(codes.numel(), device="cuda") % 65521 + 1)).sum()
+        total = total * 31 + (codes * (torch.arange(codes.numel(), device=DEVICE) % 65521 + 1)).sum()
     return total
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import aiter_double
@@ -26,19 +25,6 @@ from aiter_fusion.providers.aiter.quantiser import scale_of
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 AITER = PROVIDERS["aiter"]
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Double]]:
-    made: list[Double] = []
-
-    def install(*args: Any, **kwargs: Any) -> Double:
-        made.append(Double(*args, **kwargs))
-        return made[-1].install(monkeypatch, tmp_path)
-
-    yield install
-    for double in made:
-        double.forget()
 
 
 @pytest.fixture
@@ -281,6 +267,9 @@ def test_an_op_that_aiter_is_not_called_for(double: Double) -> None:
     op, arguments = Drive(NORM, "", (5, 256)).arguments(double.fp8)
     other = replace(op, family="all_reduce_rms_norm")
     assert AITER.refuse(other, arguments) == "this version of aiter_fusion calls none of its kernels for it"
+    outside = replace(op, family="of_somebody")  # a family that no preference is about
+    assert AITER.refuse(outside, arguments) == "this version of aiter_fusion calls none of its kernels for it"
+    assert AITER.unwanted(outside, arguments) is None
 
 
 def test_what_the_gpu_refuses(make: Callable[..., Double]) -> None:

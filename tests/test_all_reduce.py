@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cases
 import gloo_ranks
+import gpu_ranks
 import models
 import pytest
 import ranks
@@ -17,15 +18,10 @@ import torch.distributed._functional_collectives as funcol
 from conftest import Checked, fused
 from torch import Tensor
 
+from aiter_fusion.bench import allreduce
+from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers.triton import all_reduce
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A group of one process: graphs are what they are with several."""
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
-    yield
-    dist.destroy_process_group()
 
 
 def reduce(x: Tensor, how: str = "sum") -> Tensor:
@@ -98,7 +94,7 @@ def test_other_reductions_stay(how: str, alone: None) -> None:
     # the norm and its quantiser are fused without it
     assert graph.report.replaced == {"rms_norm_quant": 1}
     (site,) = (site for site in graph.report.sites if site.status == "replaced")
-    assert f"the reduction is {how}" in site.reason or how == "avg"
+    assert site.reason == f"without all_reduce: collective: the reduction is {how}, not sum"
     assert gloo_ranks.all_reduces(graph.after) == gloo_ranks.all_reduces(graph.before) == 1
 
 
@@ -156,6 +152,22 @@ def test_ranks_with_unequal_environments(tmp_path: Path) -> None:
         assert any(f"collective: {option} is " in reason and " on rank 0 and " in reason for _, reason in mine)
         for status, _ in (*mine, *theirs):
             assert not status.startswith("replaced all_reduce_rms_norm")
+
+
+REDUCING = [op for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant") for op in OPS[family].values()]
+
+
+@pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])
+def test_what_the_gpus_are_given_is_a_call(op: FusedOp, alone: None) -> None:
+    given = gpu_ranks.arguments(op, 3, 256, 128, 0)
+    have, want = gpu_ranks.call(op, given, "reference"), op.reference(**given)
+    assert all(same_bits(want[name], have[name]) for name in op.outputs)
+
+
+def test_what_is_timed_is_what_follows_the_sum(alone: None) -> None:
+    x, residual, weight = cases.tensors(("x", "r", "w"), (16,), torch.bfloat16, "normal")
+    op, given = allreduce.fused_call(x, residual, weight, dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    assert all(map(same_bits, op.target(*given, "reference"), allreduce.rest(x, residual, weight)))
 
 
 def test_the_way_is_what_was_measured() -> None:

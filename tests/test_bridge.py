@@ -55,19 +55,6 @@ def results(op: FusedOp, value: Any) -> dict[str, Tensor]:
     return dict(zip(op.outputs, (value,) if isinstance(value, Tensor) else value, strict=True))
 
 
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Double]]:
-    made: list[Double] = []
-
-    def install(*args: Any, **kwargs: Any) -> Double:
-        made.append(Double(*args, **kwargs))
-        return made[-1].install(monkeypatch, tmp_path)
-
-    yield install
-    for double in made:
-        double.forget()
-
-
 # ---- every op ------------------------------------------------------------------------------------------------------
 
 

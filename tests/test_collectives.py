@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -16,11 +15,7 @@ from torch import Tensor
 QUANTS = [q for q in cases.QUANTS if q.name in ("Q1r", "Q3", "Q7_128")]
 
 
-@pytest.fixture(autouse=True)
-def _group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def scatter(x: Tensor) -> Tensor:

@@ -142,6 +142,23 @@ def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.startswith(reason)
 
 
+@pytest.mark.parametrize("family", OPS)
+def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all-reduces too, one process being no group to reduce over; and none for ops from outside."""
+    monkeypatch.setattr(provider, "native_fp8", lambda device: FN)
+    for op in OPS[family].values():
+        known: dict[str, Any] = {**next(op.samples()), "block": 64, "quant_dtype": FN}
+        with FakeTensorMode():
+            for name, value in known.items():
+                if isinstance(value, Tensor):
+                    known[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            answer = provider.refuse(op, {name: known[name] for name in op.arguments})
+            assert answer is None or ("group" in op.arguments and answer.startswith("a group of 1"))
+            outside = replace(op, family="of_somebody")
+            known = {name: known[name] for name in op.arguments}
+            assert provider.refuse(outside, known) == "it has no kernel for of_somebody"
+
+
 def test_where_inductor_is_faster() -> None:
     op = OPS["rms_norm_quant"][frozenset()]
     known = {name: next(iter(op.samples()))[name] for name in op.arguments}
@@ -228,21 +245,21 @@ def test_programs() -> None:
     torchao = "float32 div_scale clamp_min=-448.0 clamp_max=448.0"
     scale = "div=448.0 float32"
     # the cast saturates
-    assert programs.value_steps(torchao, scale, BF16, FN, "block", True) == (("shared_div_scale", None),)
-    assert programs.value_steps(torchao, "", BF16, FN, "any", True) == (("shared_div_scale", None),)
+    assert programs.value_steps(torchao, scale, BF16, FN, True, True) == (("shared_div_scale", None),)
+    assert programs.value_steps(torchao, "", BF16, FN, False, True) == (("shared_div_scale", None),)
     # only for half precision are two parts of the reciprocal enough
-    assert programs.value_steps(torchao, "", torch.float32, FN, "any", True)[1] == ("div_scale", None)
+    assert programs.value_steps(torchao, "", torch.float32, FN, False, True)[1] == ("div_scale", None)
     # no clamp: the cast's own end
-    assert programs.value_steps("float32 div_scale", scale, BF16, FNUZ, "block", True)[-1] == ("nan_from", 248.0)
+    assert programs.value_steps("float32 div_scale", scale, BF16, FNUZ, True, True)[-1] == ("nan_from", 248.0)
     # a cast that does not saturate keeps the clamps
-    assert programs.value_steps(torchao, scale, BF16, FN, "block", False)[1:] == (
+    assert programs.value_steps(torchao, scale, BF16, FN, True, False)[1:] == (
         ("clamp_min", -448.0),
         ("clamp_max", 448.0),
     )
     # half precision stays half precision, unless a factor with dimensions promotes it
-    assert programs.value_steps("div_scale", scale, BF16, FN, "tensor", True)[0] == ("div_scale", None)
-    assert programs.value_steps("div_scale", "div=448.0", BF16, FN, "block", True)[0] == ("div_scale", None)
-    assert programs.value_steps("div_scale", scale, BF16, FN, "block", True)[0] == ("shared_div_scale", None)
+    assert programs.value_steps("div_scale", scale, BF16, FN, False, True)[0] == ("div_scale", None)
+    assert programs.value_steps("div_scale", "div=448.0", BF16, FN, True, True)[0] == ("div_scale", None)
+    assert programs.value_steps("div_scale", scale, BF16, FN, True, True)[0] == ("shared_div_scale", None)
 
 
 @pytest.mark.parametrize("dtype", [FN, FNUZ], ids=str)

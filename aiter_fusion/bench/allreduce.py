@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from .. import ops  # noqa: F401  (importing ops registers them)
-from ..op import find
+from ..op import FusedOp, find
 from ..ops import fp8_quant
 from ..ops.rms_norm_quant import rms_norm
 from ..providers.triton import all_reduce
@@ -40,6 +40,7 @@ GRAPH_TIME, GRAPH_CALLS, ROUNDS = 2e-3, 40, 15
 NAMES = ("ours", "one_shot", "two_shot", "plain", "nccl", "symmetric")
 STEPS = {
     "block": 128,
+    "column_major": False,
     "scale_steps": "div=448.0 float32",
     "factor_steps": "div=448.0 float32",
     "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
@@ -90,11 +91,20 @@ class Result:
         return f"{self.conditions}\nlink {self.link_rate / 1e9:.0f} GB/s one way\n\n{tabulate(table, headers=headers)}"
 
 
-def _rest(reduced: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def rest(reduced: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """What follows the all-reduce, as the graph has it."""
     summed = residual + reduced
     quantised = fp8_quant.reference(rms_norm(summed, weight, **NORM), **STEPS)  # type: ignore[arg-type]
     return quantised["q"], quantised["scale"], summed
+
+
+def fused_call(x: Tensor, residual: Tensor, weight: Tensor, group: str) -> tuple[FusedOp, list[Any]]:
+    """Our op, and its arguments in order but for the provider."""
+    op = find("all_reduce_rms_norm_quant", frozenset({"add"}))
+    assert op is not None
+    known = {"x": x, "other": None, "group": group, "residual": residual, "weight": weight, **NORM, **STEPS}
+    known |= {"sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}
+    return op, [known[name] for name in op.arguments]
 
 
 def _capture(call: Callable[[], Any], calls: int) -> Callable[[], None]:
@@ -117,13 +127,9 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
     generator.manual_seed(100)
     residual = torch.randn(rows, hidden, generator=generator, device=device).to(torch.bfloat16)
     weight = torch.randn(hidden, generator=generator, device=device).to(torch.bfloat16)
-    op = find("all_reduce_rms_norm_quant", frozenset({"add"}))
-    assert op is not None
-    known = {"x": x, "other": None, "group": group, "residual": residual, "weight": weight, **NORM, **STEPS}
-    known |= {"sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}
-    given = [known[name] for name in op.arguments]
+    op, given = fused_call(x, residual, weight, group)
     torch._dynamo.reset()
-    rest = torch.compile(_rest, dynamic=False, fullgraph=True)
+    compiled = torch.compile(rest, dynamic=False, fullgraph=True)
     chosen = all_reduce.choose(world, rows, hidden, 2)
 
     def ours(way: str) -> Callable[[], Any]:
@@ -137,7 +143,7 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
 
     def nccl() -> Any:
         dist.all_reduce(scratch)
-        return rest(scratch, residual, weight)
+        return compiled(scratch, residual, weight)
 
     import torch.distributed._symmetric_memory as symmetric
 
@@ -147,10 +153,10 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
 
     def over_symmetric() -> Any:
         if buffer.nbytes <= ONE_SHOT_BYTES:
-            return rest(symm.one_shot_all_reduce(buffer, "sum", group), residual, weight)
-        return rest(symm.two_shot_all_reduce_(buffer, "sum", group), residual, weight)
+            return compiled(symm.one_shot_all_reduce(buffer, "sum", group), residual, weight)
+        return compiled(symm.two_shot_all_reduce_(buffer, "sum", group), residual, weight)
 
-    _compare(ours, chosen, x, residual, weight, rest)
+    _compare(ours, chosen, x, residual, weight, compiled)
     calls = {name: ours(name) for name in ("one_shot", "two_shot", "plain") if not quick or name == chosen}
     calls |= {"nccl": nccl, "symmetric": over_symmetric}
     count = max(2, min(GRAPH_CALLS, int(GRAPH_TIME / (5e-6 + 6 * x.nbytes / 3e11))))
@@ -165,13 +171,13 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
 
 
 def _compare(
-    ours: Callable[[str], Callable[[], Any]], chosen: str, x: Tensor, residual: Tensor, weight: Tensor, rest: Any
+    ours: Callable[[str], Callable[[], Any]], chosen: str, x: Tensor, residual: Tensor, weight: Tensor, compiled: Any
 ) -> None:
     """Refuse to compare what computes another thing: NCCL may round after every rank that it adds, and codes follow."""
     have = ours(chosen)()
     reduced = x.clone()
     dist.all_reduce(reduced)
-    want = rest(reduced, residual, weight)
+    want = compiled(reduced, residual, weight)
     limit = dist.get_world_size() * 2.0**-8 * want[2].float().abs().max()
     apart = (have[2].float() - want[2].float()).abs().max()
     q = have[0].float() * have[1].repeat_interleave(128, -1)

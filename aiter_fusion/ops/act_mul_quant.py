@@ -81,15 +81,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         return fp8_quant.shape(sizes, _value_dtype(given[0 if packed else 1], **act), **arguments)
 
     def samples() -> Iterator[dict[str, Any]]:
-        for seed, (sizes, dtype) in enumerate(
-            [
-                ((9, 64), torch.bfloat16),
-                ((2, 4, 64), torch.float16),
-                ((1, 64), F32),
-                ((0, 64), torch.bfloat16),
-                ((64,), F32),
-            ]
-        ):
+        for seed, (sizes, dtype) in enumerate(fp8_quant.SAMPLE_SIZES):
             rows = torch.Size(sizes[:-1]).numel()
             both = fp8_quant.hostile_rows(rows, 128, dtype, seed).reshape(*sizes[:-1], 128)
             gate, up = _parts(both, True, False)

@@ -134,6 +134,16 @@ def sample_arguments(features: frozenset[str], width: int) -> list[dict[str, Any
     ]
 
 
+# What ops are tested with: several rows, more dimensions, one row, none, and no dimension of rows.
+SAMPLE_SIZES = (
+    ((9, 64), torch.bfloat16),
+    ((2, 4, 64), torch.float16),
+    ((1, 64), torch.float32),
+    ((0, 64), torch.bfloat16),
+    ((64,), torch.float32),
+)
+
+
 def hostile_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Rows of normal values, then zeros, tiny, subnormal, huge, NaN, infinity: as many as ``rows`` asks for."""
     generator = torch.Generator().manual_seed(seed)

@@ -50,15 +50,7 @@ def value_dtype(weight: Tensor | None, cast_first: bool, dtype: torch.dtype) -> 
 
 def norm_samples(add: bool) -> Iterator[dict[str, Any]]:
     """Arguments up to the quantiser's to test ops with."""
-    for seed, (sizes, dtype) in enumerate(
-        [
-            ((9, 64), torch.bfloat16),
-            ((2, 4, 64), torch.float16),
-            ((1, 64), F32),
-            ((0, 64), torch.bfloat16),
-            ((64,), F32),
-        ]
-    ):
+    for seed, (sizes, dtype) in enumerate(fp8_quant.SAMPLE_SIZES):
         rows = torch.Size(sizes[:-1]).numel()
         x = fp8_quant.hostile_rows(rows, 64, dtype, seed).reshape(sizes)
         weight = fp8_quant.hostile_rows(1, 64, dtype, seed + 100)[0]

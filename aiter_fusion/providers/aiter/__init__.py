@@ -64,7 +64,7 @@ def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     experimental = platform.why_experimental()
     if experimental is not None:
         return f"{experimental}: ask for provider='aiter' by name to use them"
-    off = config.against("AITER", *FEATURES[op.family])
+    off = config.against("AITER", *FEATURES.get(op.family, ()))
     return "; ".join(off) or None
 
 

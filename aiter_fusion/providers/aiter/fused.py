@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ... import platform
 from ...op import FusedOp
 from ..triton.launches import rows_of, width_of
+from ..triton.rules import power_of_two
 from . import quantiser
 from .entry_points import EntryPoint, call, probe
 
@@ -160,7 +161,7 @@ def _triton_norm(
         inp1_weight=given.arguments["weight"],
         inp1_epsilon=given.arguments["eps"],
         # a group that covers the row is a scale for the row; groups are of a power of two
-        group_size=_power_of_two(given.block),
+        group_size=power_of_two(given.block),
         dtype_quant=given.arguments["quant_dtype"],
         res1=rows("residual") if "add" in given.op.features else None,
         output_unquantized_inp1="value" in given.op.features,
@@ -224,10 +225,6 @@ def _triton_static_act(
         silu_convert_to_inp_type=given.arguments["cast_first"],
     )
     return {"q": q}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _hip_norm_path(name: str, *needs: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import config, platform
-from ...op import FusedOp
+from ...op import FusedOp, is_contiguous
 from .entry_points import EntryPoint, call, probe
 
 F32 = torch.float32
@@ -39,12 +39,7 @@ class Bridge:
 
 
 def _dense(name: str, tensor: Tensor) -> tuple[bool, str]:
-    expected: Any = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
-            return False, f"{name} is not contiguous (strides {tuple(tensor.stride())})"
-        expected = expected * size
-    return True, ""
+    return is_contiguous(tensor), f"{name} is not contiguous (strides {tuple(tensor.stride())})"
 
 
 def refuse(op: FusedOp, arguments: Arguments, native: torch.dtype) -> str | None:
@@ -184,7 +179,7 @@ def _hipb_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     yield not a["b_is_shuffled"] or k % 32 == 0, f"K is {k}, not a multiple of 32, and b is shuffled"
     yield a["bias"] is None or a["bias"].dtype == a["dtype"], "the bias is of another dtype than the result"
     yield _dense("a", x)
-    yield _dense("b", b.t())[0], f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
+    yield is_contiguous(b.t()), f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
 
 
 CREATE = EntryPoint("hipb_create_extension", ("aiter",), ())

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ... import config, platform
+from ... import platform
 from ...op import FusedOp, Implementation
 from . import all_reduce, launches
 from .tuned import state as state
+
+# The ops that there are kernels for.
+FAMILIES = frozenset({"rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "all_reduce_rms_norm_quant"})
 
 
 def missing() -> str | None:
@@ -43,7 +46,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot compute a call (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
-    if op.family not in config.PACKAGE_FAMILIES:
+    if op.family not in FAMILIES:  # ops from outside the package
         return f"it has no kernel for {op.family}"
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
@@ -75,10 +78,10 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why Inductor's own code is faster for a call, as measured; of a symbolic number of rows its example counts."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    width = launches.width_of(op, first)
-    rows, _ = launches.rows_of(first) or (1, width)
     if "group" in op.arguments:
         return None
+    width = launches.width_of(op, first)
+    rows, _ = launches.rows_of(first) or (1, width)
     if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
         return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
     return None

@@ -106,7 +106,7 @@ def quantiser_arguments(
             arguments["factor_steps"],
             value,
             arguments["quant_dtype"],
-            "any" if static else "block" if block else "tensor",
+            not static and block > 0,
             nvidia,
         ),
         "PARTS": 1,

@@ -52,16 +52,16 @@ def steps(program: str) -> Steps:
 
 @cache
 def value_steps(
-    program: str, factor_program: str, value: torch.dtype, quant_dtype: torch.dtype, given: str, saturates: bool
+    program: str, factor_program: str, value: torch.dtype, quant_dtype: torch.dtype, by_block: bool, saturates: bool
 ) -> Steps:
     """A program of the values, which are of dtype ``value``, up to the cast to FP8.
 
-    given: what a factor belongs to: a ``block``, the ``tensor``, or, given from outside (static), ``any``.
+    by_block: whether there is a factor for each block, not one for the tensor or from outside.
     saturates: the target's cast to FP8 turns what is too large into the largest number. Then clamps to that number
         before the cast are left out. Where there are none, the program ends as PyTorch's own cast would.
     """
     translated = list(steps(program))
-    if given == "block":
+    if by_block:
         # a factor that has dimensions promotes the values; one for the whole tensor has none, and does not
         combine = next((i for i, (name, _) in enumerate(translated) if name.endswith("_scale")), 0)
         before = result_dtype(" ".join(program.split()[:combine]), value)
