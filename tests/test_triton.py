@@ -326,8 +326,8 @@ def test_all_reduces_compile(op: FusedOp, way: str) -> None:
     memory = torch.zeros(4, dtype=torch.int32)
     channel = all_reduce.Channel(all_reduce.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
     group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory)
-    given |= all_reduce._placed(None if way == "plain" else channel, group, 9, 9, known["x"])
-    kernel = all_reduce._kernel("two_shot" if way == "two_shot" else "one_shot")
+    given |= all_reduce._placed(way, None if way == "plain" else channel, group, 9, 9, known["x"])
+    kernel = all_reduce._kernel()
     assert sorted(given) == sorted(parameter.name for parameter in kernel.params)
     signature, constants = {}, {}
     for index, parameter in enumerate(kernel.params):

@@ -32,11 +32,9 @@ MIB = 1 << 20
 WORLDS = (2, 4, 8)
 WIDEST = 16384  # elements of a row, which a block holds
 # A channel has two halves of data; these sizes of a half, in bytes.
-CLASSES = (2 * MIB, 16 * MIB, 128 * MIB)
-# Blocks of one launch, each with a flag for each rank and phase.
-BLOCKS, PHASES = 16384, 2
-# More blocks than this may not all run at once, and are numbered as they start.
-AT_ONCE = 128
+CLASSES = (2 * MIB, 16 * MIB, 256 * MIB)
+HEADER = 128  # bytes before the data, as in the kernel
+ROWS = 32768  # of one launch: blocks are numbered in 16 bits
 
 
 # ---- Which way ---------------------------------------------------------------------------------------------------
@@ -125,7 +123,7 @@ class LateRankError(RuntimeError):
 
 @dataclass
 class Channel:
-    """Memory of one way and class: the ranks' addresses, and this rank's state, all on the device."""
+    """Memory of one class: the ranks' addresses, and this rank's state, all on the device."""
 
     half: int
     peers: Tensor
@@ -135,7 +133,7 @@ class Channel:
 
 @dataclass
 class Communicator:
-    """The channels of a group on a device, by way and class; ``None`` where the group could not register one."""
+    """The channels of a group on a device, by class; ``None`` where the group could not register one."""
 
     group: str
     process_group: Any
@@ -143,7 +141,7 @@ class Communicator:
     rank: int
     ranks: list[int]
     late: Tensor  # one number in pinned memory: the late rank of the group, from 1 on, or 0
-    channels: dict[tuple[str, int], Channel | None] = field(default_factory=dict)
+    channels: dict[int, Channel | None] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
 
     def check(self) -> None:
@@ -156,25 +154,25 @@ class Communicator:
                 "then are wrong, and this group can do no more fused all-reduces: end all of its processes"
             )
 
-    def channel(self, way: str, needed: int) -> Channel | None:
+    def channel(self, needed: int) -> Channel | None:
         """The channel for ``needed`` bytes in a half, or the largest; None if there is none and none can be made."""
         half = next((size for size in CLASSES if size >= needed), CLASSES[-1])
-        if (way, half) not in self.channels:
+        if half not in self.channels:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "memory for an all-reduce would be registered while a CUDA graph is captured: call "
                     "aiter_fusion.warmup, or the op once with as many rows, before"
                 )
-            self.channels[way, half] = self._register(way, half)
-        return self.channels[way, half]
+            self.channels[half] = self._register(half)
+        return self.channels[half]
 
-    def _register(self, way: str, half: int) -> Channel | None:
+    def _register(self, half: int) -> Channel | None:
         channel, problem = None, None
         try:
             channel = _symmetric(self.group, self.device, self.rank, len(self.ranks), half)
         except RuntimeError as error:  # no peer access, no memory: all ranks are told, and go without
             problem = str(error).splitlines()[0]
-        why = agreement.joint(f"{self.group}/{way}/{half}", self.ranks, problem)
+        why = agreement.joint(f"{self.group}/{half}", self.ranks, problem)
         if why is not None:
             logger.warning("aiter_fusion: no memory for fused all-reduces, which PyTorch does instead: %s", why)
         return channel if why is None else None
@@ -183,11 +181,12 @@ class Communicator:
 def _symmetric(group: str, device: torch.device, rank: int, world: int, half: int) -> Channel:
     import torch.distributed._symmetric_memory as symmetric
 
-    size = flags_size(world) + 2 * half
+    size = HEADER + 2 * half
     # An allocation of its own: a part of a pool's may begin elsewhere on another rank.
     memory = symmetric._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # type: ignore[arg-type]
-    memory[: flags_size(world)].zero_()
-    torch.cuda.synchronize(device)  # nobody signals before the flags are 0
+    memory[:HEADER].zero_()
+    memory[HEADER:].fill_(0xFF)  # empty
+    torch.cuda.synchronize(device)  # nobody sends before all is empty
     handle = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]
     addresses = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
     if addresses[rank] != memory.data_ptr() or handle.rank != rank:
@@ -195,14 +194,9 @@ def _symmetric(group: str, device: torch.device, rank: int, world: int, half: in
     return Channel(
         half,
         torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.zeros(4, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
         (memory, handle),
     )
-
-
-def flags_size(world: int) -> int:
-    """Bytes before the data of a channel."""
-    return PHASES * BLOCKS * world * 4
 
 
 def _process_group(name: str) -> Any:
@@ -322,35 +316,40 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
         return
     world, tensors = len(known.ranks), 1 if other is None else 2
     way = choose(world, rows, width, x.element_size())
-    row = width * x.element_size() * tensors
-    copies = world if way == "one_shot" else 1
-    needed = row * copies * (-(-rows // world) * world if way == "two_shot" else rows)
-    channel = known.channel(way, needed) if way != "plain" else None
+    row = width * x.element_size()
+    channel = known.channel(needed(way, world, rows, tensors) * row) if way != "plain" else None
     with torch.cuda.device(x.device), compiling_nothing() if capturing() else contextlib.nullcontext():
         stream = torch.cuda.current_stream()
         if known.stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
         known.stream = stream
         if channel is None:
+            way = "plain"
             x = _plainly(x, arguments["group"])
             other = None if other is None else _plainly(other, arguments["group"])
-            given = _views({**arguments, "x": x, "other": other}, outputs, width)
-            _kernel("one_shot")[(rows,)](
-                **given, **constants, **_placed(None, known, rows, rows, x), num_warps=warps(constants)
-            )
-            return
-        given = _views(arguments, outputs, width)
-        most = min(channel.half // (row * copies), BLOCKS * (world if way == "two_shot" else 1))
-        most -= most % world if way == "two_shot" else 0
+        given = _views({**arguments, "x": x, "other": other}, outputs, width)
+        most = rows if channel is None else at_once(way, world, tensors, channel.half // row)
         for first in range(0, rows, most):
             count = min(most, rows - first)
             piece = {
                 name: value[first : first + count] if isinstance(value, Tensor) and name not in WHOLE else value
                 for name, value in given.items()
             }
-            blocks = count if way == "one_shot" else -(-count // world)
-            place = _placed(channel, known, count, rows, x) | {"TICKETS": blocks > AT_ONCE}
-            _kernel(way)[(blocks,)](**piece, **constants, **place, num_warps=warps(constants))
+            placed = _placed(way, channel, known, count, rows, x)
+            _kernel()[(count,)](**piece, **constants, **placed, num_warps=warps(constants))
+
+
+def needed(way: str, world: int, rows: int, tensors: int) -> int:
+    """Rows of memory in a half of a channel: for what every rank sends, and in two shots for sums."""
+    if way == "one_shot":
+        return world * tensors * rows
+    return world * tensors * -(-rows // world) + rows
+
+
+def at_once(way: str, world: int, tensors: int, memory: int) -> int:
+    """Rows that one launch can take with ``memory`` rows in a half."""
+    most = memory // (world * tensors) if way == "one_shot" else memory // (tensors + 1) // world * world
+    return min(most, ROWS)
 
 
 WHOLE = ("weight", "scale")  # tensors without rows
@@ -375,9 +374,10 @@ def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], w
     return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale")}
 
 
-def _placed(channel: Channel | None, known: Communicator, rows: int, all_rows: int, x: Tensor) -> dict[str, Any]:
-    """The kernels' arguments that say where they run; without a channel, on their own."""
-    world = 1 if channel is None else len(known.ranks)
+def _placed(
+    way: str, channel: Channel | None, known: Communicator, rows: int, all_rows: int, x: Tensor
+) -> dict[str, Any]:
+    """The kernel's arguments that say where it runs; without a channel, on its own."""
     return {
         "peers": None if channel is None else channel.peers,
         "state": None if channel is None else channel.state,
@@ -385,16 +385,14 @@ def _placed(channel: Channel | None, known: Communicator, rows: int, all_rows: i
         "rank": known.rank,
         "rows": rows,
         "all_rows": all_rows,
-        "start": flags_size(world),
         "half": 0 if channel is None else channel.half,
         "limit": int(config.timeout() * 1e9),
-        "W": world,
-        "BLOCKS": BLOCKS,
-        "TICKETS": False,
+        "WAY": way,
+        "W": 1 if channel is None else len(known.ranks),
         "CLOCK": "cuda",
         "ITEM": x.element_size(),
     }
 
 
-def _kernel(way: str) -> Any:
-    return getattr(import_module(".kernels.all_reduce_rms_norm", __package__), f"{way}_kernel")
+def _kernel() -> Any:
+    return import_module(".kernels.all_reduce_rms_norm", __package__).all_reduce_rms_norm_kernel
