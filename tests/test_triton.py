@@ -306,9 +306,10 @@ def test_kernels_compile(op: FusedOp, target: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
 @pytest.mark.parametrize("way", ["one_shot", "two_shot", "plain"])
-@pytest.mark.parametrize("op", REDUCING[::3], ids=lambda op: op.name.split("::")[1])
-def test_all_reduces_compile(op: FusedOp, way: str) -> None:
-    """Every way, for two ranks; each gets exactly its parameters."""
+@pytest.mark.parametrize("rows", [9, 900])
+@pytest.mark.parametrize("op", REDUCING[::5], ids=lambda op: op.name.split("::")[1])
+def test_all_reduces_compile(op: FusedOp, rows: int, way: str) -> None:
+    """Every way, for two ranks and few or many rows; each gets exactly its parameters."""
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
@@ -325,8 +326,8 @@ def test_all_reduces_compile(op: FusedOp, way: str) -> None:
     given = all_reduce._views(known, given, 64) | all_reduce.constants(op, known, 64, True)
     memory = torch.zeros(4, dtype=torch.int32)
     channel = all_reduce.Channel(all_reduce.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
-    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory)
-    given |= all_reduce._placed(way, None if way == "plain" else channel, group, 9, 9, known["x"])
+    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory, cores=132)
+    given |= all_reduce._placed(way, None if way == "plain" else channel, group, rows, rows, known["x"])
     kernel = all_reduce._kernel()
     assert sorted(given) == sorted(parameter.name for parameter in kernel.params)
     signature, constants = {}, {}
@@ -340,4 +341,4 @@ def test_all_reduces_compile(op: FusedOp, way: str) -> None:
         else:
             signature[parameter.name] = "i64" if parameter.name == "limit" else "i32"
     source = compiler.ASTSource(kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=machine_of("cuda", 90, 32), options={"num_warps": all_reduce.warps(given)})
+    triton.compile(source, target=machine_of("cuda", 90, 32), options=all_reduce.launch(given, rows, group.cores))

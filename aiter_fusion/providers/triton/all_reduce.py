@@ -141,6 +141,7 @@ class Communicator:
     rank: int
     ranks: list[int]
     late: Tensor  # one number in pinned memory: the late rank of the group, from 1 on, or 0
+    cores: int  # multiprocessors of the device, on each of which a block runs for certain
     channels: dict[int, Channel | None] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
 
@@ -215,7 +216,8 @@ def communicator(group: str, device: torch.device) -> Communicator:
     if known is None or known.process_group is not process_group:
         late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         ranks = dist.get_process_group_ranks(process_group)
-        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late)
+        cores = torch.cuda.get_device_properties(device).multi_processor_count
+        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late, cores)
         _communicators[group, device] = known
     return known
 
@@ -264,9 +266,13 @@ def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: boo
     }
 
 
-def warps(constants: Mapping[str, Any]) -> int:
-    """One for 512 elements of a row, 16 at most."""
-    return max(1, min(16, constants["SEGMENTS"] * constants["SEGMENT"] // 512))
+def launch(constants: Mapping[str, Any], rows: int, cores: int) -> dict[str, int]:
+    """How a row's block is launched. While each has a multiprocessor to itself, 8 elements a thread; of more, two of
+    8192 elements fit on one, with 16 elements and 64 registers a thread: while one waits, the other works."""
+    elements = constants["SEGMENTS"] * constants["SEGMENT"]
+    if rows <= cores:
+        return {"num_warps": max(1, min(32, elements // 256))}
+    return {"num_warps": max(1, min(32, elements // 512)), "maxnreg": 64}
 
 
 def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:
@@ -336,7 +342,7 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
                 for name, value in given.items()
             }
             placed = _placed(way, channel, known, count, rows, x)
-            _kernel()[(count,)](**piece, **constants, **placed, num_warps=warps(constants))
+            _kernel()[(count,)](**piece, **constants, **placed, **launch(constants, count, known.cores))
 
 
 def needed(way: str, world: int, rows: int, tensors: int) -> int:
@@ -388,6 +394,7 @@ def _placed(
         "half": 0 if channel is None else channel.half,
         "limit": int(config.timeout() * 1e9),
         "WAY": way,
+        "TICKETS": rows > known.cores,
         "W": 1 if channel is None else len(known.ranks),
         "CLOCK": "cuda",
         "ITEM": x.element_size(),

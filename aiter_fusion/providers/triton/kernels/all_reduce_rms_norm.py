@@ -23,6 +23,8 @@ from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wid
 
 # Words of a channel's state.
 MARK, FAILED = tl.constexpr(0), tl.constexpr(1)
+# Of so many looks at what has come, one asks more than whether all are numbers.
+LOOKS = tl.constexpr(16)
 # Bytes before a channel's data: in the first word other ranks tell which rank is late.
 HEADER = tl.constexpr(128)
 # As bfloat16 and as float16 a NaN that no arithmetic gives; what has its bits is sent as another.
@@ -41,23 +43,25 @@ def clock(CLOCK: tl.constexpr):
 
 @triton.jit
 def begin(state):
-    """(half, block): blocks are numbered as they start, so that those that others wait for have started.
+    """The mark: how many blocks have started before, and in the 17th bit this turn's half of the channel.
 
-    The mark is the number of the next block, and in the 17th bit the half of this turn. The last block to start has the
-    next turn's in its place.
+    The last to start leaves the next turn's.
     """
     mark = tl.atomic_add(state + MARK, 1, sem="relaxed", scope="gpu")
-    block = mark & 0xFFFF
-    half = mark >> 16
-    if block == tl.num_programs(0) - 1:
-        tl.store(state + MARK, (1 - half) << 16)
-    return half, block
+    if (mark & 0xFFFF) == tl.num_programs(0) - 1:
+        tl.store(state + MARK, (mark & 0x10000) ^ 0x10000)
+    return mark
 
 
 @triton.jit
-def at(peers, peer, offset, dtype: tl.constexpr):
-    """A pointer to a rank's memory; ``offset`` in bytes, a multiple of 16, as every row's length is."""
-    return tl.multiple_of((tl.load(peers + peer) + offset).to(tl.pointer_type(dtype)), 16)
+def as_row(address, dtype: tl.constexpr):
+    """Addresses of rows are multiples of 16, as every row's length is."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def send(address, values, columns, mask):
+    tl.store(as_row(address, values.dtype) + columns, values, mask=mask)
 
 
 @triton.jit
@@ -80,16 +84,16 @@ def total(
     """(sum, whether all came): of what ``SOURCES`` ranks from ``source`` on sent, in their order, in float32, rounded.
 
     Slots are ``slot`` bytes apart, from ``offset`` on; that of number ``own`` is not in the channel but at
-    ``own_address``. What was read is emptied.
+    ``own_address``.
 
     If something does not come within ``limit`` ticks, its rank's number, from 1 on, goes to ``late`` and to all ranks,
     who then wait no longer, and this channel's state is failed.
     """
     here = tl.load(peers + rank)
-    header = here.to(tl.pointer_type(tl.int32))
     begun = tl.full([], 0, tl.int64)
     sums = tl.zeros(columns.shape, tl.float32)
     told = rank * 0
+    looks = rank * 0
     missing = rank * 0 + 1
     waiting = rank >= 0
     while waiting:
@@ -97,44 +101,38 @@ def total(
         parts = ()
         for p in tl.static_range(SOURCES):
             address = tl.where(p == own, own_address, here + offset + p * slot)
-            pointer = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)
-            parts = parts + (tl.load(pointer + columns, mask=mask, other=0, volatile=True),)
+            parts = parts + (tl.load(as_row(address, tl.int16) + columns, mask=mask, other=0, volatile=True),)
         for p in tl.static_range(SOURCES):
             part = wide(parts[p].to(DTYPE, bitcast=True), PTX)
             if p == 0:
                 sums = part
             else:
                 sums = sums + part
-        missing = 0
-        if any_of(sums != sums):  # something has not come, or was no number
+        looks += 1
+        missing = any_of(sums != sums)  # something has not come, or was no number
+        waiting = missing > 0
+        if waiting and looks % LOOKS == 0:
+            missing = 0
             for p in tl.static_range(SOURCES):
                 if (missing == 0) & (p != own):
                     missing = any_of(parts[p] == EMPTY) * (p + 1)
-        waiting = missing > 0
-        if waiting:
             now = clock(CLOCK).to(tl.int64)
             begun = tl.where(begun == 0, now, begun)
-            told = tl.load(header, volatile=True)
-            waiting = (told == 0) & (now - begun < limit)
+            told = tl.load(here.to(tl.pointer_type(tl.int32)), volatile=True)
+            waiting = (missing > 0) & (told == 0) & (now - begun < limit)
     if missing > 0:
         if told == 0:
             told = source + missing
             for p in tl.static_range(W):
-                tl.store(at(peers, p, 0, tl.int32), told)
+                tl.store(tl.load(peers + p).to(tl.pointer_type(tl.int32)), told)
         tl.store(late, told)
         tl.store(state + FAILED, 1)
-    else:
-        tl.debug_barrier()  # all threads have read
-        for p in tl.static_range(SOURCES):
-            if p != own:
-                pointer = tl.multiple_of((here + offset + p * slot).to(tl.pointer_type(tl.int16)), 16)
-                tl.store(pointer + columns, tl.full(columns.shape, EMPTY, tl.int16), mask=mask)
     return sums.to(DTYPE), missing == 0
 
 
 @triton.jit
 def finish(
-    reduced, row, columns, element, mask, residual, residual_stride, weights, factor,
+    reduced, addend, row, columns, element, mask, weights, factor,
     q, scale_out, value_out, residual_out, reduced_out, all_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
@@ -146,8 +144,7 @@ def finish(
         tl.store(reduced_out + row * WIDTH + columns, reduced, mask=mask)
     if NORM:
         value = reduced
-        if residual is not None:
-            addend = tl.load(residual + row * residual_stride + columns, mask=mask, other=0.0)
+        if addend is not None:
             value = (wide(addend, PTX) + wide(reduced, PTX)).to(dtype_called(SUM))
         if residual_out is not None:
             tl.store(residual_out + row * WIDTH + columns, value.to(residual_out.dtype.element_ty), mask=mask)
@@ -175,18 +172,19 @@ def finish(
 
 
 @triton.jit
-def send(peers, rank, value, offset, columns, mask, W: tl.constexpr):
-    """Write a row to all other ranks."""
-    for i in tl.static_range(1, W):
-        peer = (rank + i) & (W - 1)  # all begin with another
-        tl.store(at(peers, peer, offset, value.dtype) + columns, value, mask=mask)
+def row_of(tensor, stride, row, columns, mask):
+    """A row of a tensor, if there is one."""
+    values = None
+    if tensor is not None:
+        values = tl.load(tensor + row * stride + columns, mask=mask, other=0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=["rank", "rows", "all_rows"])
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
     peers, state, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit,
-    WAY: tl.constexpr, W: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
+    WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
@@ -219,58 +217,91 @@ def all_reduce_rms_norm_kernel(
     if WAY == "plain":
         row = tl.program_id(0).to(tl.int64)
         came = row >= 0
-        reduced = tl.load(x + row * x_stride + columns, mask=mask, other=0.0)
+        addend = row_of(residual, residual_stride, row, columns, mask)
+        reduced = row_of(x, x_stride, row, columns, mask)
         if other is not None:
-            more = tl.load(other + row * other_stride + columns, mask=mask, other=0.0)
-            reduced = (wide(reduced, PTX) + wide(more, PTX)).to(ELEMENT)
+            reduced = (wide(reduced, PTX) + wide(row_of(other, other_stride, row, columns, mask), PTX)).to(ELEMENT)
     else:
-        turn, block = begin(state)
+        # If not all blocks run at once, they are numbered as they start: those that others wait for have started.
+        if TICKETS:
+            mark = begin(state)
+            block = mark & 0xFFFF
+        else:
+            block = tl.program_id(0)
+        # What needs no other rank is asked for before anything is waited for.
+        failed = tl.load(state + FAILED)
         row = block.to(tl.int64)
-        came = tl.load(state + FAILED) == 0
-        reduced = tl.zeros(columns.shape, ELEMENT)
         owner = rank
         nth, count = row, rows
         if WAY == "two_shot":
             owner = block % W
             nth, count = row // W, tl.cdiv(rows, W)
+        mine = safe(row_of(x, x_stride, row, columns, mask))
+        more = None
+        if other is not None:
+            more = safe(row_of(other, other_stride, row, columns, mask))
+        addend = row_of(residual, residual_stride, row, columns, mask)
+        to_owner = tl.load(peers + owner)
+        others = ()
+        for i in tl.static_range(1, W):  # every rank begins with another
+            others = others + (tl.load(peers + ((rank + i) & (W - 1))),)
+        if not TICKETS:
+            mark = begin(state)
+
         slot = count.to(tl.int64) * ROW
-        base = HEADER + turn.to(tl.int64) * half
+        base = HEADER + (mark >> 16).to(tl.int64) * half
         to_sum = base + nth * ROW
-        sums = base + W * TENSORS * slot + row * ROW
+        own_slot = to_sum + rank * TENSORS * slot
+        sum_at = base + W * TENSORS * slot + row * ROW
+        came = failed == 0
+        reduced = tl.zeros(columns.shape, ELEMENT)
         if came:
-            for t in tl.static_range(TENSORS):
-                start = x + row * x_stride if t == 0 else other + row * other_stride
-                there = to_sum + (rank * TENSORS + t) * slot
-                if WAY == "one_shot":
-                    send(peers, rank, safe(tl.load(start + columns, mask=mask, other=0.0)), there, columns, mask, W)
-                elif owner != rank:
-                    mine = safe(tl.load(start + columns, mask=mask, other=0.0))
-                    tl.store(at(peers, owner, there, ELEMENT) + columns, mine, mask=mask)
+            if WAY == "one_shot":
+                for i in tl.static_range(W - 1):
+                    send(others[i] + own_slot, mine, columns, mask)
+                    if other is not None:
+                        send(others[i] + own_slot + slot, more, columns, mask)
+            elif owner != rank:
+                send(to_owner + own_slot, mine, columns, mask)
+                if other is not None:
+                    send(to_owner + own_slot + slot, more, columns, mask)
             if owner == rank:
-                for t in tl.static_range(TENSORS):
-                    start = x + row * x_stride if t == 0 else other + row * other_stride
-                    part, came = total(
-                        peers, state, late, rank, 0, rank, start.to(tl.int64), columns, mask, to_sum + t * slot,
-                        TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
+                reduced, came = total(
+                    peers, state, late, rank, 0, rank, (x + row * x_stride).to(tl.int64), columns, mask, to_sum,
+                    TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
+                )  # fmt: skip
+                if other is not None and came:
+                    second, came = total(
+                        peers, state, late, rank, 0, rank, (other + row * other_stride).to(tl.int64), columns, mask,
+                        to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
                     )  # fmt: skip
-                    if t == 0:
-                        reduced = part
-                    else:
-                        reduced = (wide(reduced, PTX) + wide(part, PTX)).to(ELEMENT)
-                if WAY == "two_shot":
+                    reduced = (wide(reduced, PTX) + wide(second, PTX)).to(ELEMENT)
+                if WAY == "two_shot" and came:
                     reduced = safe(reduced)
-                    if came:
-                        send(peers, rank, reduced, sums, columns, mask, W)
+                    for i in tl.static_range(W - 1):
+                        send(others[i] + sum_at, reduced, columns, mask)
             elif WAY == "two_shot":
                 # The owner, who hears from all, knows better who is late, if he is not.
                 reduced, came = total(
-                    peers, state, late, rank, owner, -1, sums, columns, mask, sums, slot, 2 * limit, 1, W, ELEMENT, PTX,
-                    CLOCK,
+                    peers, state, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot, 2 * limit, 1, W, ELEMENT,
+                    PTX, CLOCK,
                 )  # fmt: skip
     if came:
         finish(
-            reduced, row, columns, element, mask, residual, residual_stride, weights, factor,
+            reduced, addend, row, columns, element, mask, weights, factor,
             q, scale_out, value_out, residual_out, reduced_out, all_rows, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST, SUM,
             DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT,
             NORM, PTX,
         )  # fmt: skip
+        if WAY != "plain":
+            # Empty what was read; last, because it takes as long as sending.
+            tl.debug_barrier()  # all threads have read
+            nothing = tl.full(columns.shape, EMPTY, tl.int16)
+            here = tl.load(peers + rank)
+            if owner == rank:
+                for p in tl.static_range(W):
+                    if p != rank:
+                        for t in tl.static_range(TENSORS):
+                            send(here + to_sum + (p * TENSORS + t) * slot, nothing, columns, mask)
+            else:
+                send(here + sum_at, nothing, columns, mask)
