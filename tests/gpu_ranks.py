@@ -116,6 +116,35 @@ def random_calls(count: int, seed: int = 0) -> dict[str, Any]:
     return {"ways": ways, "differing": differing, "wrong": wrong_sums, "moved_codes": wrong_codes, "codes": codes}
 
 
+def hostile(way: str) -> dict[str, Any]:
+    """Rows of the bits that stand for what has not come, of NaN and of infinity: on one rank, and on all."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add", "value", "reduced"})]
+    given = arguments(op, 6, 4096, 128, 0)
+    bits = given["x"].view(torch.int16)
+    bits[0] = -1
+    if rank == world - 1:
+        bits[1], bits[2, 7], bits[3, ::2] = -1, -1, 0x7FFF
+        given["x"][4] = float("inf")
+    parts = [torch.empty_like(given["x"]) for _ in range(world)]
+    dist.all_gather(parts, given["x"])
+    with all_reduce.forced(way):
+        have = [call(op, given) for _ in range(8)]
+    aiter_fusion.check()
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total = total + part.float()
+    want = total.to(BF16)
+    mine = torch.stack([digest(outputs) for outputs in have])
+    every_rank = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(every_rank, mine)
+    return {
+        "same": all(bool((theirs == mine[0]).all()) for theirs in every_rank),
+        "right": bool(torch.all((have[0]["reduced"] == want) | (have[0]["reduced"].isnan() & want.isnan()))),
+        "nan": [int(row.isnan().sum()) for row in want],
+    }
+
+
 def without_reduction(op: FusedOp, given: dict[str, Any], sums: Tensor) -> dict[str, Tensor]:
     """The reference's outputs for these sums."""
     features = op.features - {"reduced"}

@@ -26,6 +26,16 @@ def test_the_same_bits_on_every_rank(world: int, tmp_path: Path) -> None:
 
 
 @worlds
+@pytest.mark.parametrize("way", ["one_shot", "two_shot"])
+def test_every_number_can_be_sent(world: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AITER_FUSION_TIMEOUT", "5")
+    for found in ranks.run(world, tmp_path, gpu_ranks.hostile, way, backend="nccl"):
+        assert found["nan"] == [4096, 4096, 1, 2048, 0, 0]
+        assert found["same"]
+        assert found["right"]
+
+
+@worlds
 def test_a_rank_that_stops(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "2")
     *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, 2.0, backend="nccl")

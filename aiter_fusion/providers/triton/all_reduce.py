@@ -64,8 +64,8 @@ ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 # bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
 # 8192 (416, one 425); of 4 ranks one for 80 rows (19.3, two 22.2), two for 128 (25.3, one 26.3).
 MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
-    2: ((32 * MIB, "one_shot"), (math.inf, "two_shot")),
-    4: ((1.25 * MIB, "one_shot"), (math.inf, "two_shot")),
+    2: ((4 * MIB, "one_shot"), (math.inf, "two_shot")),
+    4: ((MIB // 4, "one_shot"), (math.inf, "two_shot")),
 }
 # Of 8 ranks nothing has been measured: AITER's rule, and beyond it what is the fastest for most of 4.
 UNMEASURED = "two_shot"
