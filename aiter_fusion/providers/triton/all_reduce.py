@@ -1,12 +1,13 @@
 """All-reduce fusions over symmetric memory: which calls are taken, by which way, and the memory that they go through.
 
-Memory (a ``Channel``) is registered once for a group, a way and a size class, when first needed, and kept. Registering
-is a collective and waits for the device. All of a group's channels take at most 590 MiB on each GPU; what needs more
-goes in pieces.
+Memory (a ``Channel``) is registered once for a group and a size class, when first needed, and kept. Registering is a
+collective and waits for the device. All of a group's channels take at most 548 MiB on each GPU; what needs more goes in
+pieces.
 
-A rank that does not come is noticed by the kernels of the others: after ``AITER_FUSION_TIMEOUT`` seconds they write its
-number to host memory and end. The next call raises, and so does ``aiter_fusion.check()``, which is what to call after
-replaying a CUDA graph. Nothing computed since is right, and the group's channels refuse further use.
+A rank that does not come is noticed by the kernels of the others: after ``AITER_FUSION_TIMEOUT`` seconds, or at most
+twice as long, they write its number to host memory and end. The next call raises, and so does ``aiter_fusion.check()``,
+which is what to call after replaying a CUDA graph. Nothing computed since is right, and the group's channels refuse
+further use.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Window:
 # AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
 ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 # The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule,
-# which leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for
-# the rest, never was.
+# which leaves out sizes for which one shot is the fastest here, and has in sizes for which two are. "plain", the
+# library's all-reduce and one kernel for the rest, never was.
 # Measured by ``bench allreduce`` on NVIDIA H200 (NVLink, no multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21) in
-# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is the fastest for 2048 rows (114 us, two 122), two for
-# 8192 (416, one 425); of 4 ranks one for 80 rows (19.3, two 22.2), two for 128 (25.3, one 26.3).
+# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is always the fastest, as as much is sent either way (8192
+# rows: 373 us, two 377); of 4 ranks one for 16 rows (8.1 us, two 8.4), two for 32 (9.2, one 10.4).
 MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
-    2: ((4 * MIB, "one_shot"), (math.inf, "two_shot")),
+    2: ((math.inf, "one_shot"),),
     4: ((MIB // 4, "one_shot"), (math.inf, "two_shot")),
 }
 # Of 8 ranks nothing has been measured: AITER's rule, and beyond it what is the fastest for most of 4.
