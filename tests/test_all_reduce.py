@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_what_is_timed_is_what_follows_the_sum(alone: None) -> None:
     x, residual, weight = cases.tensors(("x", "r", "w"), (16,), torch.bfloat16, "normal")
     op, given = allreduce.fused_call(x, residual, weight, dist.group.WORLD.group_name)  # type: ignore[union-attr]
     assert all(map(same_bits, op.target(*given, "reference"), allreduce.rest(x, residual, weight)))
+
+
+@pytest.mark.parametrize("way", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("world", all_reduce.WORLDS)
+def test_pieces_fit_into_their_memory(world: int, way: str) -> None:
+    for tensors, memory in itertools.product(
+        (1, 2), (all_reduce.CLASSES[-1] // (2 * all_reduce.WIDEST), 8192, 1 << 24)
+    ):
+        most = all_reduce.at_once(way, world, tensors, memory)
+        assert 0 < most <= all_reduce.ROWS
+        assert all_reduce.needed(way, world, most, tensors) <= memory
+        if most < all_reduce.ROWS:
+            assert all_reduce.needed(way, world, most + world, tensors) > memory
 
 
 def test_the_way_is_what_was_measured() -> None:

@@ -36,9 +36,10 @@ def test_every_number_can_be_sent(world: int, way: str, tmp_path: Path, monkeypa
 
 
 @worlds
-def test_a_rank_that_stops(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["one_shot", "two_shot"])
+def test_a_rank_that_stops(world: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "2")
-    *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, 2.0, backend="nccl")
+    *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, 2.0, way, backend="nccl")
     for found in others:
         assert len(found["said"]) == 2
         assert all(f"rank {world - 1} did not take part" in text for text in found["said"])

@@ -326,7 +326,7 @@ def test_all_reduces_compile(op: FusedOp, rows: int, way: str) -> None:
     given = all_reduce._views(known, given, 64) | all_reduce.constants(op, known, 64, True)
     memory = torch.zeros(4, dtype=torch.int32)
     channel = all_reduce.Channel(all_reduce.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
-    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory, cores=132)
+    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory, memory, cores=132)
     given |= all_reduce._placed(way, None if way == "plain" else channel, group, rows, rows, known["x"])
     kernel = all_reduce._kernel()
     assert sorted(given) == sorted(parameter.name for parameter in kernel.params)

@@ -124,11 +124,11 @@ class LateRankError(RuntimeError):
 
 @dataclass
 class Channel:
-    """Memory of one class: the ranks' addresses, and this rank's state, all on the device."""
+    """Memory of one class: the ranks' addresses, and this rank's turn, on the device."""
 
     half: int
     peers: Tensor
-    state: Tensor
+    turn: Tensor
     memory: Any = None  # what keeps it registered
 
 
@@ -142,6 +142,7 @@ class Communicator:
     rank: int
     ranks: list[int]
     late: Tensor  # one number in pinned memory: the late rank of the group, from 1 on, or 0
+    failed: Tensor  # on the device: 1 when a kernel has missed a rank
     cores: int  # multiprocessors of the device, on each of which a block runs for certain
     channels: dict[int, Channel | None] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
@@ -196,7 +197,7 @@ def _symmetric(group: str, device: torch.device, rank: int, world: int, half: in
     return Channel(
         half,
         torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
         (memory, handle),
     )
 
@@ -217,8 +218,9 @@ def communicator(group: str, device: torch.device) -> Communicator:
     if known is None or known.process_group is not process_group:
         late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         ranks = dist.get_process_group_ranks(process_group)
+        failed = torch.zeros(1, dtype=torch.int32, device=device)
         cores = torch.cuda.get_device_properties(device).multi_processor_count
-        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late, cores)
+        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late, failed, cores)
         _communicators[group, device] = known
     return known
 
@@ -387,7 +389,8 @@ def _placed(
     """The kernel's arguments that say where it runs; without a channel, on its own."""
     return {
         "peers": None if channel is None else channel.peers,
-        "state": None if channel is None else channel.state,
+        "turn": None if channel is None else channel.turn,
+        "failed": None if channel is None else known.failed,
         "late": None if channel is None else known.late,
         "rank": known.rank,
         "rows": rows,

@@ -9,7 +9,7 @@ A rank's turn is one launch of its kernel, in which every row waits for what the
 is in turn t, all others have begun turn t - 1 and ended turn t - 2, and what they emptied then is empty: data is
 written to two halves in turn.
 
-The turn and the late rank live on the device, so that a CUDA graph may be replayed.
+The turn lives on the device, so that a CUDA graph may be replayed.
 """
 
 import triton
@@ -21,8 +21,6 @@ from triton.language.extra.hip import memrealtime
 from .rms_norm_quant import normalised
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
-# Words of a channel's state.
-MARK, FAILED = tl.constexpr(0), tl.constexpr(1)
 # Of so many looks at what has come, one asks more than whether all are numbers.
 LOOKS = tl.constexpr(16)
 # Bytes before a channel's data: in the first word other ranks tell which rank is late.
@@ -42,14 +40,14 @@ def clock(CLOCK: tl.constexpr):
 
 
 @triton.jit
-def begin(state):
+def begin(turn):
     """The mark: how many blocks have started before, and in the 17th bit this turn's half of the channel.
 
     The last to start leaves the next turn's.
     """
-    mark = tl.atomic_add(state + MARK, 1, sem="relaxed", scope="gpu")
+    mark = tl.atomic_add(turn, 1, sem="relaxed", scope="gpu")
     if (mark & 0xFFFF) == tl.num_programs(0) - 1:
-        tl.store(state + MARK, (mark & 0x10000) ^ 0x10000)
+        tl.store(turn, (mark & 0x10000) ^ 0x10000)
     return mark
 
 
@@ -78,7 +76,7 @@ def any_of(condition):
 
 @triton.jit
 def total(
-    peers, state, late, rank, source, own, own_address, columns, mask, offset, slot, limit,
+    peers, failed, late, rank, source, own, own_address, columns, mask, offset, slot, limit,
     SOURCES: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """(sum, whether all came): of what ``SOURCES`` ranks from ``source`` on sent, in their order, in float32, rounded.
@@ -87,7 +85,7 @@ def total(
     ``own_address``.
 
     If something does not come within ``limit`` ticks, its rank's number, from 1 on, goes to ``late`` and to all ranks,
-    who then wait no longer, and this channel's state is failed.
+    who then wait no longer, and ``failed`` is set: then this rank waits for nothing any more.
     """
     here = tl.load(peers + rank)
     begun = tl.full([], 0, tl.int64)
@@ -126,7 +124,7 @@ def total(
             for p in tl.static_range(W):
                 tl.store(tl.load(peers + p).to(tl.pointer_type(tl.int32)), told)
         tl.store(late, told)
-        tl.store(state + FAILED, 1)
+        tl.store(failed, 1)
     return sums.to(DTYPE), missing == 0
 
 
@@ -180,10 +178,10 @@ def row_of(tensor, stride, row, columns, mask):
     return values
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "all_rows"])
+@triton.jit(do_not_specialize=["rank", "rows", "all_rows", "limit"])
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, state, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit,
+    peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit,
     WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
@@ -224,12 +222,12 @@ def all_reduce_rms_norm_kernel(
     else:
         # If not all blocks run at once, they are numbered as they start: those that others wait for have started.
         if TICKETS:
-            mark = begin(state)
+            mark = begin(turn)
             block = mark & 0xFFFF
         else:
             block = tl.program_id(0)
         # What needs no other rank is asked for before anything is waited for.
-        failed = tl.load(state + FAILED)
+        given_up = tl.load(failed)
         row = block.to(tl.int64)
         owner = rank
         nth, count = row, rows
@@ -246,14 +244,14 @@ def all_reduce_rms_norm_kernel(
         for i in tl.static_range(1, W):  # every rank begins with another
             others = others + (tl.load(peers + ((rank + i) & (W - 1))),)
         if not TICKETS:
-            mark = begin(state)
+            mark = begin(turn)
 
         slot = count.to(tl.int64) * ROW
         base = HEADER + (mark >> 16).to(tl.int64) * half
         to_sum = base + nth * ROW
         own_slot = to_sum + rank * TENSORS * slot
         sum_at = base + W * TENSORS * slot + row * ROW
-        came = failed == 0
+        came = given_up == 0
         reduced = tl.zeros(columns.shape, ELEMENT)
         if came:
             if WAY == "one_shot":
@@ -267,12 +265,12 @@ def all_reduce_rms_norm_kernel(
                     send(to_owner + own_slot + slot, more, columns, mask)
             if owner == rank:
                 reduced, came = total(
-                    peers, state, late, rank, 0, rank, (x + row * x_stride).to(tl.int64), columns, mask, to_sum,
+                    peers, failed, late, rank, 0, rank, (x + row * x_stride).to(tl.int64), columns, mask, to_sum,
                     TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
                 )  # fmt: skip
                 if other is not None and came:
                     second, came = total(
-                        peers, state, late, rank, 0, rank, (other + row * other_stride).to(tl.int64), columns, mask,
+                        peers, failed, late, rank, 0, rank, (other + row * other_stride).to(tl.int64), columns, mask,
                         to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
                     )  # fmt: skip
                     reduced = (wide(reduced, PTX) + wide(second, PTX)).to(ELEMENT)
@@ -283,8 +281,8 @@ def all_reduce_rms_norm_kernel(
             elif WAY == "two_shot":
                 # The owner, who hears from all, knows better who is late, if he is not.
                 reduced, came = total(
-                    peers, state, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot, 2 * limit, 1, W, ELEMENT,
-                    PTX, CLOCK,
+                    peers, failed, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot,
+                    2 * limit.to(tl.int64), 1, W, ELEMENT, PTX, CLOCK,
                 )  # fmt: skip
     if came:
         finish(
