@@ -31,13 +31,19 @@ STEPS = {
 
 
 def arguments(op: FusedOp, rows: int, width: int, block: int, seed: int, pair: bool = False) -> dict[str, Any]:
-    """This rank's arguments of a call; ``x`` and ``other`` of rank r are of seed 16 seed + r."""
-    rank = dist.get_rank()
+    """This rank's arguments of a call."""
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    return arguments_of(dist.get_rank(), group, op, rows, width, block, seed, pair)
+
+
+def arguments_of(
+    rank: int, group: str, op: FusedOp, rows: int, width: int, block: int, seed: int, pair: bool
+) -> dict[str, Any]:
+    """A rank's arguments of a call; ``x`` and ``other`` of rank r are of seed 16 seed + r."""
     x, other = summands(rows, width, seed, rank)
     generator = torch.Generator(DEVICE).manual_seed(16 * seed + 15)
     residual = torch.randn(rows, width, generator=generator, device=DEVICE).to(BF16)
     weight = torch.randn(width, generator=generator, device=DEVICE).to(BF16)
-    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     known = {"x": x, "other": other if pair else None, "group": group, "weight": weight}
     known |= {"residual": residual, "sum_dtype": BF16, "residual_dtype": BF16}
     known |= {"scale": torch.full((), 0.02, device=DEVICE), "eps": 1e-6, "offset": None, "cast_first": True}
@@ -51,12 +57,12 @@ def summands(rows: int, width: int, seed: int, rank: int) -> tuple[Tensor, Tenso
     return x, other
 
 
-def reduced(rows: int, width: int, seed: int, pair: bool) -> Tensor:
+def reduced(world: int, rows: int, width: int, seed: int, pair: bool) -> Tensor:
     """The sum that every rank must get: float32, in the order of ranks, rounded once."""
     sums = []
     for which in range(2 if pair else 1):
         total = torch.zeros(rows, width, device=DEVICE)
-        for rank in range(dist.get_world_size()):
+        for rank in range(world):
             total = total + summands(rows, width, seed, rank)[which].float()
         sums.append(total.to(BF16))
     return sums[0] if not pair else sums[0] + sums[1]
@@ -99,7 +105,7 @@ def random_calls(count: int, seed: int = 0) -> dict[str, Any]:
         if way != "plain":  # whose order of summation is the library's
             digests.append(digest(have))
         if number % 10 == 0 and way != "plain":
-            sums = reduced(rows, width, number, pair)
+            sums = reduced(dist.get_world_size(), rows, width, number, pair)
             want = without_reduction(op, given, sums)
             for name in {"reduced", "residual_out"} & have.keys():
                 wrong_sums += int(not torch.equal(have[name], want[name]))
