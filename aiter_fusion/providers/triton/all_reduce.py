@@ -24,12 +24,11 @@ from torch import Tensor
 
 from ... import agreement, config
 from ...op import FusedOp, find
+from ..collective import MIB, ONE_STAGE, Turns, plainly, process_group, refuse_group
 from . import launches, rules
 
 logger = logging.getLogger("aiter_fusion")
 
-MIB = 1 << 20
-WORLDS = (2, 4, 8)
 WIDEST = 16384  # elements of a row, which a block holds
 # A channel has two halves of data; these sizes of a half, in bytes.
 CLASSES = (2 * MIB, 16 * MIB, 128 * MIB)
@@ -42,23 +41,6 @@ AT_ONCE = 128
 # ---- Which way ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Window:
-    """Calls of at most ``rows`` rows of ``packs`` times 16 bytes, and of ``nbytes // world`` bytes."""
-
-    rows: int
-    packs: int
-    nbytes: int
-
-    def has(self, world: int, rows: int, width: int, itemsize: int) -> bool:
-        packs, rest = divmod(width * itemsize, 16)
-        return (
-            rest == 0 and packs <= self.packs and rows <= self.rows and rows * width * itemsize <= self.nbytes // world
-        )
-
-
-# AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
-ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 # The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule,
 # which leaves out sizes for which one shot is the fastest here. "plain", the library's all-reduce and one kernel for
 # the rest, never was.
@@ -97,8 +79,6 @@ def choose(world: int, rows: int, width: int, itemsize: int) -> str:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel can take a call, from what is the same on all ranks; the rest of ``triton.refuse`` has passed."""
-    import torch.distributed as dist
-
     for name in ("x", "other"):
         value = arguments[name]
         if value is not None and value.dtype not in (torch.bfloat16, torch.float16):
@@ -108,12 +88,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
     if torch.version.hip is not None:
         return "its all-reduces have not been run on AMD GPUs"
-    ranks = dist.get_process_group_ranks(_process_group(arguments["group"]))
-    if len(ranks) not in WORLDS:
-        return f"a group of {len(ranks)}; its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
-    if not agreement.on_one_host(ranks):
-        return "the ranks of the group are on several hosts"
-    return None
+    return refuse_group(arguments["group"])
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------------
@@ -144,7 +119,7 @@ class Communicator:
     ranks: list[int]
     late: Tensor  # one number in pinned memory: the late rank of the group, from 1 on, or 0
     channels: dict[tuple[str, int], Channel | None] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
+    turns: Turns = field(default_factory=Turns)
 
     def check(self) -> None:
         """Raise a LateRankError if a kernel that has ended missed a rank."""
@@ -205,10 +180,6 @@ def flags_size(world: int) -> int:
     return PHASES * BLOCKS * world * 4
 
 
-def _process_group(name: str) -> Any:
-    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
-
-
 _communicators: dict[tuple[str, torch.device], Communicator] = {}
 
 
@@ -216,12 +187,12 @@ def communicator(group: str, device: torch.device) -> Communicator:
     """The one of a group and a device; another when the group of that name is another."""
     import torch.distributed as dist
 
-    process_group = _process_group(group)
+    found = process_group(group)
     known = _communicators.get((group, device))
-    if known is None or known.process_group is not process_group:
+    if known is None or known.process_group is not found:
         late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        ranks = dist.get_process_group_ranks(process_group)
-        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late)
+        ranks = dist.get_process_group_ranks(found)
+        known = Communicator(group, found, device, dist.get_rank(found), ranks, late)
         _communicators[group, device] = known
     return known
 
@@ -327,13 +298,10 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
     needed = row * copies * (-(-rows // world) * world if way == "two_shot" else rows)
     channel = known.channel(way, needed) if way != "plain" else None
     with torch.cuda.device(x.device), compiling_nothing() if capturing() else contextlib.nullcontext():
-        stream = torch.cuda.current_stream()
-        if known.stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
-        known.stream = stream
+        known.turns.take()
         if channel is None:
-            x = _plainly(x, arguments["group"])
-            other = None if other is None else _plainly(other, arguments["group"])
+            x = plainly(x, arguments["group"])
+            other = None if other is None else plainly(other, arguments["group"])
             given = _views({**arguments, "x": x, "other": other}, outputs, width)
             _kernel("one_shot")[(rows,)](
                 **given, **constants, **_placed(None, known, rows, rows, x), num_warps=warps(constants)
@@ -354,11 +322,6 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
 
 
 WHOLE = ("weight", "scale")  # tensors without rows
-
-
-def _plainly(x: Tensor, group: str) -> Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], width: int) -> dict[str, Any]:
