@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -573,6 +574,7 @@ def CustomAllreduce(double: Double, a: SimpleNamespace) -> dict[str, Any]:  # no
         "least": int(os.environ.get("AITER_CUSTOM_AR_MIN_SIZE", 0)),
         "most": most if most <= a.max_size else 64 << 20,
         "pool": a.max_size,
+        "thread": threading.get_ident(),
     }
 
 

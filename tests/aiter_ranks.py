@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,17 +90,16 @@ def problem_of(case: Case, double: Double) -> str | None:
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     double.calls.clear()
     have = call(op, "aiter", arguments)
+    problem = compare(op, arguments, have)
     if not all(torch.equal(value, arguments[name]) for name, value in before.items()):
-        return "an input was written to"
+        problem = "an input was written to"
     made = [(name, getattr(a, "use_1stage", None)) for name, a in double.calls if name != "CustomAllreduce"]
-    if made != [(case.method, {0: None, 1: True, 2: False}[case.stages])]:
-        return f"called {made}"
-    for name, value in have.items():
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, value.contiguous().view(torch.uint8).numpy().tobytes())
-        if any(other != every[0] for other in every):
-            return f"{name} has other bits on other ranks"
-    return compare(op, arguments, have)
+    if problem is None and made != [(case.method, {0: None, 1: True, 2: False}[case.stages])]:
+        problem = f"called {made}"
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, {name: _bits(value) for name, value in have.items()})
+    apart = [name for name in have if any(other[name] != every[0][name] for other in every)]
+    return f"{', '.join(apart)} with other bits on other ranks" if problem is None and apart else problem
 
 
 class Scene:
@@ -247,12 +247,14 @@ def _one_communicator(scene: Scene) -> Any:
     """One for all calls of a group; another of another group."""
     problems = [scene.problem(name) for name in ("one stage", "token", "group", "one stage")]
     first = list(all_reduce._communicators.values())
-    again = dist.new_group([0, 1], backend="gloo")
+    again: Any = dist.new_group([0, 1], backend="gloo")
     op, arguments = given(CASES["one stage"], scene.double)
     call(op, "aiter", arguments | {"group": again.group_name})
     handles = [known.handle for known in all_reduce._communicators.values()]
     groups = [handle.group for handle in handles]
-    return problems, len(first), len(handles), groups == [dist.group.WORLD, again], {handle.pool for handle in handles}
+    beside = all(handle.thread != threading.get_ident() for handle in handles)
+    pools = {handle.pool for handle in handles}
+    return problems, len(first), len(handles), groups == [dist.group.WORLD, again], beside, pools
 
 
 def _on_rank_1(scene: Scene, computation: Callable[[Double, Any], Any]) -> Any:

@@ -13,11 +13,13 @@ The kernels wait for all ranks, without a limit in time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +31,7 @@ from ...op import FusedOp, find
 from .. import PROVIDERS
 from ..collective import MIB, ONE_STAGE, Turns, Window, plainly, process_group, refuse_group, world_of
 from ..triton import capturing
-from .entry_points import EntryPoint, call
+from .entry_points import EntryPoint, call, probe
 from .fused import ZEROS, Call, Candidate, Limits, first_of, presented
 
 logger = logging.getLogger("aiter_fusion")
@@ -152,8 +154,10 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     arch = platform.architecture(arguments["x"].device.index or 0)
     if arch in UNFUSED:
         return f"its fused all-reduces are not written for {arch}"
-    chosen = refuse_group(arguments["group"]) or first_of(PATHS, op, arguments)
-    return chosen if isinstance(chosen, str) else None
+    why = refuse_group(arguments["group"])
+    for found in (first_of(PATHS, op, arguments), probe(COMMUNICATOR)) if why is None else ():
+        why = found if why is None and isinstance(found, str) else why
+    return why
 
 
 # ---- Communicators -----------------------------------------------------------------------------------------------
@@ -182,20 +186,32 @@ def communicator(group: str, device: torch.device) -> Communicator:
                 f"AITER's communicator of group {group!r} would be made while a CUDA graph is captured: call "
                 "aiter_fusion.warmup, or the op once, before"
             )
-        known = Communicator(found, _create(group, found, device))
+        known = Communicator(found, _agreed(group, found, device))
         _communicators[group, device] = known
     return known
 
 
-def _create(group: str, found: Any, device: torch.device) -> Any:
+def _create(found: Any, device: torch.device) -> Any:
+    import torch.distributed as dist
+
+    if dist.get_backend(found) != "gloo":  # AITER's exchanges addresses between CPUs
+        ranks = dist.get_process_group_ranks(found)
+        found = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return call(COMMUNICATOR, group=found, device=device, max_size=POOL)
+
+
+def _agreed(group: str, found: Any, device: torch.device) -> Any:
+    """AITER's communicator, or None if a rank has none; the same on all."""
     import torch.distributed as dist
 
     ranks = dist.get_process_group_ranks(found)
     handle, problem = None, None
     try:
-        if dist.get_backend(found) != "gloo":  # AITER's exchanges addresses between CPUs
-            found = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        handle = call(COMMUNICATOR, group=found, device=device, max_size=POOL)
+        # In a thread of its own: PyTorch's CUDA graphs warm up with a pool of memory for the thread, which nothing may
+        # be left in.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            handle = thread.submit(_create, found, device).result()
         if not hasattr(handle, "_IS_CAPTURING"):
             problem = "this version of AITER does not say when it returns zeros"
         elif handle.disabled:
