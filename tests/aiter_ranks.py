@@ -21,8 +21,8 @@ from test_aiter import AITER, Drive, compare
 from test_ops import call
 from torch import Tensor
 
-from aiter_fusion import agreement
-from aiter_fusion.passes.verify import differing_codes
+from aiter_fusion import Backend, agreement
+from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers.aiter import all_reduce, entry_points
 
 F16, F32 = torch.float16, torch.float32
@@ -166,8 +166,14 @@ def _returned(method: str, change: Callable[[Any, Any], Any]) -> Callable[[Scene
 
 
 def _unguarded(scene: Scene) -> None:
-    """An adapter that does not look whether the communicator warms up for a capture."""
-    scene.changed(METHOD + "_quant", lambda a, result: tuple(map(torch.zeros_like, result)))
+    """An adapter that calls inside ``capture()``, and has not looked."""
+    real = entry_points.call
+
+    def change(entry: entry_points.EntryPoint, **given: Any) -> Any:
+        with given["self"].capture():
+            return real(entry, **given)
+
+    scene.patch.setattr(all_reduce, "call", change)
 
 
 def _none_taken_for_a_result(scene: Scene) -> None:
@@ -398,6 +404,19 @@ def _apart(want: tuple[Tensor, ...], have: tuple[Tensor, ...]) -> list[float]:
     return apart
 
 
+def _compiled(scene: Scene) -> Any:
+    """By Inductor's code."""
+    inputs = list(cases.tensors(("x", "r", "w"), (16,), torch.bfloat16, "normal"))
+    inputs[0] = inputs[0].roll(dist.get_rank(), -1)
+    torch._dynamo.reset()
+    compiled = torch.compile(_value, backend=Backend(provider="aiter", expect={"all_reduce_rms_norm": 1}))
+    with torch.no_grad():
+        have = [compiled(*inputs) for _ in range(2)]
+        called = list(scene.double.called)
+        want = checked(_value, provider="aiter").call(*inputs)
+    return [all(map(same_bits, want, each)) for each in have], called
+
+
 def _unequal(scene: Scene) -> Any:
     """What AITER's communicator takes is another size on rank 1: none takes it."""
     if dist.get_rank() == 1:
@@ -424,6 +443,7 @@ SCENES: dict[str, Callable[[Scene], Any]] = {
     "other results": _other_results,
     "preferred": _preferred,
     "graphs": _graphs,
+    "compiled": _compiled,
     "unequal": _unequal,
 }
 

@@ -109,7 +109,7 @@ def test_zeros_never_come_back(both: Found) -> None:
 def test_what_aiter_returns_is_checked(both: Found) -> None:
     fewer, other = scenes(both, "other results")
     assert "returned 2 tensors, and 3 were expected: this version of AITER is not supported" in fewer
-    assert "returned value [5, 256] of torch.float32" in other or "returned residual_out [5, 256]" in other
+    assert "returned value [5, 256] of torch.float32, and [5, 256] of torch.bfloat16 was expected" in other
 
 
 def test_preference(both: Found) -> None:
@@ -132,6 +132,13 @@ def test_graphs(graph: str, both: Found) -> None:
     assert sites == [("replaced", "all_reduce_rms_norm", variant, "aiter", "")]
     assert set(called) - {"CustomAllreduce"} == {aiter_ranks.METHOD + method}
     assert all(a <= limit for a, limit in zip(apart, most, strict=True))
+
+
+def test_compiled(both: Found) -> None:
+    """Inductor's code, twice: the graph's bits, by one communicator."""
+    same, called = scenes(both, "compiled")
+    assert same == [True, True]
+    assert called == ["CustomAllreduce", *[aiter_ranks.METHOD + "_quant"] * 2]
 
 
 def test_without_a_residual(both: Found) -> None:

@@ -417,8 +417,10 @@ def presented(entry: EntryPoint, returned: Mapping[str, Tensor], outputs: Mappin
     Scales come as ``[M]``, ``[M, 1]`` or ``[M, G]``, row- or column-major; a transposed one is copied.
     """
     found = {}
-    for name in outputs.keys() & returned.keys():
-        have, want = returned[name], outputs[name]
+    for name, want in outputs.items():
+        if name not in returned:
+            continue
+        have = returned[name]
         rows = want.view(-1, want.shape[-1])
         if have.dtype != want.dtype or have.numel() != want.numel() or have.shape[0] != rows.shape[0]:
             raise RuntimeError(
