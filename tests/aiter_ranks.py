@@ -242,6 +242,33 @@ def _no_rows(scene: Scene) -> Any:
     return compare(op, arguments, call(op, "aiter", arguments)), scene.double.called
 
 
+def _hostile(scene: Scene) -> Any:
+    """A row of zeros; one with a NaN on rank 0; an ordinary one."""
+    drive = replace(CASES["token"].drive, sizes=(3, 256))
+    op, arguments = given(replace(CASES["token"], drive=drive), scene.double)
+    arguments["x"][0] = arguments["residual"][0] = 0
+    if dist.get_rank() == 0:
+        arguments["x"][1, 7] = float("nan")
+    have = call(op, "aiter", arguments)
+    nan = have["residual_out"].isnan().any(-1) | have["scale"].isnan().any(-1) | have["q"].float().isnan().any(-1)
+    zero = [have["scale"][0].item(), not have["q"][0].float().any()]
+    return zero, [bool(nan[1]), not nan[0], bool(nan[2])]
+
+
+def _dynamic(scene: Scene) -> Any:
+    """Rows that are known when they come."""
+    result = checked(_token, provider="aiter")
+    apart = []
+    for rows in (16, 400, 8200):
+        inputs = list(cases.tensors(("x", "r", "w"), (rows,), torch.bfloat16, "normal"))
+        inputs[0] = inputs[0].roll(dist.get_rank(), -1)
+        for rowed in inputs[:2]:
+            torch._dynamo.mark_dynamic(rowed, 0)
+        with torch.no_grad():
+            apart.append(_apart(_token(*inputs), result.call(*inputs)))
+    return result.variants, apart, [name for name in scene.double.called if name != "CustomAllreduce"]
+
+
 def _none(scene: Scene) -> Any:
     """AITER answers None: its environment allows less than is asked."""
     scene.patch.setenv("AITER_CUSTOM_AR_MAX_SIZE", "64")
@@ -432,6 +459,8 @@ SCENES: dict[str, Callable[[Scene], Any]] = {
     "in columns": _transposed,
     "gaps": _gaps,
     "no rows": _no_rows,
+    "hostile": _hostile,
+    "dynamic": _dynamic,
     "None": _none,
     "one communicator": _one_communicator,
     "disabled": _disabled,

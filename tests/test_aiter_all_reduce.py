@@ -64,6 +64,19 @@ def test_no_rows(both: Found) -> None:
     assert scenes(both, "no rows") == (None, [])
 
 
+def test_hostile_rows(both: Found) -> None:
+    """Zero rows have codes 0 and scale 1; a NaN on one rank is one on all, and in no other row."""
+    assert scenes(both, "hostile") == ([1.0, True], [True, True, False])
+
+
+def test_any_number_of_rows(both: Found) -> None:
+    """One graph serves all: in one stage, in two, and without AITER."""
+    variants, apart, called = scenes(both, "dynamic")
+    assert variants == ["all_reduce_rms_norm:add+token"]
+    assert called == [aiter_ranks.METHOD + "_quant"] * 2 + ["add_rmsnorm_quant"]
+    assert all(a <= limit for each in apart for a, limit in zip(each, (1, 0.02, 2**-6), strict=True))
+
+
 def test_none_is_an_answer(both: Found) -> None:
     """PyTorch's all-reduce then, and AITER's kernel for the rest."""
     method = f"{aiter_ranks.METHOD}_quant"
@@ -197,10 +210,12 @@ REFUSED = {
     "takes groups of up to 512 elements, in eights, not of 1024": drive(sizes=(3, 2048), block=1024),
     "takes groups of up to 512 elements, in eights, not of 4": drive(block=4),
     "takes blocks of a power of two of elements, not of 96": drive(sizes=(3, 192), block=96),
-    "takes no rows of 16640 of 2 ranks": drive(sizes=(3, 16640), quant=False),
-    "takes no rows of 8208 of 2 ranks": drive(sizes=(3, 8208)),
-    "takes no rows of 8200 of 2 ranks": drive(sizes=(3, 8200), quant=False),  # 1025 packs
-    "takes no rows of 260 of 2 ranks": drive(sizes=(3, 260), quant=False),
+    "takes rows of up to 16384, not 16640": drive(sizes=(3, 16640), quant=False),
+    "takes rows of up to 8192, not 8208": drive(sizes=(3, 8208)),
+    "takes rows in packs of 8 elements, more than 1024 if 2 ranks share them, not 8200": drive(
+        sizes=(3, 8200), quant=False
+    ),
+    "takes rows in packs of 8 elements, more than 1024 if 2 ranks share them, not 260": drive(sizes=(3, 260)),
     "not the maximum over 240": drive(scale_steps="div=240.0 float32 log2 ceil exp2"),
 }
 

@@ -81,12 +81,14 @@ class Collective(Candidate):
     def why_not(self, given: Call) -> str | None:
         if given.scales != "none" and (arch := platform.architecture(given.x.device.index or 0)) in ZEROS:
             return f"writes zeros on {arch}: HIP's conversion to FP8 is not written for it yet"
+        if (why := super().why_not(given)) is not None:
+            return why
         if given.scales == "group" and (given.block % 8 or given.block > 512):
             return f"takes groups of up to 512 elements, in eights, not of {given.block}"
         world = world_of(given.arguments["group"])
         if self.stages(world, 1, given.width, given.x.element_size()) is None:
-            return f"takes no rows of {given.width} of {world} ranks"
-        return super().why_not(given)
+            return f"takes rows in packs of 8 elements, more than 1024 if {world} ranks share them, not {given.width}"
+        return None
 
     def stages(self, world: int, rows: int, width: int, itemsize: int) -> int | None:
         """In how many stages calls of this size go; None if not by AITER. From sizes alone, the same on all ranks."""
@@ -127,7 +129,9 @@ def _path(method: str, scales: str, two_stages: TwoStages, *needs: str, may: tup
     )
 
 
-# Of the second stage's kernels the quantising ones have a thread for a pack, and sum over whole waves of 32 alone.
+# csrc/include/custom_all_reduce.cuh, v0.1.20: of the second stage's kernels dispatchFusedAllReduceRMSNorm takes 64 to 2048
+# packs. The quantising ones (allreduce_fusion_kernel_2stage, ..._split) have a thread for each of at most 1024, and leave
+# out what is no whole wave of 32 of the row's sum. CudaCommunicator calls them up to these sizes.
 _PLAIN = TwoStages(least=64, most=2048, multiple=1, nbytes=POOL - 1)
 _TOKEN = TwoStages(least=1, most=1024, multiple=32, nbytes=4 * MIB)
 _GROUP = TwoStages(least=1, most=1024, multiple=32, nbytes=POOL - 1)
