@@ -129,9 +129,9 @@ def _path(method: str, scales: str, two_stages: TwoStages, *needs: str, may: tup
     )
 
 
-# csrc/include/custom_all_reduce.cuh, v0.1.20: of the second stage's kernels dispatchFusedAllReduceRMSNorm takes 64 to 2048
-# packs. The quantising ones (allreduce_fusion_kernel_2stage, ..._split) have a thread for each of at most 1024, and leave
-# out what is no whole wave of 32 of the row's sum. CudaCommunicator calls them up to these sizes.
+# csrc/include/custom_all_reduce.cuh, v0.1.20: without a quantiser the second stage (local_device_load_rmsnorm) takes 64
+# to 2048 packs. With one (allreduce_fusion_kernel_2stage, local_device_load_rmsnorm_quant_naive) it has a thread for each
+# of at most 1024, and sums over whole waves of 32 alone. CudaCommunicator calls them up to these sizes.
 _PLAIN = TwoStages(least=64, most=2048, multiple=1, nbytes=POOL - 1)
 _TOKEN = TwoStages(least=1, most=1024, multiple=32, nbytes=4 * MIB)
 _GROUP = TwoStages(least=1, most=1024, multiple=32, nbytes=POOL - 1)
@@ -158,10 +158,12 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     arch = platform.architecture(arguments["x"].device.index or 0)
     if arch in UNFUSED:
         return f"its fused all-reduces are not written for {arch}"
-    why = refuse_group(arguments["group"])
-    for found in (first_of(PATHS, op, arguments), probe(COMMUNICATOR)) if why is None else ():
-        why = found if why is None and isinstance(found, str) else why
-    return why
+    if (why := refuse_group(arguments["group"])) is not None:
+        return why
+    for found in (first_of(PATHS, op, arguments), probe(COMMUNICATOR)):
+        if isinstance(found, str):
+            return found
+    return None
 
 
 # ---- Communicators -----------------------------------------------------------------------------------------------
