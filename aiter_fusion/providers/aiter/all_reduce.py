@@ -130,8 +130,8 @@ def _path(method: str, scales: str, two_stages: TwoStages, *needs: str, may: tup
 
 
 # csrc/include/custom_all_reduce.cuh, v0.1.20: without a quantiser the second stage (local_device_load_rmsnorm) takes 64
-# to 2048 packs. With one (allreduce_fusion_kernel_2stage, local_device_load_rmsnorm_quant_naive) it has a thread for each
-# of at most 1024, and sums over whole waves of 32 alone. CudaCommunicator calls them up to these sizes.
+# to 2048 packs. With one (allreduce_fusion_kernel_2stage, local_device_load_rmsnorm_quant_naive) it has a thread for
+# each of at most 1024, and sums over whole waves of 32 alone. CudaCommunicator calls them up to these sizes.
 _PLAIN = TwoStages(least=64, most=2048, multiple=1, nbytes=POOL - 1)
 _TOKEN = TwoStages(least=1, most=1024, multiple=32, nbytes=4 * MIB)
 _GROUP = TwoStages(least=1, most=1024, multiple=32, nbytes=POOL - 1)
