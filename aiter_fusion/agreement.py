@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,6 +35,7 @@ class _Exchange:
     rounds: list[str] = field(default_factory=list)  # the facts of this process
     verdicts: dict[int, str | None] = field(default_factory=dict)
     hosts: list[str] = field(default_factory=list)  # by rank, once known
+    attempts: Counter[str] = field(default_factory=Counter)  # at each thing that only some ranks do together
 
 
 _exchange: _Exchange | None = None
@@ -127,11 +129,14 @@ def _settled(
 def joint(what: str, ranks: Sequence[int], problem: str | None) -> str | None:
     """Why something that all of these ranks have tried did not succeed on one of them, or None; the same on all.
 
-    ``what`` names the attempt, which is made once. ``problem`` is this rank's own, or None.
+    ``what`` names the attempt; these ranks make as many of that name. ``problem`` is this rank's own, or None.
     """
     exchange = _current()
     if exchange is None:
         return problem
+    what = f"{what}/{'-'.join(map(str, ranks))}"
+    exchange.attempts[what] += 1
+    what = f"{what}/{exchange.attempts[what]}"
     exchange.store.set(f"aiter_fusion/{what}/{exchange.rank}", problem or "")
 
     def first_problem(exchange: _Exchange, told: Mapping[int, str]) -> str | None:

@@ -204,7 +204,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "AITER": platform.aiter_version(),
         "triton": platform.triton_version(),
-        "what was tuned": tuple(provider.state() for provider in PROVIDERS.values()),
+        **{f"what {name} depends on": provider.state() for name, provider in PROVIDERS.items()},
         "the architecture": platform.architecture() or capability,
         "the process group": (dist.get_world_size(), dist.get_backend()) if in_group() else None,
         "the preferences": tuple(map(config.preference, config.PREFERENCES)),

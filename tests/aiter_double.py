@@ -5,7 +5,10 @@ The data are signatures of ROCm/aiter's functions by version, extracted from its
 function computes, mutates, returns and silently gets wrong is written here from its documentation, and shares nothing
 with this project's references, so that both can be compared. It knows the traps: what AITER exports is a wrapper that
 hides its arguments; HIP kernels take tensors as dense and as of one dtype, whatever they are; transposed scales lie
-about their strides; a custom operator of the same name marks every tensor as written to.
+about their strides; a custom operator of the same name marks every tensor as written to; a communicator disables
+itself, answers None to what does not fit, and zeros while a graph is to be captured.
+
+Its all-reduces go over the group that they are given, so several processes can run through it.
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aiter_fusion import platform
 from aiter_fusion.providers import aiter as adapter
-from aiter_fusion.providers.aiter import entry_points, library
+from aiter_fusion.providers.aiter import all_reduce, entry_points, library
 
 DATA = json.loads((Path(__file__).parent / "data" / "aiter_api.json").read_text())
 VERSIONS: list[str] = DATA["tags"]
@@ -75,8 +81,8 @@ COMPUTES: dict[str, Computation] = {}
 
 
 def computes(function: Computation) -> Computation:
-    """What the function of AITER's that is called so does."""
-    COMPUTES[function.__name__] = function
+    """What the function of AITER's that is called so does; ``Class__method`` for a method."""
+    COMPUTES[function.__name__.replace("__", ".")] = function
     return function
 
 
@@ -120,6 +126,7 @@ class Double:
         monkeypatch.setattr(platform, "architecture", lambda device=0: self.arch)
         monkeypatch.setattr(adapter, "DEVICE", "cpu")
         monkeypatch.setattr(library, "_created", set())
+        monkeypatch.setattr(all_reduce, "_communicators", {})
         self._forget_answers()
         return self
 
@@ -161,6 +168,16 @@ class Double:
             self.calls.append((name, given))
             return self.computes[name](self, given)
 
+        if name in CLASSES:
+
+            def made(this: Any, *args: Any, **kwargs: Any) -> None:
+                this.__dict__.update(plain(*args, **kwargs))
+
+            members = {"__init__": made, "__signature__": declared, **CLASSES[name]}
+            for home in homes(name, file):
+                setattr(self._module(home), name, type(name, (), members))
+            return
+
         def wrapper_custom(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)
 
@@ -169,7 +186,9 @@ class Double:
         else:
             plain.__signature__ = declared  # type: ignore[attr-defined]
         for home in homes(name, file):
-            setattr(self._module(home), name, wrapper_custom if wrapped else plain)
+            owner, _, method = name.rpartition(".")
+            place = getattr(self._module(home), owner) if owner else self._module(home)
+            setattr(place, method, wrapper_custom if wrapped else plain)
 
     def _register(self, name: str, declared: inspect.Signature) -> None:
         """The custom operator that tells a wrapper's arguments. It marks every tensor as written to."""
@@ -526,6 +545,116 @@ def mla_decode_fwd(double: Double, a: SimpleNamespace) -> Any:
                 value = share @ seen[:, : a.o.shape[-1]]
                 a.o[t, h] = value * (1.0 if a.kv_scale is None else float(a.kv_scale))
     return None, None
+
+
+# ---- all-reduces ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _capture(this: Any) -> Iterator[None]:
+    this._IS_CAPTURING = True
+    yield
+    this._IS_CAPTURING = False
+
+
+CLASSES: dict[str, dict[str, Any]] = {"CustomAllreduce": {"capture": _capture}}
+
+
+@computes
+def CustomAllreduce(double: Double, a: SimpleNamespace) -> dict[str, Any]:  # noqa: N802
+    """The state of a communicator."""
+    assert dist.get_backend(a.group) != "nccl", "CustomAllreduce should be attached to a non-NCCL group."
+    world = dist.get_world_size(a.group)
+    most = int(os.environ.get("AITER_CUSTOM_AR_MAX_SIZE", 64 << 20))
+    return {
+        "_IS_CAPTURING": False,
+        "disabled": world not in (2, 4, 6, 8),
+        "group": a.group,
+        "world": world,
+        "least": int(os.environ.get("AITER_CUSTOM_AR_MIN_SIZE", 0)),
+        "most": most if most <= a.max_size else 64 << 20,
+        "pool": a.max_size,
+        "thread": threading.get_ident(),
+    }
+
+
+def _reduced(a: SimpleNamespace, stages: int) -> Tensor:
+    """The ranks' sum in float32, rounded. Of two stages each rank sums an equal share, and what remains stays as it
+    was."""
+    mine = a.input.contiguous()
+    assert mine.nbytes <= a.self.pool, "registered buffer is too small to contain the input"
+    every = [torch.empty_like(mine.view(torch.uint8)) for _ in range(a.self.world)]
+    dist.all_gather(every, mine.view(torch.uint8), group=a.self.group)
+    ranks = [other.view(mine.dtype) for other in every]
+    total = ranks[0].to(F32)
+    for other in ranks[1:]:
+        total = total + other.to(F32)
+    total = total.to(mine.dtype)
+    packs = mine.nbytes // 16
+    if stages == 2 and packs % a.self.world:
+        total.view(-1)[packs // a.self.world * a.self.world * 8 :] = float("nan")
+    return total
+
+
+def _fused_all_reduce(double: Double, a: SimpleNamespace, group: int | None) -> Any:
+    """``group``: how many elements share a scale, 0 those of a row; None without FP8."""
+    ca, x = a.self, a.input
+    fits = x.nbytes % 16 == 0 and ca.least < x.nbytes <= ca.most and x.untyped_storage().nbytes() >= x.nbytes
+    if ca.disabled or not fits or not x.is_contiguous():
+        return None
+    width = x.shape[-1]
+    emit, gemma = getattr(a, "emit_bf16", False), getattr(a, "gemma_norm", False)
+    if group:
+        threads = group // 8
+        if group % 8 or threads & (threads - 1) or threads > 64 or width % group:
+            raise ValueError(f"per-group quant requires another group_size than {group}")
+    if ca._IS_CAPTURING:  # and nothing is being captured on a CPU: a warm-up
+        scale = torch.zeros(*x.shape[:-1], width // group if group else 1)
+        q = torch.zeros(x.shape, dtype=double.fp8)
+        zeros = (torch.zeros_like(x), torch.zeros_like(x))
+        return zeros if group is None else (q, zeros[0], scale, *zeros[1:][: 1 if emit else 0])
+    supported(double, x, a.residual_inp, a.weight)
+    if ca.world not in (2, 4, 8):
+        raise RuntimeError("fused allreduce rmsnorm: unsupported world_size")
+    packs = width // 8
+    stages = 1 if a.use_1stage and width % 8 == 0 and packs <= 1024 else 2
+    if stages == 2 and group is None and not 64 <= packs <= 2048:
+        raise RuntimeError("fused allreduce rmsnorm: n too small, or too large")
+    if stages == 2 and group is not None and packs > 1024:
+        return tuple(torch.full_like(x, float("nan")) for _ in range(4 if emit else 3))  # prints, and writes nothing
+    summed = _reduced(a, stages).to(F32) + dense(a.residual_inp.view(x.dtype)).to(F32)
+    residual = summed.to(x.dtype)
+    if stages == 2 and group is not None:
+        summed = residual.to(F32)
+    weight = a.weight.view(x.dtype)[:width].to(F32) + (1 if gemma else 0)  # reinterpreted, not converted
+    squares = summed * summed
+    if stages == 2 and group is not None:
+        squares = squares[:, : packs // 32 * 32 * 8]  # of the last wave, if a part, nothing is counted
+    y = summed * torch.rsqrt(squares.sum(-1, keepdim=True) / width + a.eps) * weight
+    if group is None:
+        return y.to(x.dtype), residual
+    groups = y.view(x.shape[0], -1, group or width)
+    most = groups.abs().amax(-1)
+    scale = torch.where(most == 0, 1.0, most / torch.finfo(double.fp8).max)
+    q = saturated(groups / scale[..., None], double.fp8).view(x.shape)
+    if getattr(a, "transpose_scale", False):
+        scale = scale.t().contiguous().t()
+    return (q, residual, scale, y.to(x.dtype)) if emit else (q, residual, scale)
+
+
+@computes
+def CustomAllreduce__custom_fused_ar_rms(double: Double, a: SimpleNamespace) -> Any:  # noqa: N802
+    return _fused_all_reduce(double, a, None)
+
+
+@computes
+def CustomAllreduce__custom_fused_ar_rms_quant(double: Double, a: SimpleNamespace) -> Any:  # noqa: N802
+    return _fused_all_reduce(double, a, 0)
+
+
+@computes
+def CustomAllreduce__custom_fused_ar_rms_per_group_quant(double: Double, a: SimpleNamespace) -> Any:  # noqa: N802
+    return _fused_all_reduce(double, a, a.group_size)
 
 
 def binds(entries: Collection[entry_points.EntryPoint], version: str) -> bool:

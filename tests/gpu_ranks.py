@@ -6,8 +6,10 @@ import random
 import time
 from typing import Any
 
+import cases
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 import aiter_fusion
@@ -188,6 +190,43 @@ def _stopped_rank(seconds: float) -> dict[str, Any]:
     else:
         time.sleep(2 * seconds)
     return {"said": said, "took": time.monotonic() - begin}
+
+
+def after_a_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Two all-reduces before norms, as in a layer that is split over ranks."""
+    summed = residual + funcol.all_reduce(x, "sum", dist.group.WORLD)  # type: ignore[arg-type]
+    q, scale = cases.q3(cases.llama(summed, weight))
+    again = summed + funcol.all_reduce(summed * 0.5, "sum", dist.group.WORLD)  # type: ignore[arg-type]
+    return again, q, scale, *cases.q3(cases.llama(again, weight))
+
+
+def compiled(mode: str | None) -> dict[str, Any]:
+    """By Inductor, whose CUDA graphs warm up, capture and replay in mode reduce-overhead; against the reference."""
+    given = []
+    for rows in (3, 64, 200):
+        residual, other = summands(rows, 1024, rows, 15)
+        given.append((summands(rows, 1024, rows, dist.get_rank())[0], residual, 1 + 0.1 * other[0]))
+    found = {}
+    for provider in ("reference", "triton"):
+        torch._dynamo.reset()
+        options: Any = {"mode": mode} if mode else {}
+        function = torch.compile(after_a_layer, backend=aiter_fusion.Backend(provider=provider), options=options)
+        with torch.no_grad():
+            found[provider] = [[t.clone() for t in function(*each)] for each in given for _ in range(4)]
+    aiter_fusion.check()
+    sums = [abs(a[0].float() - b[0].float()).max().item() for a, b in zip(*found.values(), strict=True)]
+    largest = max(a[0].float().abs().max().item() for a in found["reference"])
+    return {
+        "replaced": [report.replaced for report in aiter_fusion.reports()],
+        "providers": sorted({site.provider for report in aiter_fusion.reports() for site in report.sites}),
+        "apart": max(sums) / largest,
+        "same": all(
+            torch.equal(first, again)
+            for n in range(0, len(found["triton"]), 4)
+            for other in found["triton"][n + 1 : n + 4]
+            for first, again in zip(found["triton"][n], other, strict=True)
+        ),
+    }
 
 
 def replays(count: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from aiter_fusion.bench import allreduce
 from aiter_fusion.op import OPS, FusedOp
 from aiter_fusion.passes.verify import same_bits
+from aiter_fusion.providers import collective
 from aiter_fusion.providers.triton import all_reduce
 
 
@@ -172,7 +173,7 @@ def test_what_is_timed_is_what_follows_the_sum(alone: None) -> None:
 
 
 @pytest.mark.parametrize("way", ["one_shot", "two_shot"])
-@pytest.mark.parametrize("world", all_reduce.WORLDS)
+@pytest.mark.parametrize("world", collective.WORLDS)
 def test_pieces_fit_into_their_memory(world: int, way: str) -> None:
     for tensors, memory in itertools.product(
         (1, 2), (all_reduce.CLASSES[-1] // (2 * all_reduce.WIDEST), 8192, 1 << 24)

@@ -47,6 +47,18 @@ def test_a_rank_that_stops(world: int, way: str, tmp_path: Path, monkeypatch: py
 
 
 @worlds
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled(world: int, mode: str | None, tmp_path: Path) -> None:
+    for found in ranks.run(world, tmp_path, gpu_ranks.compiled, mode, backend="nccl"):
+        assert found["same"]
+        assert (
+            found["apart"] <= 2.0**-7
+        )  # NCCL sums in another order, and rounds after each rank: a last bit of bfloat16
+        assert found["providers"] == ["reference", "triton"]
+        assert {"all_reduce_rms_norm": 2} in found["replaced"]
+
+
+@worlds
 def test_a_graph_replayed(world: int, tmp_path: Path) -> None:
     for found in ranks.run(world, tmp_path, gpu_ranks.replays, 10000, backend="nccl"):
         assert found["same"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aiter_fusion.op import OPS
 from aiter_fusion.passes.verify import differing_codes, same_bits
+from aiter_fusion.providers import collective
 from aiter_fusion.providers.triton import all_reduce
 
 pytestmark = [
@@ -26,7 +27,7 @@ pytestmark = [
     ),
 ]
 Outputs = dict[str, Tensor]
-worlds = pytest.mark.parametrize("world", all_reduce.WORLDS)
+worlds = pytest.mark.parametrize("world", collective.WORLDS)
 
 
 class Ranks:

@@ -58,6 +58,7 @@ PROVIDERS: dict[str, Provider] = {
         refuse=_of("aiter", "refuse"),
         run=_of("aiter", "run"),
         exact=False,
+        state=_of("aiter", "state"),
         unwanted=_of("aiter", "unwanted"),
     ),
     "triton": Provider(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ... import config, platform
 from ...op import FusedOp, Implementation
-from . import fused, library
+from . import all_reduce, fused, library
+from .all_reduce import state as state
 
 DEVICE = "cuda"  # what PyTorch calls an AMD GPU
 
@@ -82,10 +83,12 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"AITER does not know {platform.architecture(first.device.index or 0)}"
     if op.family in library.BRIDGES:
         return library.refuse(op, arguments, native)
-    if op.family not in fused.FAMILIES:  # also ops from outside the package
+    if op.family not in fused.FAMILIES | all_reduce.FAMILIES:  # ops from outside the package
         return "this version of aiter_fusion calls none of its kernels for it"
-    if arguments["quant_dtype"] != native:
+    if arguments.get("quant_dtype", native) != native:
         return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
+    if op.family in all_reduce.FAMILIES:
+        return all_reduce.refuse(op, arguments)
     chosen = fused.choose(op, arguments)
     return chosen if isinstance(chosen, str) else None
 
@@ -96,4 +99,10 @@ def run(op: FusedOp) -> Implementation:
 
 
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
-    return library.run(op, arguments) if op.family in library.BRIDGES else fused.run(op, arguments)
+    if op.family in library.BRIDGES:
+        return library.run(op, arguments)
+    if arguments.get("column_major"):
+        # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
+        outputs = _run(op, **{**arguments, "column_major": False})
+        return {**outputs, "scale": op.allocate(**arguments)["scale"].copy_(outputs["scale"])}
+    return (all_reduce if op.family in all_reduce.FAMILIES else fused).run(op, arguments)

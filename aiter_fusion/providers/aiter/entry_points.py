@@ -20,7 +20,7 @@ from ... import platform
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A function of AITER's.
+    """A function of AITER's, a class, or a method (``Class.method``, whose first argument is ``self``).
 
     name:     what it is called there.
     homes:    the modules that it is or was in, newest first.
@@ -35,6 +35,15 @@ class EntryPoint:
         return f"{self.homes[0]}.{self.name}"
 
 
+# Releases whose fused all-reduces, in one stage, let a rank overwrite what another still reads.
+_UNFENCED = (
+    *("0.1.10.post2", "0.1.10.post3", "0.1.11", "0.1.11.post1", "0.1.12", "0.1.12.post1", "0.1.12.post2"),
+    *("0.1.13", "0.1.13.dev0", "0.1.13.post1", "0.1.14", "0.1.14.post1", "0.1.15", "0.1.15.post1", "0.1.15.post2"),
+    *("0.1.15.post3", "0.1.16", "0.1.16.post1", "0.1.16.post2", "0.1.16.post3", "0.1.16.post4", "0.1.16.post5"),
+    *("0.1.16.post6", "0.1.17", "0.1.18", "0.1.19"),
+)
+_WHY_UNFENCED = "lets a rank go on while others read its data (ROCm/aiter#4346, in 0.1.19.post1)"
+
 # Releases in which a function binds and is wrong: what is known, by name, with the change that mended it.
 KNOWN_BAD: Mapping[str, tuple[tuple[str, ...], str]] = {
     "add_rmsnorm_quant": (
@@ -42,6 +51,9 @@ KNOWN_BAD: Mapping[str, tuple[tuple[str, ...], str]] = {
         "returns inexact sums (ROCm/aiter#2011, in 0.1.10.post3)",
     ),
     "rmsnorm2d_fwd_with_add": (("0.1.10.post1",), "returns inexact sums (ROCm/aiter#1965, in 0.1.10.post2)"),
+    "CustomAllreduce.custom_fused_ar_rms": (_UNFENCED, _WHY_UNFENCED),
+    "CustomAllreduce.custom_fused_ar_rms_quant": (_UNFENCED, _WHY_UNFENCED),
+    "CustomAllreduce.custom_fused_ar_rms_per_group_quant": (_UNFENCED, _WHY_UNFENCED),
 }
 
 
@@ -81,13 +93,16 @@ def probe(entry: EntryPoint) -> Callable[..., Any] | str:
     """The function, or why it cannot be called as this package calls it. Imports AITER."""
     platform.load_aiter()
     version = f"AITER {platform.aiter_version() or 'of unknown version'}"
-    function = None
+    function: Any = None
     for home in entry.homes:
         try:
-            function = getattr(import_module(home), entry.name, None)
+            function = import_module(home)
         except ModuleNotFoundError as error:
             if not home.startswith(f"{error.name}"):  # not that this home is missing, but something that it needs
                 return f"importing {home} failed: {error}"
+            continue
+        for part in entry.name.split("."):
+            function = getattr(function, part, None)
         if function is not None:
             break
     if function is None:

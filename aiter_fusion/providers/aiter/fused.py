@@ -6,9 +6,9 @@ the op's own contract: values ``[..., H]``, scales ``[..., H / block]`` in float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ ZEROS = ("gfx1100", "gfx1101", "gfx1102", "gfx1151")
 class Limits:
     """What an entry point takes.
 
-    scales:  granularities: ``token``, ``group``, ``static``.
-    needs:   features that a call must have: ``add``, ``offset``.
+    scales:  granularities: ``token``, ``group``, ``static``, or ``none`` where nothing is quantised.
+    needs:   features that a call must have: ``add``, ``offset``, ``value``.
     may:     features that it may have besides: ``add``, ``value``.
     widest:  the longest row.
     dense:   whether rows must follow each other without gaps.
@@ -74,6 +74,8 @@ class Call:
 
     @property
     def scales(self) -> str:
+        if "quant_dtype" not in self.op.arguments:
+            return "none"
         if "static" in self.op.features:
             return "static"
         return "tensor" if self.block == 0 else "token" if self.block == self.width else "group"
@@ -85,17 +87,12 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Path:
-    """One way to compute calls of a fused op: an entry point, what it takes, and how it is called.
-
-    ``run(call, rows, outputs)`` gets a function that makes an argument 2-D, and the outputs, allocated and 2-D; it
-    returns those that AITER allocated itself.
-    """
+class Candidate:
+    """One way to compute calls of a fused op: an entry point, and what it takes."""
 
     family: str
     entry: EntryPoint
     limits: Limits
-    run: Callable[[Path, Call, Callable[[str], Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
     def is_for(self, given: Call) -> bool:
         """Whether it computes such calls at all: their granularity, inputs and outputs."""
@@ -125,6 +122,17 @@ class Path:
         if given.scales in limits.powers and given.block & (given.block - 1):
             return f"takes blocks of a power of two of elements, not of {given.block}"
         return None
+
+
+@dataclass(frozen=True)
+class Path(Candidate):
+    """One that this process computes alone, and how it is called.
+
+    ``run(call, rows, outputs)`` gets a function that makes an argument 2-D, and the outputs, allocated and 2-D; it
+    returns those that AITER allocated itself.
+    """
+
+    run: Callable[[Path, Call, Callable[[str], Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 _QUANT = ("aiter.ops.triton.quant.fused_fp8_quant", "aiter.ops.triton.fused_fp8_quant")
@@ -330,8 +338,9 @@ def _numerics(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) -> str | Non
     """Why AITER's kernels compute something else than the call asks for, roundings apart, or None."""
     value = op.shape(**arguments)["value"][1]
     if value != x.dtype:
-        return f"what is quantised is {value}, and its kernels work on {x.dtype} all through"
-    if op.family == "rms_norm_quant":
+        what = "quantised" if "quant_dtype" in op.arguments else "normalised"
+        return f"what is {what} is {value}, and its kernels work on {x.dtype} all through"
+    if "weight" in op.arguments:
         if arguments["weight"] is None:
             return "its norms have a weight"
         if not statically_known_true(arguments["weight"].stride(0) == 1):
@@ -345,18 +354,28 @@ def _numerics(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) -> str | Non
             return "its activations take gate and up as halves of one tensor"
         if arguments["interleaved"] or not arguments["gate_first"]:
             return "its activations want gate in the first half of the columns, up in the second"
+    if "quant_dtype" not in op.arguments:
+        return None
     steps = {name: arguments[name] for name in ("factor_steps", "value_steps", "quant_dtype")}
     if "static" in op.features:
         return quantiser.why_not_static(**steps)
     return quantiser.why_not_dynamic(arguments["scale_steps"], value=value, **steps)
 
 
+C = TypeVar("C", bound=Candidate)
+
+
 def choose(op: FusedOp, arguments: Mapping[str, Any]) -> tuple[Path, Call] | str:
     """The first path that takes a call, or why none does."""
+    return first_of(PATHS, op, arguments)
+
+
+def first_of(candidates: Sequence[C], op: FusedOp, arguments: Mapping[str, Any]) -> tuple[C, Call] | str:
+    """The first candidate that takes a call, or why none does."""
     given = describe(op, arguments)
     if isinstance(given, str):
         return given
-    paths = [path for path in PATHS if path.family == op.family and path.is_for(given)]
+    paths = [path for path in candidates if path.family == op.family and path.is_for(given)]
     if not paths:
         also = f" with {', '.join(sorted(given.features))}" if given.features else ""
         return f"AITER has no kernel for it with a scale per {given.scales}{also}"
@@ -372,11 +391,7 @@ def choose(op: FusedOp, arguments: Mapping[str, Any]) -> tuple[Path, Call] | str
 
 
 def run(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Compute a call that ``choose`` takes."""
-    if arguments.get("column_major"):
-        # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
-        outputs = run(op, {**arguments, "column_major": False})
-        return {**outputs, "scale": op.allocate(**arguments)["scale"].copy_(outputs["scale"])}
+    """Compute a call that ``choose`` takes, but for scales in columns."""
     outputs = op.allocate(**arguments)
     if arguments["x" if "x" in arguments else "gate_up"].numel() == 0:
         return outputs  # a grid without programs is an error in HIP; an empty result is complete as it is
@@ -386,10 +401,7 @@ def run(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     path, given = chosen
     flat = {name: tensor.view(-1, tensor.shape[-1]) for name, tensor in outputs.items()}
     returned = path.run(path, given, lambda name: _rows(arguments[name]), flat)
-    for name, tensor in returned.items():
-        if name in outputs:
-            outputs[name] = _presented(path, name, tensor, outputs[name])
-    return outputs
+    return outputs | presented(path.entry, returned, outputs)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -399,15 +411,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.as_strided((found[0], x.shape[-1]), (found[1], 1))
 
 
-def _presented(path: Path, name: str, have: Tensor, want: Tensor) -> Tensor:
-    """An output that AITER allocated, in the shape and layout that the op promises; its strides must be true.
+def presented(entry: EntryPoint, returned: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs that AITER allocated, in the shape and layout that the op promises; strides must be true.
 
     Scales come as ``[M]``, ``[M, 1]`` or ``[M, G]``, row- or column-major; a transposed one is copied.
     """
-    rows = want.view(-1, want.shape[-1])
-    if have.dtype != want.dtype or have.numel() != want.numel() or have.shape[0] != rows.shape[0]:
-        raise RuntimeError(
-            f"{path.entry} returned {name} {list(have.shape)} of {have.dtype}, and {list(want.shape)} of {want.dtype} "
-            "was expected: this version of AITER is not supported"
-        )
-    return have.reshape(rows.shape).contiguous().view(want.shape)
+    found = {}
+    for name, want in outputs.items():
+        if name not in returned:
+            continue
+        have = returned[name]
+        rows = want.view(-1, want.shape[-1])
+        if have.dtype != want.dtype or have.numel() != want.numel() or have.shape[0] != rows.shape[0]:
+            raise RuntimeError(
+                f"{entry} returned {name} {list(have.shape)} of {have.dtype}, and {list(want.shape)} of {want.dtype} "
+                "was expected: this version of AITER is not supported"
+            )
+        found[name] = have.reshape(rows.shape).contiguous().view(want.shape)
+    return found

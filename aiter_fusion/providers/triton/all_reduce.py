@@ -25,12 +25,11 @@ from torch import Tensor
 
 from ... import agreement, config
 from ...op import FusedOp, find
+from ..collective import MIB, ONE_STAGE, Turns, kept, plainly, process_group, refuse_group
 from . import launches, rules
 
 logger = logging.getLogger("aiter_fusion")
 
-MIB = 1 << 20
-WORLDS = (2, 4, 8)
 WIDEST = 16384  # elements of a row, which a block holds
 # A channel has two halves of data; these sizes of a half, in bytes.
 CLASSES = (2 * MIB, 16 * MIB, 256 * MIB)
@@ -41,23 +40,6 @@ ROWS = 32768  # of one launch: blocks are numbered in 16 bits
 # ---- Which way ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Window:
-    """Calls of at most ``rows`` rows of ``packs`` times 16 bytes, and of ``nbytes // world`` bytes."""
-
-    rows: int
-    packs: int
-    nbytes: int
-
-    def has(self, world: int, rows: int, width: int, itemsize: int) -> bool:
-        packs, rest = divmod(width * itemsize, 16)
-        return (
-            rest == 0 and packs <= self.packs and rows <= self.rows and rows * width * itemsize <= self.nbytes // world
-        )
-
-
-# AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
-ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 # The fastest way, by the number of ranks: (up to so many bytes of a rank's tensor, way). It wins over AITER's rule,
 # which leaves out sizes for which one shot is the fastest here, and has in sizes for which two are. "plain", the
 # library's all-reduce and one kernel for the rest, never was.
@@ -96,8 +78,6 @@ def choose(world: int, rows: int, width: int, itemsize: int) -> str:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel can take a call, from what is the same on all ranks; the rest of ``triton.refuse`` has passed."""
-    import torch.distributed as dist
-
     for name in ("x", "other"):
         value = arguments[name]
         if value is not None and value.dtype not in (torch.bfloat16, torch.float16):
@@ -107,12 +87,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
     if torch.version.hip is not None:
         return "its all-reduces have not been run on AMD GPUs"
-    ranks = dist.get_process_group_ranks(_process_group(arguments["group"]))
-    if len(ranks) not in WORLDS:
-        return f"a group of {len(ranks)}; its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
-    if not agreement.on_one_host(ranks):
-        return "the ranks of the group are on several hosts"
-    return None
+    return refuse_group(arguments["group"])
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------------
@@ -145,7 +120,7 @@ class Communicator:
     failed: Tensor  # on the device: 1 when a kernel has missed a rank
     cores: int  # multiprocessors of the device, on each of which a block runs for certain
     channels: dict[int, Channel | None] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
+    turns: Turns = field(default_factory=Turns)
 
     def check(self) -> None:
         """Raise a LateRankError if a kernel that has ended missed a rank."""
@@ -172,7 +147,7 @@ class Communicator:
     def _register(self, half: int) -> Channel | None:
         channel, problem = None, None
         try:
-            channel = _symmetric(self.group, self.device, self.rank, len(self.ranks), half)
+            channel = kept(_symmetric, self.group, self.device, self.rank, len(self.ranks), half)
         except RuntimeError as error:  # no peer access, no memory: all ranks are told, and go without
             problem = str(error).splitlines()[0]
         why = agreement.joint(f"{self.group}/{half}", self.ranks, problem)
@@ -189,21 +164,13 @@ def _symmetric(group: str, device: torch.device, rank: int, world: int, half: in
     memory = symmetric._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)  # type: ignore[arg-type]
     memory[:HEADER].zero_()
     memory[HEADER:].fill_(0xFF)  # empty
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)  # nobody sends before all is empty
     handle = symmetric.rendezvous(memory, group)  # type: ignore[arg-type]
     addresses = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
     if addresses[rank] != memory.data_ptr() or handle.rank != rank:
         raise RuntimeError("symmetric memory has another address than its tensor")
-    return Channel(
-        half,
-        torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-        (memory, handle),
-    )
-
-
-def _process_group(name: str) -> Any:
-    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+    return Channel(half, torch.tensor(addresses, dtype=torch.int64, device=device), turn, (memory, handle))
 
 
 _communicators: dict[tuple[str, torch.device], Communicator] = {}
@@ -211,18 +178,29 @@ _communicators: dict[tuple[str, torch.device], Communicator] = {}
 
 def communicator(group: str, device: torch.device) -> Communicator:
     """The one of a group and a device; another when the group of that name is another."""
-    import torch.distributed as dist
-
-    process_group = _process_group(group)
+    found = process_group(group)
     known = _communicators.get((group, device))
-    if known is None or known.process_group is not process_group:
-        late = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        ranks = dist.get_process_group_ranks(process_group)
-        failed = torch.zeros(1, dtype=torch.int32, device=device)
-        cores = torch.cuda.get_device_properties(device).multi_processor_count
-        known = Communicator(group, process_group, device, dist.get_rank(process_group), ranks, late, failed, cores)
+    if known is None or known.process_group is not found:
+        known = kept(_communicator, group, found, device)
         _communicators[group, device] = known
     return known
+
+
+def _communicator(group: str, found: Any, device: torch.device) -> Communicator:
+    import torch.distributed as dist
+
+    failed = torch.zeros(1, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    return Communicator(
+        group,
+        found,
+        device,
+        dist.get_rank(found),
+        dist.get_process_group_ranks(found),
+        torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        failed,
+        torch.cuda.get_device_properties(device).multi_processor_count,
+    )
 
 
 def check() -> None:
@@ -328,14 +306,11 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
     row = width * x.element_size()
     channel = known.channel(needed(way, world, rows, tensors) * row) if way != "plain" else None
     with torch.cuda.device(x.device), compiling_nothing() if capturing() else contextlib.nullcontext():
-        stream = torch.cuda.current_stream()
-        if known.stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(known.stream)  # type: ignore[arg-type]  # a turn begins when the last has ended
-        known.stream = stream
+        known.turns.take()
         if channel is None:
             way = "plain"
-            x = _plainly(x, arguments["group"])
-            other = None if other is None else _plainly(other, arguments["group"])
+            x = plainly(x, arguments["group"])
+            other = None if other is None else plainly(other, arguments["group"])
         given = _views({**arguments, "x": x, "other": other}, outputs, width)
         most = rows if channel is None else at_once(way, world, tensors, channel.half // row)
         for first in range(0, rows, most):
@@ -362,11 +337,6 @@ def at_once(way: str, world: int, tensors: int, memory: int) -> int:
 
 
 WHOLE = ("weight", "scale")  # tensors without rows
-
-
-def _plainly(x: Tensor, group: str) -> Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], width: int) -> dict[str, Any]:
