@@ -51,9 +51,8 @@ def test_a_rank_that_stops(world: int, way: str, tmp_path: Path, monkeypatch: py
 def test_compiled(world: int, mode: str | None, tmp_path: Path) -> None:
     for found in ranks.run(world, tmp_path, gpu_ranks.compiled, mode, backend="nccl"):
         assert found["same"]
-        assert (
-            found["apart"] <= 2.0**-7
-        )  # NCCL sums in another order, and rounds after each rank: a last bit of bfloat16
+        # NCCL sums in another order, and may round after every rank: last bits of bfloat16
+        assert found["apart"] <= 2.0**-7
         assert found["providers"] == ["reference", "triton"]
         assert {"all_reduce_rms_norm": 2} in found["replaced"]
 
