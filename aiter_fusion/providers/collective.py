@@ -34,7 +34,8 @@ class Window:
         return rest == 0 and packs <= self.packs and rows <= self.rows and rows * width * itemsize <= most
 
 
-# AITER's rule for its one-stage kernel (fused_allreduce_rmsnorm, v0.1.20), for 16-bit types.
+# When AITER takes its kernel of one stage (v0.1.20), for 16-bit types: its kernel's packs, its bound on bytes, and the rows
+# that it demands where it fuses norms of q and k.
 ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 
 
