@@ -34,8 +34,8 @@ class Window:
         return rest == 0 and packs <= self.packs and rows <= self.rows and rows * width * itemsize <= most
 
 
-# When AITER takes its kernel of one stage (v0.1.20), for 16-bit types: its kernel's packs, its bound on bytes, and the rows
-# that it demands where it fuses norms of q and k.
+# When AITER takes its kernel of one stage (v0.1.20), for 16-bit types: the kernel's packs, the bound on bytes, and the
+# rows that it demands where it fuses norms of q and k.
 ONE_STAGE = Window(rows=80, packs=1024, nbytes=128 * 7168 * 2)
 
 
