@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -155,7 +156,11 @@ def timeout() -> float:
     Raises:
         ValueError: it is not a number above 0.
     """
-    text = os.environ.get("AITER_FUSION_TIMEOUT") or "1800"
+    return _seconds(os.environ.get("AITER_FUSION_TIMEOUT") or "1800")
+
+
+@functools.cache
+def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:

@@ -304,6 +304,17 @@ def test_kernels_compile(op: FusedOp, target: str) -> None:
             triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
 
 
+@pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])
+def test_constants_are_of_the_call(op: FusedOp) -> None:
+    """They are kept, and a call that differs in any of what they depend on gets its own."""
+    for sample in op.samples():
+        known = {name: sample[name] for name in op.arguments}
+        for changes in ({}, {"eps": 0.25}, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
+            arguments = {name: {**known, **changes}[name] for name in op.arguments}
+            found = all_reduce._found_constants(op, arguments, 64, True)
+            assert all_reduce.constants(op, arguments, 64, True) == found
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
 @pytest.mark.parametrize("way", ["one_shot", "two_shot", "plain"])
 @pytest.mark.parametrize("rows", [9, 900])

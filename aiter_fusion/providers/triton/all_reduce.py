@@ -223,11 +223,22 @@ def _rows(x: Tensor, width: int) -> Tensor:
     step = x.element_size()
     if found is None or x.stride(-1) != 1 or found[1] * step % 16 or x.data_ptr() % 16:
         return x.reshape(-1, width).clone(memory_format=torch.contiguous_format)
-    return x.as_strided((int(found[0]), width), (int(found[1]), 1))
+    return x if x.dim() == 2 else x.as_strided((int(found[0]), width), (int(found[1]), 1))
+
+
+_constants: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: bool) -> dict[str, Any]:
-    """The kernels' constants, but for those of the way, and the scale's tensors as None."""
+    """The kernel's constants, but for those of the way: of tensors they depend on the dtypes alone."""
+    given = (value.dtype if isinstance(value, Tensor) else value for value in arguments.values())
+    key = (op.family, op.features, width, nvidia, *given)
+    if key not in _constants:
+        _constants[key] = _found_constants(op, arguments, width, nvidia)
+    return _constants[key]
+
+
+def _found_constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: bool) -> dict[str, Any]:
     value = op.shape(**arguments)["value"][1]
     if "quant_dtype" in op.arguments:
         quantiser = launches.quantiser_arguments(op, arguments, width, value, nvidia)
@@ -315,10 +326,7 @@ def _reduce(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], 
         most = rows if channel is None else at_once(way, world, tensors, channel.half // row)
         for first in range(0, rows, most):
             count = min(most, rows - first)
-            piece = {
-                name: value[first : first + count] if isinstance(value, Tensor) and name not in WHOLE else value
-                for name, value in given.items()
-            }
+            piece = given if count == rows else _part(given, first, count)
             placed = _placed(way, channel, known, count, rows, x)
             _kernel()[(count,)](**piece, **constants, **placed, **launch(constants, count, known.cores))
 
@@ -337,6 +345,13 @@ def at_once(way: str, world: int, tensors: int, memory: int) -> int:
 
 
 WHOLE = ("weight", "scale")  # tensors without rows
+
+
+def _part(given: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
+    return {
+        name: value[first : first + count] if isinstance(value, Tensor) and name not in WHOLE else value
+        for name, value in given.items()
+    }
 
 
 def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], width: int) -> dict[str, Any]:
