@@ -223,7 +223,9 @@ def _rows(x: Tensor, width: int) -> Tensor:
     step = x.element_size()
     if found is None or x.stride(-1) != 1 or found[1] * step % 16 or x.data_ptr() % 16:
         return x.reshape(-1, width).clone(memory_format=torch.contiguous_format)
-    return x if x.dim() == 2 else x.as_strided((int(found[0]), width), (int(found[1]), 1))
+    if x.dim() == 2 and x.stride(0) == found[1]:
+        return x
+    return x.as_strided((int(found[0]), width), (int(found[1]), 1))
 
 
 _constants: dict[tuple[Any, ...], dict[str, Any]] = {}
