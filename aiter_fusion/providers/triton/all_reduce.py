@@ -44,8 +44,8 @@ ROWS = 32768  # of one launch: blocks are numbered in 16 bits
 # which leaves out sizes for which one shot is the fastest here, and has in sizes for which two are. "plain", the
 # library's all-reduce and one kernel for the rest, never was.
 # Measured by ``bench allreduce`` on NVIDIA H200 (NVLink, no multicast; torch 2.11.0+cu130, triton 3.6.0, 2026-11-21) in
-# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is always the fastest, as as much is sent either way (8192
-# rows: 373 us, two 377); of 4 ranks one for 16 rows (8.1 us, two 8.4), two for 32 (9.2, one 10.4).
+# bfloat16, for 1 to 8192 rows of 8192. Of 2 ranks one shot is always the fastest, since as much is sent either way
+# (8192 rows: 373 us, two 377); of 4 ranks one for 16 rows (8.1 us, two 8.4), two for 32 (9.2, one 10.4).
 MEASURED: Mapping[int, tuple[tuple[float, str], ...]] = {
     2: ((math.inf, "one_shot"),),
     4: ((MIB // 4, "one_shot"), (math.inf, "two_shot")),
@@ -387,7 +387,6 @@ def _placed(
         "WAY": way,
         "TICKETS": rows > known.cores,
         "W": 1 if channel is None else len(known.ranks),
-        "CLOCK": "cuda",
         "ITEM": x.element_size(),
     }
 

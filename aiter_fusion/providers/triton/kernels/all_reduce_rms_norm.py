@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import globaltimer
-from triton.language.extra.hip import memrealtime
 
 from .rms_norm_quant import normalised
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
@@ -27,16 +26,6 @@ LOOKS = tl.constexpr(16)
 HEADER = tl.constexpr(128)
 # As bfloat16 and as float16 a NaN that no arithmetic gives; what has its bits is sent as another.
 EMPTY, ANOTHER = tl.constexpr(-1), tl.constexpr(0x7FFF)
-
-
-@triton.jit
-def clock(CLOCK: tl.constexpr):
-    """Ticks of a clock that runs at a constant rate."""
-    if CLOCK == "cuda":
-        ticks = globaltimer()
-    else:
-        ticks = memrealtime()
-    return ticks
 
 
 @triton.jit
@@ -77,15 +66,15 @@ def any_of(condition):
 @triton.jit
 def total(
     peers, failed, late, rank, source, own, own_address, columns, mask, offset, slot, limit,
-    SOURCES: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, CLOCK: tl.constexpr,
+    SOURCES: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """(sum, whether all came): of what ``SOURCES`` ranks from ``source`` on sent, in their order, in float32, rounded.
 
     Slots are ``slot`` bytes apart, from ``offset`` on; that of number ``own`` is not in the channel but at
     ``own_address``.
 
-    If something does not come within ``limit`` ticks, its rank's number, from 1 on, goes to ``late`` and to all ranks,
-    who then wait no longer, and ``failed`` is set: then this rank waits for nothing any more.
+    If something does not come within ``limit`` nanoseconds, its rank's number, from 1 on, goes to ``late`` and to all
+    ranks, who then wait no longer, and ``failed`` is set: then this rank waits for nothing any more.
     """
     here = tl.load(peers + rank)
     begun = tl.full([], 0, tl.int64)
@@ -114,7 +103,7 @@ def total(
             for p in tl.static_range(SOURCES):
                 if (missing == 0) & (p != own):
                     missing = any_of(parts[p] == EMPTY) * (p + 1)
-            now = clock(CLOCK).to(tl.int64)
+            now = globaltimer().to(tl.int64)
             begun = tl.where(begun == 0, now, begun)
             told = tl.load(here.to(tl.pointer_type(tl.int32)), volatile=True)
             waiting = (missing > 0) & (told == 0) & (now - begun < limit)
@@ -182,7 +171,7 @@ def row_of(tensor, stride, row, columns, mask):
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
     peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit,
-    WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, CLOCK: tl.constexpr, ITEM: tl.constexpr,
+    WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
@@ -266,12 +255,12 @@ def all_reduce_rms_norm_kernel(
             if owner == rank:
                 reduced, came = total(
                     peers, failed, late, rank, 0, rank, (x + row * x_stride).to(tl.int64), columns, mask, to_sum,
-                    TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
+                    TENSORS * slot, limit, W, W, ELEMENT, PTX,
                 )  # fmt: skip
                 if other is not None and came:
                     second, came = total(
                         peers, failed, late, rank, 0, rank, (other + row * other_stride).to(tl.int64), columns, mask,
-                        to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX, CLOCK,
+                        to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX,
                     )  # fmt: skip
                     reduced = (wide(reduced, PTX) + wide(second, PTX)).to(ELEMENT)
                 if WAY == "two_shot" and came:
@@ -282,7 +271,7 @@ def all_reduce_rms_norm_kernel(
                 # The owner, who hears from all, knows better who is late, if he is not.
                 reduced, came = total(
                     peers, failed, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot,
-                    2 * limit.to(tl.int64), 1, W, ELEMENT, PTX, CLOCK,
+                    2 * limit.to(tl.int64), 1, W, ELEMENT, PTX,
                 )  # fmt: skip
     if came:
         finish(
