@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset, warmup
     from .dumping import dump
-    from .patterns.registry import fused_op, register_form, register_fusion, register_provider
+    from .extend import fused_op, register_family, register_form, register_fusion, register_provider, unregister
     from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .prepared import prepare
     from .providers.triton.all_reduce import LateRankError, check
@@ -33,10 +33,12 @@ _HOME = {
     "reports": "backend",
     "reset": "backend",
     "warmup": "backend",
-    "fused_op": "patterns.registry",
-    "register_form": "patterns.registry",
-    "register_fusion": "patterns.registry",
-    "register_provider": "patterns.registry",
+    "fused_op": "extend",
+    "register_family": "extend",
+    "register_form": "extend",
+    "register_fusion": "extend",
+    "register_provider": "extend",
+    "unregister": "extend",
     "if_aiter_supported": "platform",
     "is_aiter_found": "platform",
     "is_aiter_found_and_supported": "platform",
@@ -60,11 +62,13 @@ __all__ = [
     "is_aiter_found",
     "is_aiter_found_and_supported",
     "prepare",
+    "register_family",
     "register_form",
     "register_fusion",
     "register_provider",
     "reports",
     "reset",
+    "unregister",
     "warmup",
 ]
 
@@ -91,6 +95,7 @@ def _register_ops() -> None:
     """
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     if not getattr(spec, "_initializing", False):
+        import_module(".families", __name__)
         import_module(".ops", __name__)
 
 

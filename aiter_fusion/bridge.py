@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (importing it registers the operators)
-from .op import BRIDGE
 from .ops.gemm import shuffled, unshuffled  # noqa: F401  (public here)
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
+from .registry import REGISTRY
 
 _OPS: Any = torch.ops.aiter_fusion
 
@@ -37,7 +37,7 @@ def why_not(name: str, *, provider: str = "aiter", **arguments: Any) -> str | No
     Raises:
         KeyError: there is no such operator or provider.
     """
-    op = BRIDGE[name][frozenset()]
+    op = REGISTRY.bridge[name, frozenset()]
     return _why_not(BRIDGE_PROVIDERS[provider], op, {argument: arguments.get(argument) for argument in op.arguments})
 
 

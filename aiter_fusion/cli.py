@@ -32,9 +32,9 @@ from .bench import model as bench_model
 from .bench import ops as bench_ops
 from .bench import tune as bench_tune
 from .bench.timing import Refused
-from .patterns import registry
 from .providers import PROVIDERS
 from .providers.triton import native_fp8, tuned
+from .registry import REGISTRY
 from .report import FusionReport
 from .run import default_backend, run_script
 
@@ -123,8 +123,8 @@ def _report_path(text: str) -> str:
 
 def _expected(text: str) -> tuple[str, int]:
     family, _, count = text.partition("=")
-    if family not in config.FAMILIES or not count.isdecimal():
-        families = ", ".join(config.FAMILIES)
+    if family not in REGISTRY.family_names or not count.isdecimal():
+        families = ", ".join(REGISTRY.family_names)
         raise argparse.ArgumentTypeError(f"{text!r} is not FAMILY=N, where families are {families}")
     return family, int(count)
 
@@ -242,7 +242,7 @@ def information() -> dict[str, Any]:
         "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
         "tuned": {"file": str(tuned.path()), "launches": len(tuned.choices())} if tuned.path() else None,
         "preferences": _preferences(chosen),
-        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in registry.fusions()},
+        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in REGISTRY.fusions.values()},
     }
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "fp8_linear")
-PROVIDER_NAMES = ("auto", "aiter", "triton", "reference")
+from .registry import REGISTRY
+
 NUMERICS = ("exact", "kernel")
 LEVELS = {
     0: "nothing: plain Inductor",
@@ -126,8 +126,9 @@ def options(
     if provider is None and (text := os.environ.get("AITER_FUSION_PROVIDER")):
         provider_source, provider = "AITER_FUSION_PROVIDER", text
     provider = provider or "auto"
-    if provider not in PROVIDER_NAMES:
-        raise ValueError(_unknown(f"{provider_source}={provider!r}: no such provider", provider, PROVIDER_NAMES))
+    providers = ("auto", *REGISTRY.providers)
+    if provider not in providers:
+        raise ValueError(_unknown(f"{provider_source}={provider!r}: no such provider", provider, providers))
     if numerics is not None and numerics not in NUMERICS:
         raise ValueError(_unknown(f"numerics={numerics!r}: no such numerics", numerics, NUMERICS))
     for name, value in (("strict", strict), ("verify", verify)):
@@ -193,8 +194,8 @@ def split(given: Mapping[str, Any], inductor_keys: Iterable[str]) -> tuple[dict[
 def _families(option: str, names: str | Iterable[str]) -> frozenset[str]:
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
-        if name not in FAMILIES:
-            raise ValueError(_unknown(f"{option}: no fusion is called {name!r}", str(name), FAMILIES))
+        if name not in REGISTRY.family_names:
+            raise ValueError(_unknown(f"{option}: no fusion is called {name!r}", str(name), REGISTRY.family_names))
     return frozenset(given)
 
 

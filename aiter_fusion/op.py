@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .registry import REGISTRY, Registry
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 NAMESPACE = "aiter_fusion"
 # One for each overload: PyTorch 2.11 to 2.13 abort at exit, taking down a library that has defined overloads of one op
@@ -57,6 +62,8 @@ class FusedOp:
                 for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
+    stages:     what it computes, one after another; empty for an op that is not made of stages.
+    table:      that of the registry: ``ops`` for what fusions make, ``bridge`` for what stands alone.
     """
 
     family: str
@@ -69,6 +76,25 @@ class FusedOp:
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = Tolerance()
     order_free: frozenset[str] = frozenset()
+    stages: tuple[Stage, ...] = ()
+    table: str = "ops"
+
+    @property
+    def key(self) -> tuple[str, frozenset[str]]:
+        """Its place in the registry."""
+        return self.family, self.features
+
+    def admit(self, registry: Registry) -> None:
+        """Nothing to object to."""
+
+    def stage(self, kind: str) -> Stage | None:
+        """The stage of this kind, if there is one."""
+        return next((stage for stage in self.stages if stage.kind == kind), None)
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether every rank of a group must call it, or none."""
+        return any(stage.collective for stage in self.stages)
 
     @property
     def overload_name(self) -> str:
@@ -120,50 +146,50 @@ def is_contiguous(x: Tensor) -> bool:
     return True
 
 
-# Every declared op by family and features: those that fusions make, and those that also stand alone (the bridge).
-OPS: dict[str, dict[frozenset[str], FusedOp]] = {}
-BRIDGE: dict[str, dict[frozenset[str], FusedOp]] = {}
+# What PyTorch has been told of, which it cannot forget: qualified name -> (schema, the declaration in force).
+_DEFINED: dict[str, tuple[str, list[FusedOp]]] = {}
 
 
-def find(family: str, features: frozenset[str]) -> FusedOp | None:
-    """The overload of a family with exactly those of ``features`` that the family distinguishes, if there is one."""
-    overloads = OPS[family] if family in OPS else BRIDGE[family]
-    distinguished: frozenset[str] = frozenset().union(*overloads)
-    return overloads.get(features & distinguished)
-
-
-def fused_op(
-    declaration: FusedOp,
-    implementation: Callable[[FusedOp, str], Implementation],
-    unsaid: str = "reference",
-    registry: dict[str, dict[frozenset[str], FusedOp]] = OPS,
+def define(
+    declaration: FusedOp, implementation: Callable[[FusedOp, str], Implementation], unsaid: str = "reference"
 ) -> FusedOp:
-    """Register a declaration with PyTorch.
+    """Register a declaration, with PyTorch too, and return it.
 
     ``implementation(op, provider)`` gives the callable that runs a call; the provider's name is the last argument of
     every op, chosen when the graph is compiled, and ``unsaid`` where a call does not say.
+
+    Raises:
+        ValueError: there is an op of this family with these features already, or was one with another schema.
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
     returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
+    schema = f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})'
+    if qualified in _DEFINED and _DEFINED[qualified][0] != schema:
+        raise ValueError(
+            f"{declaration.name} was {_DEFINED[qualified][0]} in this process, which PyTorch cannot forget: choose "
+            "another family or other features"
+        )
+    REGISTRY.register(declaration)
+    if qualified in _DEFINED:
+        _DEFINED[qualified][1][0] = declaration
+        return declaration
+    in_force = [declaration]
+    _DEFINED[qualified] = schema, in_force
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     _LIBRARIES.append(library)
-    library.define(
-        f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})',
-        tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
-    )
+    library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
     def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
         provider = args[len(names) - 1] if len(args) == len(names) else unsaid
-        run = implementation(declaration, provider)
-        return declaration.pack(run(**dict(zip(names[:-1], args, strict=False))))
+        run = implementation(in_force[0], provider)
+        return in_force[0].pack(run(**dict(zip(names[:-1], args, strict=False))))
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        return declaration.pack(declaration.allocate(**dict(zip(names[:-1], args, strict=False))))
+        return in_force[0].pack(in_force[0].allocate(**dict(zip(names[:-1], args, strict=False))))
 
     library.impl(qualified, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=library)
-    registry.setdefault(declaration.family, {})[declaration.features] = declaration
     return declaration

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import bridge, config
-from .op import BRIDGE
 from .ops.gemm import TILE, shuffled
 from .providers import BRIDGE_PROVIDERS
+from .registry import REGISTRY
 
 aten = torch.ops.aten
 
@@ -194,5 +194,5 @@ def _objections(weight: Any, provider: str, asked: bool) -> list[str]:
         "dtype": weight.dtype,
         "b_is_shuffled": True,
     }
-    why = BRIDGE_PROVIDERS[provider].refuse(BRIDGE["hipb_mm_fp8"][frozenset()], tiny)
+    why = BRIDGE_PROVIDERS[provider].refuse(REGISTRY.bridge["hipb_mm_fp8", frozenset()], tiny)
     return [why] if why is not None else []

@@ -22,8 +22,9 @@ from torch.fx._utils import lazy_format_graph_code
 
 from .. import agreement, config, platform, record, report
 from ..config import Options
-from ..patterns import registry
+from ..patterns.fusions import forms_of
 from ..providers import PROVIDERS, can_be_asked
+from ..registry import REGISTRY
 from . import verify
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
@@ -79,8 +80,8 @@ class PassManager(CustomGraphPass):
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
-            fusions = [f for f in registry.fusions() if can_be_asked(self.options.provider, f.only)]
-            recognised = recognise(graph, registry.forms(fusions), self.options.strict)
+            fusions = [f for f in REGISTRY.fusions.values() if can_be_asked(self.options.provider, f.only)]
+            recognised = recognise(graph, forms_of(fusions), self.options.strict)
             planned = plan(graph, recognised, fusions, self.options, not is_inference, self.why_unlike)
         except Exception as error:
             # A defect outside any one site: nothing has been changed yet, and the report says what happened.
@@ -131,7 +132,7 @@ class PassManager(CustomGraphPass):
         """Everything that the result depends on besides the graph; None (no caching) if something of the user's, a pass
         or a form, has none, or if sites are to be verified, which several processes can only do together."""
         theirs = [user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None for user_pass in self.before]
-        registered = registry.identity()
+        registered = REGISTRY.identity()
         if not all(theirs) or registered is None or (self.options.verify and in_group()):
             return None
         options = repr(_canonical(self.options))

@@ -154,7 +154,7 @@ class Matcher:
     def _match_call(self, pattern: Call, value: Any, found: Found) -> Iterator[Found]:
         if (
             isinstance(value, fx.Node)
-            and value.target in pattern.targets
+            and pattern.calls(value.target)
             and (pattern.dtype is None or dtype(value) is pattern.dtype)
         ):
             bound = self._arguments.get(value)

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
-from ..op import FusedOp, dense, find, is_contiguous
+from ..op import FusedOp, dense, is_contiguous
 from ..patterns.language import VIEWS, Fusion, same_shape, same_size
 from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
+from ..registry import REGISTRY
 from ..report import BARE, REPLACED, SKIPPED, Site
 from .recognise import Recognised, Record, behind_views
 
@@ -310,7 +311,7 @@ def _attempt(
     records = [*chain, *group]
     nodes = frozenset().union(*(record.nodes for record in records), _views_between(records))
     outputs = {node: name for record in records for name, node in record.outputs.items()}
-    base = find(fusion.op, features)
+    base = REGISTRY.overload(fusion.op, features)
     if base is None:
         raise Refused(f"overload: {fusion.op} has none for {', '.join(sorted(features))}")
     dead = _dead(nodes, {node for node, name in outputs.items() if name in base.outputs})
@@ -320,7 +321,7 @@ def _attempt(
             return _attempt(fusion, chain, group, features, options, training, writes, agree)
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
-    op = find(fusion.op, features)
+    op = REGISTRY.overload(fusion.op, features)
     replaced = {node: name for node, name in outputs.items() if op is not None and name in op.outputs}
     if op is None or extra - set(op.outputs):
         raise Refused(f"overload: no overload of {fusion.op} also returns {', '.join(sorted(extra))}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, VIEWS, Form, heads, same_shape, shape
+from ..patterns.language import FP8, VIEWS, Form, heads, operator, same_shape, shape
 from .matcher import CONVERT, Matcher, follow
 
 logger = logging.getLogger("aiter_fusion")
@@ -80,7 +80,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         targets = heads(form.pattern)
         if targets is None:
             raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
-        for target in targets:
+        for target in filter(None, map(operator, targets)):
             by_target[target].append(form)
 
     matcher = Matcher()

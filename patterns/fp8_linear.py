@@ -6,7 +6,6 @@ product with a scale for each 128 columns of a row and each 128 x 128 of the wei
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -112,21 +111,14 @@ FORMS = (
         ),
         _complete_rows,
     ),
+    # torchao's own, a Triton kernel
+    _form(
+        "block_mm",
+        "blockwise_fp8_gemm",
+        Call(
+            ("ao.blockwise_fp8_gemm.default",),
+            (Var("x"), Var("x_scale"), Var("w"), Var("w_scale"), anything("block_size")),
+        ),
+        _complete_blocks,
+    ),
 )
-
-# Products of libraries, which exist once these are imported: by name, so that nothing here imports them.
-BLOCK_PRODUCTS = ("ao.blockwise_fp8_gemm.default",)
-
-
-def late_forms() -> tuple[Form, ...]:
-    """Forms that end in operators that have been registered by now."""
-    found = []
-    for name in BLOCK_PRODUCTS:
-        namespace, operator, _ = name.split(".")
-        if hasattr(getattr(torch.ops, namespace), operator):
-            call = Call(
-                (attrgetter(name)(torch.ops),),
-                (Var("x"), Var("x_scale"), Var("w"), Var("w_scale"), anything("block_size")),
-            )
-            found.append(_form("block_mm", operator, call, _complete_blocks))
-    return tuple(found)

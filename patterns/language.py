@@ -11,16 +11,19 @@ import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..registry import Registry
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-Target = Callable[..., Any]
+# What a call calls; by name (``"ao.blockwise_fp8_gemm.default"``) an operator that is there once its library is loaded.
+Target = Callable[..., Any] | str
 
 
 class Pattern:
@@ -64,11 +67,19 @@ class Call(Pattern):
     dtype: torch.dtype | None = None
     order: tuple[int, ...] = field(init=False, repr=False)
     heads: tuple[frozenset[Target] | None, ...] = field(init=False, repr=False)
+    by_name: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         literal = [isinstance(pattern, (Attr, Const)) for pattern in self.args]
         object.__setattr__(self, "order", tuple(sorted(range(len(literal)), key=lambda i: not literal[i])))
-        object.__setattr__(self, "heads", tuple(heads(pattern) for pattern in self.args))
+        every = (heads(pattern) for pattern in self.args)
+        named = tuple(None if ends is None or any(isinstance(t, str) for t in ends) else ends for ends in every)
+        object.__setattr__(self, "heads", named)
+        object.__setattr__(self, "by_name", any(isinstance(target, str) for target in self.targets))
+
+    def calls(self, target: Any) -> bool:
+        """Whether ``target`` is one of those that the pattern names."""
+        return target in self.targets or (self.by_name and str(target) in self.targets)
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,15 @@ class Branch:
     value: Callable[[fx.Node, str], Any] = lambda node, steps: steps
 
 
+def operator(target: Target) -> Callable[..., Any] | None:
+    """What a target calls, or None if it is the name of an operator that no library has registered."""
+    if not isinstance(target, str):
+        return target
+    namespace, name, overload = target.split(".")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return getattr(packet, overload, None)
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to spell a computation.
@@ -219,6 +239,17 @@ class Form:
     branches: tuple[Branch, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
+    table: ClassVar[str] = "forms"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its place in the registry."""
+        return self.kind, self.name
+
+    def admit(self, registry: Registry) -> None:
+        """Raise a ValueError if its pattern can end in any call: then it would be tried on every node."""
+        if self.serves is None and heads(self.pattern) is None:
+            raise ValueError(f"form {self.name} can end in any call: let its pattern be a Call, or OneOf of them")
 
 
 @dataclass(frozen=True)
@@ -249,9 +280,26 @@ class Fusion:
     op: str = ""
     against: Callable[[], list[str]] = list
     only: frozenset[str] | None = None
+    table: ClassVar[str] = "fusions"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", self.op or self.family)
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...], str]:
+        """Its place in the registry."""
+        return self.family, self.chain, self.op
+
+    def admit(self, registry: Registry) -> None:
+        """Raise a ValueError if it has no op, or a kind of its chain no form."""
+        if not registry.overloads(self.op):
+            raise ValueError(f"family {self.family!r} has no op: declare one with aiter_fusion.fused_op first")
+        kinds = dict.fromkeys(form.kind for form in registry.forms.values())
+        if unknown := [kind for kind in self.chain if kind not in kinds]:
+            raise ValueError(
+                f"no form is of kind {unknown[0]!r}: call aiter_fusion.register_form first; kinds are "
+                f"{', '.join(sorted(kinds))}"
+            )
 
 
 # Views that keep the row-major order of the elements; clone changes strides, never order.

@@ -151,14 +151,14 @@ def norms() -> Iterator[tuple[str, str | None]]:
 def products() -> Iterator[tuple[str, str | None]]:
     from aiter.ops.triton.gemm.basic import gemm_a8w8, gemm_a8w8_blockscale  # type: ignore[import-not-found]
 
-    from aiter_fusion.op import BRIDGE
+    from aiter_fusion.registry import REGISTRY
 
     # no options of AMD's, which other compilers refuse
     tiles = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "NUM_KSPLIT": 1}
     more = {"num_warps": 4, "num_stages": 2, "cache_modifier": None}
     for op, function in (
-        (BRIDGE["gemm_a8w8"][frozenset()], gemm_a8w8.gemm_a8w8),
-        (BRIDGE["gemm_a8w8_blockscale"][frozenset()], gemm_a8w8_blockscale.gemm_a8w8_blockscale),
+        (REGISTRY.bridge["gemm_a8w8", frozenset()], gemm_a8w8.gemm_a8w8),
+        (REGISTRY.bridge["gemm_a8w8_blockscale", frozenset()], gemm_a8w8_blockscale.gemm_a8w8_blockscale),
     ):
         for arguments in op.samples():
             m, k = arguments["x"].shape
@@ -177,10 +177,10 @@ def routing() -> Iterator[tuple[str, str | None]]:
     import test_bridge
     from aiter.ops.triton.moe.moe_routing.topk import grouped_topk  # type: ignore[import-not-found]
 
-    from aiter_fusion.op import BRIDGE
+    from aiter_fusion.registry import REGISTRY
 
     for family, mode in (("grouped_topk", "softmax"), ("biased_grouped_topk", "sigmoid")):
-        op = BRIDGE[family][frozenset()]
+        op = REGISTRY.bridge[family, frozenset()]
         for arguments in op.samples():
             given = moved(arguments)
             rows, experts = given["gating"].shape
@@ -208,10 +208,10 @@ def attention() -> Iterator[tuple[str, str | None]]:
     """Their Triton namesake wants a table of pages instead of a list; in fp16, since interpreted bfloat16 is wrong."""
     from aiter.ops.triton.attention.mla import mla_decode_fwd  # type: ignore[import-not-found]
 
-    from aiter_fusion.op import BRIDGE
     from aiter_fusion.ops import mla
+    from aiter_fusion.registry import REGISTRY
 
-    op = BRIDGE["mla_decode_fwd"][frozenset()]
+    op = REGISTRY.bridge["mla_decode_fwd", frozenset()]
     for lengths, tokens, dtype in (((40, 17), 1, F16), ((21, 9), 2, F16), ((40, 17), 1, BF16)):
         what = f"mla_decode_fwd: sequences of {lengths}, {tokens} queries each, {dtype}"
         if not ON_GPU and dtype is BF16:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import aiter_fusion
 from aiter_fusion import ops  # noqa: F401  (importing ops registers them)
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes
 from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.registry import REGISTRY
 
 BF16 = torch.bfloat16
 WIDTHS = (256, 2880, 4096, 8192)
@@ -86,7 +87,11 @@ def digest(outputs: dict[str, Tensor]) -> Tensor:
 
 def kind(choice: random.Random) -> tuple[FusedOp, int, int, bool]:
     """An op, the length of rows, that of blocks, and whether two tensors are reduced."""
-    every = [op for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant") for op in OPS[family].values()]
+    every = [
+        op
+        for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant")
+        for op in REGISTRY.overloads(family).values()
+    ]
     op, width = choice.choice(every), choice.choice(WIDTHS)
     return op, width, choice.choice([width, width, 0] if width % 128 else [width, 128, 128, 0]), choice.random() < 0.2
 
@@ -127,7 +132,7 @@ def random_calls(count: int, seed: int = 0) -> dict[str, Any]:
 def hostile(way: str) -> dict[str, Any]:
     """Rows of the bits that stand for what has not come, of NaN and of infinity: on one rank, and on all."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add", "value", "reduced"})]
+    op = REGISTRY.ops["all_reduce_rms_norm_quant", frozenset({"add", "value", "reduced"})]
     given = arguments(op, 6, 4096, 128, 0)
     bits = given["x"].view(torch.int16)
     bits[0] = -1
@@ -158,7 +163,7 @@ def without_reduction(op: FusedOp, given: dict[str, Any], sums: Tensor) -> dict[
     features = op.features - {"reduced"}
     plain = {name: value for name, value in given.items() if name not in ("x", "other", "group")}
     if "quant_dtype" in op.arguments:
-        return {**OPS["rms_norm_quant"][features].reference(x=sums, **plain), "reduced": sums}
+        return {**REGISTRY.ops["rms_norm_quant", features].reference(x=sums, **plain), "reduced": sums}
     add = plain["residual"] + sums if "residual" in plain else sums
     return {"reduced": sums, "residual_out": add}
 
@@ -170,7 +175,7 @@ def stopped_rank(seconds: float, way: str) -> dict[str, Any]:
 
 
 def _stopped_rank(seconds: float) -> dict[str, Any]:
-    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add"})]
+    op = REGISTRY.ops["all_reduce_rms_norm_quant", frozenset({"add"})]
     world, rank = dist.get_world_size(), dist.get_rank()
     for number in range(2):
         call(op, arguments(op, 4, 4096, 128, number))
@@ -231,7 +236,7 @@ def compiled(mode: str | None) -> dict[str, Any]:
 
 def replays(count: int) -> dict[str, Any]:
     """A CUDA graph of calls of several sizes and ways, replayed; then the same calls without it, on another stream."""
-    op = OPS["all_reduce_rms_norm_quant"][frozenset({"add"})]
+    op = REGISTRY.ops["all_reduce_rms_norm_quant", frozenset({"add"})]
     shapes = [(1, 4096), (32, 8192), (512, 4096), (128, 8192), (1, 8192)]
     given = [arguments(op, rows, width, 128, number) for number, (rows, width) in enumerate(shapes)]
     want = [call(op, each) for each in given]

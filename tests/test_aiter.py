@@ -16,12 +16,13 @@ from test_ops import EVERY_OP, _strided, call, sampled
 from torch import Tensor
 
 from aiter_fusion import Backend, platform
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import difference
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers import aiter as adapter
 from aiter_fusion.providers.aiter import entry_points, fused
 from aiter_fusion.providers.aiter.quantiser import scale_of
+from aiter_fusion.registry import REGISTRY
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 AITER = PROVIDERS["aiter"]
@@ -79,7 +80,7 @@ class Drive:
         else:
             given = {"gate_up": tensor(*self.sizes[:-1], 2 * width), "gate_first": True, "interleaved": False}
             given |= {"act": "silu", "cast_first": True, "dtype": self.dtype}
-        op = OPS[self.family][features]
+        op = REGISTRY.ops[self.family, features]
         given |= quant | dict(self.changes)
         return op, {name: given[name] for name in op.arguments}
 

@@ -20,10 +20,11 @@ from conftest import Checked, fused
 from torch import Tensor
 
 from aiter_fusion.bench import allreduce
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import collective
 from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.registry import REGISTRY
 
 
 def reduce(x: Tensor, how: str = "sum") -> Tensor:
@@ -156,7 +157,9 @@ def test_ranks_with_unequal_environments(tmp_path: Path) -> None:
             assert not status.startswith("replaced all_reduce_rms_norm")
 
 
-REDUCING = [op for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant") for op in OPS[family].values()]
+REDUCING = [
+    op for family in ("all_reduce_rms_norm", "all_reduce_rms_norm_quant") for op in REGISTRY.overloads(family).values()
+]
 
 
 @pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from aiter_fusion import bridge
-from aiter_fusion.op import BRIDGE, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.ops import mla, moe
 from aiter_fusion.ops.gemm import shuffled, unshuffled
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import BRIDGE_PROVIDERS
 from aiter_fusion.providers.aiter import entry_points, library
+from aiter_fusion.registry import REGISTRY
 
 BF16, F32 = torch.bfloat16, torch.float32
 FNUZ, FN = torch.float8_e4m3fnuz, torch.float8_e4m3fn
 AITER = BRIDGE_PROVIDERS["aiter"]
 
-OPS = {family: overloads[frozenset()] for family, overloads in BRIDGE.items()}
+OPS = {family: op for (family, _), op in REGISTRY.bridge.items()}
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 # How far results of one arithmetic may be apart that sum in another order and round once: two codes of the result's

@@ -17,9 +17,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import aiter_fusion
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.registry import REGISTRY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,10 +146,12 @@ def norm_arguments(width: int, rows: int, dtype: torch.dtype = torch.bfloat16, *
     }
 
 
-@pytest.mark.parametrize("features", OPS["rms_norm_quant"], ids=lambda f: "_".join(sorted(f)) or "default")
+@pytest.mark.parametrize(
+    "features", REGISTRY.overloads("rms_norm_quant"), ids=lambda f: "_".join(sorted(f)) or "default"
+)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms_of_every_width(width: int, features: frozenset[str]) -> None:
-    op = OPS["rms_norm_quant"][features]
+    op = REGISTRY.ops["rms_norm_quant", features]
     for rows in ROWS:
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
@@ -159,7 +162,7 @@ def test_norms_of_every_width(width: int, features: frozenset[str]) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_norms_with_every_program(dtype: torch.dtype, program: str) -> None:
-    op = OPS["rms_norm_quant"][frozenset({"add", "value"})]
+    op = REGISTRY.ops["rms_norm_quant", frozenset({"add", "value"})]
     for changes in ({}, {"offset": 1.0, "cast_first": False}, {"weight": None}, {"cast_first": False}):
         for block in (0, 64, 512):  # powers of two: the mean of a row of float32 is exact too
             same(op, **norm_arguments(512, 9, dtype, block=block, **changes, **PROGRAMS[program]))
@@ -186,10 +189,12 @@ def act_arguments(width: int, rows: int, dtype: torch.dtype = torch.bfloat16, **
     }
 
 
-@pytest.mark.parametrize("features", OPS["act_mul_quant"], ids=lambda f: "_".join(sorted(f)) or "default")
+@pytest.mark.parametrize(
+    "features", REGISTRY.overloads("act_mul_quant"), ids=lambda f: "_".join(sorted(f)) or "default"
+)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_activations_of_every_width(width: int, features: frozenset[str]) -> None:
-    op = OPS["act_mul_quant"][features]
+    op = REGISTRY.ops["act_mul_quant", features]
     for rows in ROWS:
         for block in {0, width, 32, 128} if "static" not in features else {0}:
             if block and width % block:
@@ -204,7 +209,7 @@ def test_every_activation(dtype: torch.dtype, act: str) -> None:
         for cast_first in (True, False):
             for interleaved in (True, False):
                 same(
-                    OPS["act_mul_quant"][features],
+                    REGISTRY.ops["act_mul_quant", features],
                     **act_arguments(384, 9, dtype, block=96, act=act, cast_first=cast_first, interleaved=interleaved),
                 )
 
@@ -220,7 +225,7 @@ def test_activations_of_every_number(dtype: torch.dtype, act: str) -> None:
     """The fast silu of bfloat16 is PyTorch's for all of them. Triton's erf and tanh are of another version of CUDA's
     library than PyTorch's, and differ in the last bit for some, which shows where one is added to nearly -1."""
     gate = every(dtype)[:, None].expand(-1, 32).contiguous()
-    op = OPS["act_mul_quant"][frozenset({"value"})]
+    op = REGISTRY.ops["act_mul_quant", frozenset({"value"})]
     given = act_arguments(32, 1, dtype, gate=gate, up=torch.ones_like(gate), act=act, block=32)
     given = {name: given[name] for name in op.arguments}
     want = op.reference(**given)["value"][:, 0]
@@ -265,7 +270,7 @@ def test_divisions_of_every_number(scale: float, dtype: torch.dtype) -> None:
 
 def test_rare_differences_with_random_rows() -> None:
     """Sums in another order move the statistic's last bits: at most one element in 100,000, by one code."""
-    op = OPS["rms_norm_quant"][frozenset({"add"})]
+    op = REGISTRY.ops["rms_norm_quant", frozenset({"add"})]
     for width in (2880, 4096, 8192):
         generator = torch.Generator("cuda").manual_seed(0)
         given = norm_arguments(width, 0, block=width) | {
@@ -282,7 +287,7 @@ def test_rare_differences_with_random_rows() -> None:
 
 
 def test_an_op_compiles_nothing_while_a_cuda_graph_is_captured() -> None:
-    op = OPS["rms_norm_quant"][frozenset()]
+    op = REGISTRY.ops["rms_norm_quant", frozenset()]
     graph = torch.cuda.CUDAGraph()
     given = norm_arguments(1234, 3, block=1234)
     call = [given[name] for name in op.arguments]
@@ -315,7 +320,7 @@ def test_warmup_before_a_capture() -> None:
 
 
 def test_more_elements_than_32_bits_can_count() -> None:
-    op = OPS["act_mul_quant"][frozenset({"packed"})]
+    op = REGISTRY.ops["act_mul_quant", frozenset({"packed"})]
     width, rows = 8192, 2**31 // 8192 + 5
     gate_up = torch.empty(rows, 2 * width, dtype=torch.bfloat16, device="cuda")
     gate_up[-7:] = torch.randn(7, 2 * width, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from aiter_fusion.arithmetic import is_inverse, parse, run
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import difference, differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.registry import REGISTRY
 
-EVERY_OP = [op for overloads in OPS.values() for op in overloads.values()]
+EVERY_OP = list(REGISTRY.ops.values())
 EVERY_PROVIDER = [
     pytest.param(
         name,
@@ -169,7 +170,7 @@ def test_programs() -> None:
 
 
 def test_unknown_provider_and_activation() -> None:
-    op = next(op for op in OPS["act_mul_quant"].values() if not op.features)
+    op = next(op for op in REGISTRY.overloads("act_mul_quant").values() if not op.features)
     arguments = next(sampled(op, "reference"))
     with pytest.raises(ValueError, match="unknown provider 'cutlass'; known are aiter, triton, reference"):
         op.target(*arguments.values(), "cutlass")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiter_fusion.op import OPS
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import collective
 from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.registry import REGISTRY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,7 +128,7 @@ def test_a_rank_that_does_not_come(
 ) -> None:
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "0.5")
     group = together(world, 16)
-    op = OPS["all_reduce_rms_norm"][frozenset({"add"})]
+    op = REGISTRY.ops["all_reduce_rms_norm", frozenset({"add"})]
     absent = world - 1
     group.call(way, op, lambda rank: gpu_ranks.arguments_of(rank, str(rank), op, 3, 512, 0, 0, False), absent)
     for rank in group.ranks[:absent]:

@@ -15,11 +15,11 @@ from conftest import checked
 from test_traps import hand_built
 from torch import Tensor
 
-from aiter_fusion import op as op_module
 from aiter_fusion import providers, report
 from aiter_fusion.config import options
 from aiter_fusion.passes import plan
 from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.registry import REGISTRY
 
 SITE = cases.NORM_FUSIONS[0].call(cases.llama, cases.q3)
 
@@ -48,9 +48,12 @@ def refusing(
 
 
 def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
-    plain = {k: v for k, v in op_module.OPS["rms_norm_quant"].items() if "value" not in k}
-    monkeypatch.setitem(op_module.OPS, "rms_norm_quant", plain)
+    returning = [op for features, op in REGISTRY.overloads("rms_norm_quant").items() if "value" in features]
+    for op in returning:
+        REGISTRY.unregister(op)
     yield from sites(cases.NORM_FUSIONS[3].call(cases.llama, cases.q3))
+    for op in returning:
+        REGISTRY.register(op)
 
 
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:

@@ -18,50 +18,47 @@ import test_ops
 import torch
 from conftest import checked, fused
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import aiter_fusion
 from aiter_fusion import config
-from aiter_fusion.op import OPS
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.manager import compose
-from aiter_fusion.patterns import registry
 from aiter_fusion.patterns.language import Call, Const, Form, Fusion, Var, aten
-from aiter_fusion.providers import PROVIDERS, Provider, candidates
+from aiter_fusion.providers import Provider, candidates
+from aiter_fusion.registry import REGISTRY, known
+from aiter_fusion.stage import Family
+from aiter_fusion.stages.norm import RMS_NORM
+from aiter_fusion.stages.residual import INPUT
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_pattern.py"
 BF16 = torch.bfloat16
+ABS = Call((aten.abs.default,), (Var("x"),))
 
 
 @cache
-def example() -> tuple[ModuleType, dict[str, list], tuple[str, ...]]:
-    """The example, imported once (PyTorch cannot forget an op), and what it registered; then the registry as it was."""
+def example() -> ModuleType:
+    """The example, imported once, since PyTorch cannot forget an op; then what it registered is taken back."""
     spec = spec_from_file_location("own_pattern", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    families = config.FAMILIES
     sys.modules[module.__name__] = module  # where Dynamo looks for it
     spec.loader.exec_module(module)
-    registered = {name: getattr(registry, name)[:] for name in ("_forms", "_fusions", "_ops")}
-    for name in registered:
-        getattr(registry, name).clear()
-    known, config.FAMILIES = config.FAMILIES, families
-    del OPS[module.FAMILY]
-    registry._identity.cache_clear()
-    return module, registered, known
+    aiter_fusion.unregister(module.FAMILY)
+    aiter_fusion.unregister(module.FORM)
+    return module
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def own() -> Iterator[ModuleType]:
     """The example, registered for one test."""
-    module, registered, families = example()
-    for name, entries in registered.items():
-        monkeypatch.setattr(registry, name, entries[:])
-    monkeypatch.setattr(config, "FAMILIES", families)
-    monkeypatch.setitem(OPS, module.FAMILY, {frozenset(): module.OP})
-    registry._identity.cache_clear()
+    module, before = example(), list(REGISTRY)
+    aiter_fusion.register_form(module.FORM)
+    aiter_fusion.register_family(module.FAMILY)
     yield module
-    registry._identity.cache_clear()
+    aiter_fusion.unregister(module.FAMILY)
+    aiter_fusion.unregister(module.FORM)
+    assert list(REGISTRY) == before
 
 
 def site(own: ModuleType, norm: Callable[..., Tensor] = cases.llama) -> Callable[..., tuple[Tensor, ...]]:
@@ -80,7 +77,7 @@ def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
             assert result.oracle.identical
             assert result.report.replaced == {"rms_norm_int8": 1}
             assert result.report.unaccounted == 0
-            assert result.variants == ["rms_norm_int8:row"]
+            assert result.variants == ["rms_norm_int8:" + ("offset+" if norm.name == "R3" else "") + "row"]
     result = checked(site(own, norm.call), dynamic=None)
     with torch.no_grad():
         for rows in (6, 1, 9):
@@ -91,21 +88,30 @@ def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
     assert all(report.replaced == {"rms_norm_int8": 1} for report in result.reports)
 
 
-def test_the_op(own: ModuleType) -> None:
-    """The generic tests of ops, on this one."""
-    test_ops.test_opcheck(own.OP, "reference")
-    test_ops.test_strided_rows_give_the_same_bits(own.OP, "reference")
-    test_ops.test_agrees_with_the_reference(own.OP, "reference")
-    test_ops.test_schema_is_functional(own.OP)
-    for sample in own.OP.samples():
-        real = test_ops.call(own.OP, "reference", sample)
-        with FakeTensorMode() as mode:
-            given = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in sample.items()}
-            fake = test_ops.call(own.OP, "reference", given)
-        for name in own.OP.outputs:
-            for what in ("shape", "dtype", "device"):
-                assert getattr(real[name], what) == getattr(fake[name], what)
-            assert real[name].stride() == fake[name].stride()
+def test_the_ops(own: ModuleType) -> None:
+    """The generic tests of ops, on every overload of the family."""
+    ops = list(REGISTRY.overloads("rms_norm_int8").values())
+    assert [op.overload_name for op in ops] == ["add", "add_value", "default", "value"]
+    for op in ops:
+        test_ops.test_opcheck(op, "reference")
+        test_ops.test_fake_equals_real(op, "reference")
+        test_ops.test_strided_rows_give_the_same_bits(op, "reference")
+        test_ops.test_agrees_with_the_reference(op, "reference")
+        test_ops.test_schema_is_functional(op)
+
+
+def test_overloads_follow_from_the_stages(own: ModuleType) -> None:
+    """The residual before the norm, its sum and the norm's value read elsewhere: nothing was written for these."""
+
+    def call(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = r + x
+        value = cases.llama(summed, w)
+        return (*own.quantise(value), summed, value)
+
+    result = fused(call, *cases.tensors(("x", "r", "w"), (4,), BF16, "normal"), verify=True)
+    assert result.variants == ["rms_norm_int8:add+row+value"]
+    (plain,) = fused(call, *cases.tensors(("x", "r", "w"), (4,), BF16, "normal"), level=1).report.sites
+    assert plain.reason == "level: needs level 2, this is level 1"
 
 
 def test_reasons(own: ModuleType) -> None:
@@ -117,12 +123,6 @@ def test_reasons(own: ModuleType) -> None:
     assert reason(site(own), disable="rms_norm_int8") == "disabled: rms_norm_int8 is in 'disable'"
     assert reason(site(own), level=0, enable="act_mul_quant") == "level: needs level 1, this is level 0"
     assert reason(lambda x, w: own.quantise(x * 2)).startswith("producer: its input is aten.mul.Tensor")
-
-    def read_elsewhere(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y = cases.llama(x, w)
-        return (*own.quantise(y), y)
-
-    assert reason(read_elsewhere) == "overload: no overload of rms_norm_int8 also returns value"
 
     def in_half(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """The scale is rounded to bf16: another arithmetic, so it is not taken."""
@@ -148,27 +148,24 @@ def test_compiled_and_cached(own: ModuleType) -> None:
         assert made.replaced == {"rms_norm_int8": 1}
 
 
-def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider(own: ModuleType) -> None:
     """A kernel for the op: asked for by name, chosen where it accepts, with its reason where it refuses."""
-    monkeypatch.setattr(config, "PROVIDER_NAMES", config.PROVIDER_NAMES)
-    monkeypatch.setattr(registry, "_providers", [])
     before, calls = uuid(), []
+    plain = REGISTRY.ops["rms_norm_int8", frozenset()]
 
     def kernel(**arguments: object) -> dict[str, Tensor]:
         calls.append(arguments)
-        return own.reference(**arguments)
+        return plain.reference(**arguments)
 
     mine = Provider(
         "mine",
         missing=lambda: None,
-        refuse=lambda op, arguments: None if op is own.OP else f"it has no kernel for {op.family}",
+        refuse=lambda op, arguments: None if op.family == own.FAMILY.op else f"it has no kernel for {op.family}",
         run=lambda op: kernel,
         exact=True,
     )
-    monkeypatch.setitem(PROVIDERS, "mine", mine)  # so that it is forgotten after the test
-    del PROVIDERS["mine"]
     assert aiter_fusion.register_provider(mine) is mine
-    with pytest.raises(ValueError, match="there is a provider 'mine' already"):
+    with pytest.raises(ValueError, match="providers: mine is registered already"):
         aiter_fusion.register_provider(mine)
     inputs = cases.tensors(("x", "w"), (4,), BF16, "normal")
     (done,) = fused(site(own), *inputs, provider="mine").report.sites
@@ -178,6 +175,10 @@ def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert candidates("auto", "cuda")[-1] is mine
     assert [provider.name for provider in candidates("auto", "cpu")] == ["reference"]
     assert uuid() != before
+    aiter_fusion.unregister(mine)
+    assert uuid() == before
+    with pytest.raises(ValueError, match="providers: mine is not registered"):
+        aiter_fusion.unregister(mine)
 
 
 # ---- The cache key -----------------------------------------------------------------------------------------------
@@ -187,22 +188,21 @@ def uuid() -> object:
     return compose(None, config.options()).uuid()
 
 
-def test_the_cache_key_knows_what_is_registered(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_knows_what_is_registered(own: ModuleType) -> None:
     seen = [uuid()]
     assert uuid() == seen[0]
-    (form,) = registry._forms
     for changed in (
-        replace(form, name="other"),
-        replace(form, pattern=Call((aten.abs.default,), (Var("x"),))),
-        replace(form, complete=lambda root, found: "never"),
+        Form("mine", "other", own.FORM.pattern, "q"),
+        Form("mine", "other", ABS, "q"),
+        Form("mine", "other", ABS, "q", complete=lambda root, found: "never"),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT8)),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT8), level=2),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, replace(own.INT8, levels={"value": 3}))),
     ):
-        monkeypatch.setattr(registry, "_forms", [changed])
-        registry._identity.cache_clear()
+        (aiter_fusion.register_form if isinstance(changed, Form) else aiter_fusion.register_family)(changed)
         seen.append(uuid())
-    for name in ("_forms", "_fusions", "_ops"):
-        monkeypatch.setattr(registry, name, [])
-    registry._identity.cache_clear()
-    seen.append(uuid())
+        aiter_fusion.unregister(changed)
+        assert uuid() == seen[0]
     assert None not in seen
     assert len(set(map(repr, seen))) == len(seen)
 
@@ -211,25 +211,26 @@ def test_what_a_function_closes_over_counts() -> None:
     def closing(number: int) -> Callable[[], int]:
         return lambda: number
 
-    assert registry._known(closing(1)) == registry._known(closing(1))
-    assert registry._known(closing(1)) != registry._known(closing(2))
+    assert known(closing(1)) == known(closing(1))
+    assert known(closing(1)) != known(closing(2))
 
 
-def test_without_a_source_nothing_is_cached(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_source_nothing_is_cached() -> None:
     """A function typed at a prompt has nothing by which another process could know it."""
     namespace: dict = {}
     exec("def complete(root, found): return 'no'", namespace)
-    monkeypatch.setattr(registry, "_forms", [replace(registry._forms[0], complete=namespace["complete"])])
-    registry._identity.cache_clear()
-    assert registry.identity() is None
+    form = aiter_fusion.register_form(Form("mine", "abs", ABS, "value", complete=namespace["complete"]))
+    assert REGISTRY.identity() is None
     assert uuid() is None
+    aiter_fusion.unregister(form)
+    assert uuid() is not None
 
 
 IDENTITY = """
 import runpy, sys
 runpy.run_path(sys.argv[1])
-from aiter_fusion.patterns import registry
-print(registry.identity())
+from aiter_fusion.registry import REGISTRY
+print(REGISTRY.identity())
 """
 
 
@@ -244,8 +245,6 @@ def test_the_key_is_the_same_in_every_process() -> None:
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------------
-
-ABS = Call((aten.abs.default,), (Var("x"),))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,7 @@ ABS = Call((aten.abs.default,), (Var("x"),))
         (
             lambda own: aiter_fusion.register_form(Form("rms_norm", "no_weight", ABS, "y")),
             ValueError,
-            "there is a form 'no_weight' of kind 'rms_norm' already",
+            "forms: rms_norm no_weight is registered already: choose another name",
         ),
         (
             lambda own: aiter_fusion.register_fusion(Fusion("nothing", ("rms_norm",), lambda *_: "")),
@@ -279,16 +278,40 @@ ABS = Call((aten.abs.default,), (Var("x"),))
                 Fusion("rms_norm_int8", ("rms_norm", "int8_quant"), lambda *_: "")
             ),
             ValueError,
-            "rms_norm_int8 of rms_norm -> int8_quant is registered already",
+            "fusions: rms_norm_int8 rms_norm int8_quant rms_norm_int8 is registered already",
         ),
-        (lambda own: aiter_fusion.fused_op(own.OP), ValueError, "aiter_fusion::rms_norm_int8 is declared already"),
+        (
+            lambda own: aiter_fusion.fused_op(REGISTRY.ops["rms_norm_int8", frozenset()]),
+            ValueError,
+            "ops: rms_norm_int8 is registered already",
+        ),
+        (
+            lambda own: aiter_fusion.fused_op(FusedOp("rms_norm_int8", frozenset(), {}, ("y",), dict, dict, list)),
+            ValueError,
+            "which PyTorch cannot forget: choose another family or other features",
+        ),
+        (
+            lambda own: aiter_fusion.register_family(Family("norms", (INPUT, RMS_NORM, RMS_NORM))),
+            ValueError,
+            "family norms: two of its stages have an argument cast_first, dtype, eps, offset, weight",
+        ),
+        (
+            lambda own: aiter_fusion.register_family(Family("norms", (RMS_NORM, own.INT8))),
+            ValueError,
+            "family norms: its first stage, rms_norm, takes a value from a stage before it",
+        ),
+        (
+            lambda own: aiter_fusion.register_family(Family("norms", (INPUT, replace(RMS_NORM, kind="norms")))),
+            ValueError,
+            "no form is of kind 'norms'",
+        ),
     ],
 )
 def test_mistakes(register: Callable, error: type, message: str, own: ModuleType) -> None:
-    before = registry.forms(registry.fusions()), registry.fusions(), config.FAMILIES
+    before = list(REGISTRY)
     with pytest.raises(error, match=message):
         register(own)
-    assert (registry.forms(registry.fusions()), registry.fusions(), config.FAMILIES) == before
+    assert list(REGISTRY) == before
 
 
 def test_a_family_is_unknown_until_it_is_registered() -> None:
@@ -296,10 +319,10 @@ def test_a_family_is_unknown_until_it_is_registered() -> None:
         aiter_fusion.Backend(expect={"rms_norm_int8": 1})
 
 
-def test_a_form_alone_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_alone_changes_nothing() -> None:
     """Its records are bare, and counted."""
-    monkeypatch.setattr(registry, "_forms", [])
-    aiter_fusion.register_form(Form("absolute", "abs", Call((aten.mul.Tensor,), (ABS, Const(2))), "value"))
+    form = Form("absolute", "abs", Call((aten.mul.Tensor,), (ABS, Const(2))), "value")
+    aiter_fusion.register_form(form)
     result = fused(lambda x: x.abs() * 2, torch.ones(3))
+    aiter_fusion.unregister(form)
     assert [(s.family, s.status) for s in result.report.sites] == [("absolute", "bare")]
-    registry._identity.cache_clear()

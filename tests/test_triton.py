@@ -18,14 +18,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from aiter_fusion.bench.tune import questions
-from aiter_fusion.op import OPS, FusedOp
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.manager import environment
 from aiter_fusion.providers import triton as provider
 from aiter_fusion.providers.triton import all_reduce, launches, programs, rules, tuned
+from aiter_fusion.registry import REGISTRY
 
 KERNELS = Path(provider.__file__).parent / "kernels"
-EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in OPS[family].values()]
-REDUCING = [op for overloads in OPS.values() for op in overloads.values() if "all_reduce" in op.family]
+EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
+REDUCING = [op for op in REGISTRY.ops.values() if op.is_collective]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
 # What kernels are compiled for, without having it: (Triton's target, its FP8 format, Triton's name of that)
@@ -99,7 +100,7 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
     real = torch.empty(3, 5, 256, dtype=torch.bfloat16)
     with FakeTensorMode(shape_env=environment) as mode:
         x = mode.from_tensor(real, symbolic_context=dynamic, source=ConstantSource("x"))
-        op = OPS["rms_norm_quant"][frozenset()]
+        op = REGISTRY.ops["rms_norm_quant", frozenset()]
         known = {**next(iter(op.samples())), "x": x, "weight": None, "block": 256}
         (launch,) = launches.of(op, {name: known[name] for name in op.arguments}, True).launches
         assert isinstance(launch.grid, torch.SymInt)
@@ -123,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provider, "native_fp8", lambda device: FN)
     changes, reason = REFUSED[case]
-    op = OPS["rms_norm_quant"][frozenset()]
+    op = REGISTRY.ops["rms_norm_quant", frozenset()]
     arguments = {**next(iter(op.samples())), "weight": None}
     with FakeTensorMode():
         usual = torch.empty(4, 256, dtype=torch.bfloat16, device="cuda")
@@ -142,11 +143,11 @@ def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.startswith(reason)
 
 
-@pytest.mark.parametrize("family", OPS)
+@pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in REGISTRY.ops))
 def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all-reduces too, one process being no group to reduce over; and none for ops from outside."""
     monkeypatch.setattr(provider, "native_fp8", lambda device: FN)
-    for op in OPS[family].values():
+    for op in REGISTRY.overloads(family).values():
         known: dict[str, Any] = {**next(op.samples()), "block": 64, "quant_dtype": FN}
         with FakeTensorMode():
             for name, value in known.items():
@@ -160,7 +161,7 @@ def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypat
 
 
 def test_where_inductor_is_faster() -> None:
-    op = OPS["rms_norm_quant"][frozenset()]
+    op = REGISTRY.ops["rms_norm_quant", frozenset()]
     known = {name: next(iter(op.samples()))[name] for name in op.arguments}
     for rows, width, block, faster in (
         (1, 4096, 0, True),

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from .. import ops  # noqa: F401  (importing ops registers them)
-from ..op import FusedOp, find
-from ..ops import fp8_quant
-from ..ops.rms_norm_quant import rms_norm
+from ..op import FusedOp
 from ..providers.triton import all_reduce
+from ..registry import REGISTRY
+from ..stages.norm import rms_norm
+from ..stages.quantise import DYNAMIC
 from .timing import Conditions, Refused, alternate, check_folder, conditions, need_gpu
 
 HIDDEN = (8192,)
@@ -94,13 +95,13 @@ class Result:
 def rest(reduced: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """What follows the all-reduce, as the graph has it."""
     summed = residual + reduced
-    quantised = fp8_quant.reference(rms_norm(summed, weight, **NORM), **STEPS)  # type: ignore[arg-type]
+    _, quantised = DYNAMIC.compute(rms_norm(summed, weight, **NORM), **STEPS)  # type: ignore[arg-type]
     return quantised["q"], quantised["scale"], summed
 
 
 def fused_call(x: Tensor, residual: Tensor, weight: Tensor, group: str) -> tuple[FusedOp, list[Any]]:
     """Our op, and its arguments in order but for the provider."""
-    op = find("all_reduce_rms_norm_quant", frozenset({"add"}))
+    op = REGISTRY.overload("all_reduce_rms_norm_quant", frozenset({"add"}))
     assert op is not None
     known = {"x": x, "other": None, "group": group, "residual": residual, "weight": weight, **NORM, **STEPS}
     known |= {"sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}

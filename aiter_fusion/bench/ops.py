@@ -24,10 +24,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (importing ops registers them)
-from ..op import FusedOp, find
+from ..op import FusedOp
 from ..passes.verify import differing_codes
 from ..providers import PROVIDERS
 from ..providers.triton import native_fp8
+from ..registry import REGISTRY
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
 VARIANTS = (
@@ -73,7 +74,7 @@ class Case:
     @property
     def op(self) -> FusedOp:
         """The overload that computes it."""
-        found = find(self.family, frozenset(self.variant.split("+")))
+        found = REGISTRY.overload(self.family, frozenset(self.variant.split("+")))
         assert found is not None
         return found
 

@@ -1,3 +1,3 @@
-"""The fused ops, one declaration each, and those of the bridge. Importing this package registers them with PyTorch."""
+"""The ops of the bridge, one declaration each. Importing this package registers them with PyTorch."""
 
-from . import act_mul_quant, all_reduce_rms_norm, gemm, mla, moe, norm, rms_norm_quant  # noqa: F401
+from . import gemm, mla, moe, norm  # noqa: F401

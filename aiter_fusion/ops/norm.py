@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ..op import FusedOp
 from ..providers import bridge_op
-from . import rms_norm_quant
+from ..stages.norm import rms_norm
 
 F32 = torch.float32
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> dict[str, Tensor]:
-    return {"y": rms_norm_quant.rms_norm(x, weight.to(F32), eps, None, False, x.dtype).contiguous()}
+    return {"y": rms_norm(x, weight.to(F32), eps, None, False, x.dtype).contiguous()}
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> dict[str, Tensor]:
     summed = x.to(F32) + residual.to(F32)
-    y = rms_norm_quant.rms_norm(summed, weight.to(F32), eps, None, False, x.dtype)
+    y = rms_norm(summed, weight.to(F32), eps, None, False, x.dtype)
     return {"y": y.contiguous(), "residual_out": summed.to(x.dtype).contiguous()}
 
 

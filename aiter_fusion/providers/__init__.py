@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..op import BRIDGE, FusedOp, Implementation, fused_op
+from ..op import FusedOp, Implementation, define
+from ..registry import REGISTRY, Registry
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,19 @@ class Provider:
     state: Callable[[], str] = lambda: ""
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
     unwanted: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
+    table: ClassVar[str] = "providers"
+
+    @property
+    def key(self) -> str:
+        """Its place in the registry."""
+        return self.name
+
+    def admit(self, registry: Registry) -> None:
+        """Raise a ValueError if its name means something else."""
+        if self.name == "auto":
+            raise ValueError(
+                "no provider can be called 'auto', which means the first that can run: choose another name"
+            )
 
 
 def _of(module: str, name: str) -> Callable[..., Any]:
@@ -51,8 +65,8 @@ def _of(module: str, name: str) -> Callable[..., Any]:
     return lambda *given: getattr(import_module(f".{module}", __name__), name)(*given)
 
 
-PROVIDERS: dict[str, Provider] = {
-    "aiter": Provider(
+for _provider in (
+    Provider(
         "aiter",
         missing=_of("aiter", "missing"),
         refuse=_of("aiter", "refuse"),
@@ -61,7 +75,7 @@ PROVIDERS: dict[str, Provider] = {
         state=_of("aiter", "state"),
         unwanted=_of("aiter", "unwanted"),
     ),
-    "triton": Provider(
+    Provider(
         "triton",
         missing=_of("triton", "missing"),
         refuse=_of("triton", "refuse"),
@@ -72,14 +86,16 @@ PROVIDERS: dict[str, Provider] = {
         state=_of("triton", "state"),
         slower=_of("triton", "slower"),
     ),
-    "reference": Provider(
+    Provider(
         "reference",
         missing=lambda: None,
         refuse=lambda op, arguments: None,
         run=lambda op: op.reference,
         exact=True,
     ),
-}
+):
+    REGISTRY.register(_provider)
+PROVIDERS = REGISTRY.providers
 
 
 def implementation(op: FusedOp, provider: str) -> Implementation:
@@ -147,4 +163,4 @@ def _by_the_first(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
 
 def bridge_op(declaration: FusedOp) -> FusedOp:
     """Register an op of the bridge."""
-    return fused_op(declaration, bridge_implementation, unsaid="auto", registry=BRIDGE)
+    return define(replace(declaration, table="bridge"), bridge_implementation, unsaid="auto")

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ... import agreement, platform
-from ...op import FusedOp, find
+from ...op import FusedOp
+from ...registry import REGISTRY
 from .. import PROVIDERS
 from ..collective import MIB, ONE_STAGE, Turns, Window, kept, plainly, process_group, refuse_group, world_of
 from ..triton import capturing
@@ -293,9 +294,9 @@ def _plainly(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     given = dict(arguments)
     given["x"] = plainly(given["x"], given.pop("group")).reshape(given["residual"].shape)
     if "quant_dtype" in op.arguments:
-        rest = find("rms_norm_quant", op.features)
+        rest = REGISTRY.overload("rms_norm_quant", op.features)
     else:
-        rest = find("add_rms_norm", frozenset())
+        rest = REGISTRY.overload("add_rms_norm", frozenset())
         if given["offset"] is not None:
             given["weight"] = given["weight"].float() + given["offset"]
     assert rest is not None

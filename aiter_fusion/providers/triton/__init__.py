@@ -72,13 +72,13 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     block = arguments.get("block", 0)
     if 0 < block < width and block > launches.rules.TILE:
         return f"groups of {block} elements"
-    return all_reduce.refuse(op, arguments) if "group" in op.arguments else None
+    return all_reduce.refuse(op, arguments) if op.is_collective else None
 
 
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why Inductor's own code is faster for a call, as measured; of a symbolic number of rows its example counts."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    if "group" in op.arguments:
+    if op.is_collective:
         return None
     width = launches.width_of(op, first)
     rows, _ = launches.rows_of(first) or (1, width)
@@ -89,7 +89,7 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 
 def run(op: FusedOp) -> Implementation:
     """What computes a call outside a compiled graph."""
-    if "group" in op.arguments:
+    if op.is_collective:
         return functools.partial(all_reduce.run, op, nvidia())
     return functools.partial(_run, op)
 

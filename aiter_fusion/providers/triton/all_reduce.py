@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ... import agreement, config
-from ...op import FusedOp, find
+from ...op import FusedOp
+from ...registry import REGISTRY
 from ..collective import MIB, ONE_STAGE, Turns, kept, plainly, process_group, refuse_group
 from . import launches, rules
 
@@ -299,7 +300,7 @@ def _then_quantise(op: FusedOp, nvidia: bool, arguments: dict[str, Any]) -> dict
     known |= {"SEGMENT": rules.power_of_two(x.shape[-1]), "GROUPED": False, "COLUMN_MAJOR": False}
     nothing = dict.fromkeys(("q", "scale_out", "value_out", "residual_out"))
     _reduce({"x": x, "other": other, "group": group, "weight": None}, {**nothing, "reduced_out": reduced}, known)
-    quantise = find("rms_norm_quant", op.features)
+    quantise = REGISTRY.overload("rms_norm_quant", op.features)
     assert quantise is not None
     return {**run_kernels(quantise)(x=reduced, **given), "reduced": reduced}
 

@@ -19,7 +19,8 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ...op import OPS, FusedOp, Spec
+from ...op import FusedOp, Spec
+from ...registry import REGISTRY
 from . import kernel, launches, nvidia
 
 NAME = "triton"
@@ -122,8 +123,6 @@ def _lowering(op: FusedOp) -> Any:
 @functools.cache
 def register() -> None:
     """Tell Inductor how to lower every fused op; calls for other providers stay what they are, opaque."""
-    for overloads in OPS.values():
-        for op in overloads.values():
-            if "group" in op.arguments:  # how it is computed is decided when it is called
-                continue
+    for op in REGISTRY.ops.values():
+        if not op.is_collective:  # how that is computed is decided when it is called
             register_lowering(op.target, type_promotion_kind=None)(_lowering(op))

@@ -1,15 +1,16 @@
-"""Gated activation and FP8 quantisation, from two tensors, or from the halves or every other column of one."""
+"""Gated activations, ``act(gate) * up``, of two tensors, or of the halves or every other column of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..op import FusedOp, Spec
-from . import fp8_quant
+from ..op import Spec
+from ..stage import Sample, Stage, Value
 
 F32 = torch.float32
 
@@ -52,56 +53,71 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float, dtype: 
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-def _value_dtype(up: Tensor, act: str, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, up.dtype) if cast_first and act in ACTIVATIONS else dtype
-
-
-def _parts(gate_up: Tensor, gate_first: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
+def parts(gate_up: Tensor, gate_first: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
     """gate and up of ``gate_up`` ``[..., 2 H]``: its halves, or interleaved its even and odd columns; gate_first says
     whether the first of them is the gate."""
     first, second = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.tensor_split(2, -1)
     return (first, second) if gate_first else (second, first)
 
 
-def _declaration(features: frozenset[str]) -> FusedOp:
-    packed = "packed" in features
-    columns = {"gate_up": "Tensor", "gate_first": "bool", "interleaved": "bool"}
-    inputs = columns if packed else {"gate": "Tensor", "up": "Tensor"}
-
-    def reference(**arguments: Any) -> dict[str, Tensor]:
-        given = [arguments.pop(name) for name in inputs]
-        gate, up = _parts(*given) if packed else given
-        value = act_mul(gate, up, **{name: arguments.pop(name) for name in ACT}).contiguous()
-        return {**fp8_quant.reference(value, **arguments), "value": value}
-
-    def shape(**arguments: Any) -> dict[str, Spec]:
-        given = [arguments.pop(name) for name in inputs]
-        act = {name: arguments.pop(name) for name in ACT}
-        sizes = [*given[0].shape[:-1], given[0].shape[-1] // 2] if packed else given[0].shape
-        return fp8_quant.shape(sizes, _value_dtype(given[0 if packed else 1], **act), **arguments)
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for seed, (sizes, dtype) in enumerate(fp8_quant.SAMPLE_SIZES):
-            rows = torch.Size(sizes[:-1]).numel()
-            both = fp8_quant.hostile_rows(rows, 128, dtype, seed).reshape(*sizes[:-1], 128)
-            gate, up = _parts(both, True, False)
-            for index, act in enumerate([*ACTIVATIONS, f"{CLAMPED}1.702,7.0"]):
-                columns = {"gate_up": both, "gate_first": index % 2 == 0, "interleaved": index % 3 == 1}
-                wide = {2: {"up": up.to(F32)}, 3: {"gate": gate.to(F32)}}.get(index, {})
-                tensors = columns if packed else {"gate": gate, "up": up} | wide
-                for quant in fp8_quant.sample_arguments(features, 64):
-                    yield tensors | {"act": act, "cast_first": index % 2 == 0, "dtype": dtype} | quant
-
-    return FusedOp(
-        family="act_mul_quant",
-        features=features,
-        arguments=inputs | ACT | fp8_quant.arguments(features),
-        outputs=fp8_quant.outputs(features),
-        reference=reference,
-        shape=shape,
-        samples=samples,
-        layouts=fp8_quant.layouts(features),
-    )
+def _compute(value: None, gate: Tensor, up: Tensor, **act: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return act_mul(gate, up, **act).contiguous(), {}
 
 
-fp8_quant.declare_all(("packed", "static", "value"), _declaration)
+def _compute_packed(
+    value: None, gate_up: Tensor, gate_first: bool, interleaved: bool, **act: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return _compute(None, *parts(gate_up, gate_first, interleaved), **act)
+
+
+def _dtype(up: Tensor, act: str, cast_first: bool, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, up.dtype) if cast_first and act in ACTIVATIONS else dtype
+
+
+def _spec(value: None, gate: Tensor, up: Tensor, **act: Any) -> tuple[Value, dict[str, Spec]]:
+    return Value(gate.shape, _dtype(up, **act)), {}
+
+
+def _spec_packed(
+    value: None, gate_up: Tensor, gate_first: bool, interleaved: bool, **act: Any
+) -> tuple[Value, dict[str, Spec]]:
+    return Value((*gate_up.shape[:-1], gate_up.shape[-1] // 2), _dtype(gate_up, **act)), {}
+
+
+def _acts(dtype: torch.dtype) -> list[dict[str, Any]]:
+    every = [*ACTIVATIONS, f"{CLAMPED}1.702,7.0"]
+    return [{"act": act, "cast_first": index % 2 == 0, "dtype": dtype} for index, act in enumerate(every)]
+
+
+def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
+    gate, up = parts(sample.rows(2 * sample.sizes[-1]), True, False)
+    wide = {2: {"up": up.to(F32)}, 3: {"gate": gate.to(F32)}}
+    return [{"gate": gate, "up": up} | wide.get(i, {}) | act for i, act in enumerate(_acts(sample.dtype))]
+
+
+def _samples_packed(sample: Sample) -> Sequence[dict[str, Any]]:
+    both = sample.rows(2 * sample.sizes[-1])
+    return [
+        {"gate_up": both, "gate_first": index % 2 == 0, "interleaved": index % 3 == 1} | act
+        for index, act in enumerate(_acts(sample.dtype))
+    ]
+
+
+ACT_MUL = Stage(
+    "act_mul",
+    {"gate": "Tensor", "up": "Tensor"} | ACT,
+    _compute,
+    _spec,
+    _samples,
+    returns="value",
+    levels={"value": 2},
+    follows=False,
+)
+PACKED_ACT_MUL = replace(
+    ACT_MUL,
+    arguments={"gate_up": "Tensor", "gate_first": "bool", "interleaved": "bool"} | ACT,
+    compute=_compute_packed,
+    spec=_spec_packed,
+    samples=_samples_packed,
+    feature="packed",
+)

@@ -1,0 +1,38 @@
+"""The families of fused ops: which stages follow each other. One row makes all overloads of an op."""
+
+from __future__ import annotations
+
+from .op import define
+from .providers import implementation
+from .registry import REGISTRY
+from .stage import Family, maybe
+from .stages.activation import ACT_MUL, PACKED_ACT_MUL
+from .stages.norm import RMS_NORM
+from .stages.quantise import QUANTISE
+from .stages.reduce import ALL_REDUCE
+from .stages.residual import INPUT, RESIDUAL
+
+# Longer chains are tried first, and of equal ones the earlier.
+FAMILIES = (
+    Family(
+        "all_reduce_rms_norm",
+        (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM, QUANTISE),
+        op="all_reduce_rms_norm_quant",
+        level=3,
+    ),
+    Family("all_reduce_rms_norm", (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM), level=3, ending="unquantised"),
+    Family("rms_norm_quant", (INPUT, maybe(RESIDUAL), RMS_NORM, QUANTISE)),
+    Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
+)
+
+
+def register_ops(family: Family) -> Family:
+    """Register a family and the overloads of its op. Returns the family."""
+    REGISTRY.register(family)
+    for op in family.ops():
+        define(op, implementation)
+    return family
+
+
+for _family in FAMILIES:
+    register_ops(_family)

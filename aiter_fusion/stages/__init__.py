@@ -1,0 +1,1 @@
+"""The stages of the package's own fused ops, one module for each kind."""

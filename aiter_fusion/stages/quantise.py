@@ -1,0 +1,168 @@
+"""Quantisers: a value to FP8, with a scale for each row, group of columns, or the tensor, or a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import result_dtype, run
+from ..op import Spec
+from ..stage import Sample, Stage, Value
+
+
+class Granularity(NamedTuple):
+    """Which elements share a scale: ``token`` (a row), ``group`` (so many columns of it), ``tensor``, or ``static``,
+    where it is given. ``block`` is the number of elements that do, as ops have it: 0 for the tensor and for static."""
+
+    name: str
+    block: int
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.block}" if self.name == "group" else self.name
+
+
+def granularity(arguments: Mapping[str, Any], width: Any) -> Granularity | None:
+    """That of a quantiser with these arguments, of rows of ``width``; None if nothing is quantised."""
+    # not before: it loads sympy, which registering ops must not
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if "value_steps" not in arguments:
+        return None
+    block = arguments.get("block")
+    if block is None or arguments.get("scale") is not None:
+        return Granularity("static", 0)
+    if block == 0:
+        return Granularity("tensor", 0)
+    return Granularity("token" if statically_known_true(block == width) else "group", block)
+
+
+def _compute(
+    value: Tensor,
+    block: int,
+    scale_steps: str,
+    column_major: bool,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Quantise ``value`` ``[..., H]``.
+
+    ``q = cast(value_steps(value, factor))`` with ``factor = factor_steps(m)`` and the returned
+    ``scale = scale_steps(m)``, where m is the maximum of ``|value|`` over the block in the dtype of ``value``.
+
+    Returns q ``[..., H]`` of ``quant_dtype`` and scale ``[..., H / block]``, or ``[]`` for block 0. column_major: in
+    memory its columns follow each other, strides ``(..., 1, rows)``, as some matrix products want it.
+    """
+    if block == 0:
+        # the maximum of nothing is 0: a graph without rows quantises nothing
+        maximum = value.abs().amax() if value.numel() else value.new_zeros(())
+        blocks = value
+    else:
+        blocks = value.reshape(*value.shape[:-1], value.shape[-1] // block, block)
+        maximum = blocks.abs().amax(-1, keepdim=True)
+    q = run(value_steps, blocks, run(factor_steps, maximum)).to(quant_dtype).reshape(value.shape)
+    scale = run(scale_steps, maximum)
+    scale = scale.reshape(scale.shape[: value.dim() if block else 0])
+    if column_major and block:
+        scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
+    return value, {"q": q, "scale": scale}
+
+
+def _spec(
+    value: Value,
+    block: int,
+    scale_steps: str,
+    column_major: bool,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+) -> tuple[Value, dict[str, Spec]]:
+    sizes = value.sizes
+    scales = [] if block == 0 else [*sizes[:-1], sizes[-1] // block]
+    kind = result_dtype(scale_steps, value.dtype)
+    columns_first = (len(scales) - 1, *range(len(scales) - 1))
+    scale: Spec = (scales, kind, columns_first) if column_major and block else (scales, kind)
+    return value, {"q": (sizes, quant_dtype), "scale": scale}
+
+
+def _compute_static(
+    value: Tensor, scale: Tensor, factor_steps: str, value_steps: str, quant_dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``q = cast(value_steps(value, factor_steps(scale)))``; no scale is returned."""
+    # without dimensions, so that neither shape nor dtype of the result depend on how the graph viewed it
+    q = run(value_steps, value, run(factor_steps, scale.reshape(()))).to(quant_dtype)
+    return value, {"q": q}
+
+
+def _spec_static(
+    value: Value, scale: Tensor, factor_steps: str, value_steps: str, quant_dtype: torch.dtype
+) -> tuple[Value, dict[str, Spec]]:
+    return value, {"q": (value.sizes, quant_dtype)}
+
+
+def _fits(attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str | None:
+    """A block of the quantiser must not span several rows of the value that it reads."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    block, width = attributes["block"], sizes[-1]
+    if block == 0 or statically_known_true(width % block == 0):
+        return None
+    return f"scales are for blocks of {block}, which its rows of {width} do not divide into"
+
+
+_STEPS = {
+    "factor_steps": "div=448.0 float32",
+    "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
+    "quant_dtype": torch.float8_e4m3fn,
+}
+
+
+def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
+    width, bounded = sample.sizes[-1], "float32 clamp_min=1e-12 div=240.0"
+    by_product = {
+        "scale_steps": bounded,
+        "factor_steps": f"{bounded} reciprocal",
+        "value_steps": "float32 mul_scale clamp_min=-240.0 clamp_max=240.0",
+        "quant_dtype": torch.float8_e4m3fnuz,
+    }
+    return [
+        _STEPS | {"scale_steps": "div=448.0 float32", "block": width, "column_major": False},
+        _STEPS | {"scale_steps": "div=448.0 float32", "block": 0, "column_major": False},
+        by_product | {"block": width // 2, "column_major": False},
+        by_product | {"block": width // 4, "column_major": True},
+    ]
+
+
+def _samples_static(sample: Sample) -> Sequence[dict[str, Any]]:
+    return [_STEPS | {"factor_steps": "", "scale": torch.full(sizes, 0.02)} for sizes in ([], [1], [1, 1, 1, 1])]
+
+
+# The programs (arithmetic.py) between a maximum, its scale and the values, and the dtype of these.
+_PROGRAMS = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
+
+DYNAMIC = Stage(
+    "fp8_quant",
+    {"block": "int", "scale_steps": "str", "column_major": "bool"} | _PROGRAMS,
+    _compute,
+    _spec,
+    _samples,
+    outputs=("q", "scale"),
+    label=lambda attributes, sizes: str(granularity(attributes, sizes[-1])),
+    fits=_fits,
+    layouts=({"column_major": True}, {"column_major": False}),
+)
+STATIC = Stage(
+    "fp8_quant",
+    {"scale": "Tensor"} | _PROGRAMS,
+    _compute_static,
+    _spec_static,
+    _samples_static,
+    feature="static",
+    outputs=("q",),
+    levels={"static": 2},
+    fits=_fits,
+)
+QUANTISE = (DYNAMIC, STATIC)
