@@ -59,6 +59,23 @@ SAMPLES = tuple(
 )
 
 
+class Setting(NamedTuple):
+    """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
+
+    granularity: of the scales, as a site's variant names it, e.g. ``group128``; fp8: what the values are quantised to.
+    """
+
+    rows: int
+    hidden: int
+    device: str
+    granularity: str
+    fp8: torch.dtype
+
+    def random(self, *sizes: int) -> Tensor:
+        """Normal values, by default a row each of ``rows``."""
+        return torch.randn(sizes or (self.rows, self.hidden), device=self.device, dtype=torch.bfloat16)
+
+
 def hostile_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Rows of normal values, then zeros, tiny, subnormal, huge, NaN, infinity: as many as ``rows`` asks for."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,6 +100,7 @@ class Stage:
                 for the first stage. The result is the oracle, and runs where no kernel does.
     spec:       the same of sizes and dtypes: ``spec(Value or None, **arguments) -> (Value, specs by name)``.
     samples:    its arguments to test an op with, for one shape.
+    typical:    its arguments as models give them, to time an op with.
     feature:    what distinguishes it from another stage that may stand in its place: part of the overload's name and
                 of a site's variant. Empty where nothing need be said.
     traits:     further features of its records, which a site's variant names too.
@@ -103,6 +121,7 @@ class Stage:
     compute: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     spec: Callable[..., tuple[Value, dict[str, Spec]]]
     samples: Callable[[Sample], Sequence[Mapping[str, Any]]]
+    typical: Callable[[Setting], Mapping[str, Any]] = lambda setting: {}
     follows: bool = True
     feature: str = ""
     traits: tuple[str, ...] = ()

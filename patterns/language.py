@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..formats import FORMATS
 from ..registry import Registry
 
 aten = torch.ops.aten
@@ -411,4 +412,4 @@ def add(a: Pattern, b: Pattern, dtype: torch.dtype | None = None) -> Call:
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 FLOATS = HALVES | {torch.float32}
-FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz})
+FP8 = frozenset(FORMATS)

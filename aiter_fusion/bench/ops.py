@@ -23,12 +23,13 @@ import torch._inductor.config as inductor_config
 from tabulate import tabulate
 from torch import Tensor
 
-from .. import ops  # noqa: F401  (importing ops registers them)
+from .. import families  # noqa: F401  (importing it registers ops)
 from ..op import FusedOp
 from ..passes.verify import differing_codes
 from ..providers import PROVIDERS
 from ..providers.triton import native_fp8
 from ..registry import REGISTRY
+from ..stage import Setting
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
 VARIANTS = (
@@ -79,35 +80,9 @@ class Case:
         return found
 
     def arguments(self, device: str, fp8: torch.dtype = torch.float8_e4m3fn) -> dict[str, Any]:
-        """The op's arguments by name, in order: random tensors, and torchao's arithmetic for this FP8 format."""
-
-        def random(*sizes: int) -> Tensor:
-            return torch.randn(sizes, device=device, dtype=torch.bfloat16)
-
-        rows, hidden, top = self.rows, self.hidden, torch.finfo(fp8).max
-        given: dict[str, Any] = {"dtype": torch.bfloat16, "cast_first": True}
-        if self.family == "rms_norm_quant":
-            given |= {"x": random(rows, hidden), "weight": random(hidden), "eps": 1e-6, "offset": None}
-            if "add" in self.op.features:
-                given |= {"residual": random(rows, hidden)}
-                given |= {"sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}
-        else:
-            given |= {"act": "silu"}
-            if "packed" in self.op.features:
-                given |= {"gate_up": random(rows, 2 * hidden), "gate_first": True, "interleaved": False}
-            else:
-                given |= {"gate": random(rows, hidden), "up": random(rows, hidden)}
-        given |= {
-            "value_steps": f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}",
-            "factor_steps": f"div={top!r} float32",
-            "quant_dtype": fp8,
-        }
-        if "static" in self.op.features:
-            given |= {"factor_steps": "", "scale": torch.full((), 0.02, device=device)}
-        else:
-            block = {"group128": 128, "token": hidden, "tensor": 0}[self.variant.split("+")[-1]]
-            given |= {"block": block, "scale_steps": given["factor_steps"], "column_major": False}
-        return {name: given[name] for name in self.op.arguments}
+        """The op's arguments by name, in order, as its stages say that models give them."""
+        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], fp8)
+        return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
 
     @property
     def bytes(self) -> int:

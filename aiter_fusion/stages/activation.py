@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..op import Spec
-from ..stage import Sample, Stage, Value
+from ..stage import Sample, Setting, Stage, Value
 
 F32 = torch.float32
 
@@ -103,12 +103,21 @@ def _samples_packed(sample: Sample) -> Sequence[dict[str, Any]]:
     ]
 
 
+_TYPICAL = {"act": "silu", "cast_first": True, "dtype": torch.bfloat16}
+
+
+def _typical_packed(setting: Setting) -> Mapping[str, Any]:
+    columns = setting.random(setting.rows, 2 * setting.hidden)
+    return {"gate_up": columns, "gate_first": True, "interleaved": False} | _TYPICAL
+
+
 ACT_MUL = Stage(
     "act_mul",
     {"gate": "Tensor", "up": "Tensor"} | ACT,
     _compute,
     _spec,
     _samples,
+    lambda setting: {"gate": setting.random(), "up": setting.random()} | _TYPICAL,
     returns="value",
     levels={"value": 2},
     follows=False,
@@ -119,5 +128,6 @@ PACKED_ACT_MUL = replace(
     compute=_compute_packed,
     spec=_spec_packed,
     samples=_samples_packed,
+    typical=_typical_packed,
     feature="packed",
 )

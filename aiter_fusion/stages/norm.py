@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..op import Spec
-from ..stage import Sample, Stage, Value
+from ..stage import Sample, Setting, Stage, Value
 
 F32 = torch.float32
 
@@ -54,12 +54,18 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     ]
 
 
+def _typical(setting: Setting) -> Mapping[str, Any]:
+    weight = setting.random(setting.hidden)
+    return {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": torch.bfloat16}
+
+
 RMS_NORM = Stage(
     "rms_norm",
     {"weight": "Tensor?", "eps": "float", "offset": "float?", "cast_first": "bool", "dtype": "ScalarType"},
     _compute,
     _spec,
     _samples,
+    _typical,
     traits=("offset",),
     returns="value",
     levels={"offset": 2, "value": 2},

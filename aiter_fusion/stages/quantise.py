@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import result_dtype, run
+from ..formats import FORMATS
 from ..op import Spec
-from ..stage import Sample, Stage, Value
+from ..stage import Sample, Setting, Stage, Value
 
 
 class Granularity(NamedTuple):
@@ -22,6 +23,12 @@ class Granularity(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}{self.block}" if self.name == "group" else self.name
+
+    @classmethod
+    def parse(cls, text: str, width: int) -> Granularity:
+        """The one that ``str`` gives for rows of ``width``, e.g. ``group128``."""
+        name = text.rstrip("0123456789")
+        return cls(name, width if name == "token" else int(text.removeprefix(name) or 0))
 
 
 def granularity(arguments: Mapping[str, Any], width: Any) -> Granularity | None:
@@ -140,6 +147,25 @@ def _samples_static(sample: Sample) -> Sequence[dict[str, Any]]:
     return [_STEPS | {"factor_steps": "", "scale": torch.full(sizes, 0.02)} for sizes in ([], [1], [1, 1, 1, 1])]
 
 
+def _typical(setting: Setting) -> Mapping[str, Any]:
+    """torchao's arithmetic."""
+    top = FORMATS[setting.fp8].top
+    return {
+        "block": Granularity.parse(setting.granularity, setting.hidden).block,
+        "scale_steps": f"div={top!r} float32",
+        "column_major": False,
+        "factor_steps": f"div={top!r} float32",
+        "value_steps": f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}",
+        "quant_dtype": setting.fp8,
+    }
+
+
+def _typical_static(setting: Setting) -> Mapping[str, Any]:
+    scale = torch.full((), 0.02, device=setting.device)
+    given = _typical(setting._replace(granularity="tensor")) | {"scale": scale, "factor_steps": ""}
+    return {name: given[name] for name in STATIC.arguments}
+
+
 # The programs (arithmetic.py) between a maximum, its scale and the values, and the dtype of these.
 _PROGRAMS = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
 
@@ -149,6 +175,7 @@ DYNAMIC = Stage(
     _compute,
     _spec,
     _samples,
+    _typical,
     outputs=("q", "scale"),
     label=lambda attributes, sizes: str(granularity(attributes, sizes[-1])),
     fits=_fits,
@@ -160,6 +187,7 @@ STATIC = Stage(
     _compute_static,
     _spec_static,
     _samples_static,
+    _typical_static,
     feature="static",
     outputs=("q",),
     levels={"static": 2},

@@ -21,6 +21,7 @@ INPUT = Stage(
     lambda value, x: (x, {}),
     lambda value, x: (Value(x.shape, x.dtype), {}),
     lambda sample: [{"x": sample.rows()}],
+    lambda setting: {"x": setting.random()},
     follows=False,
 )
 
@@ -54,6 +55,7 @@ RESIDUAL = Stage(
     _compute,
     _spec,
     _samples,
+    lambda setting: {"residual": setting.random(), "sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16},
     feature="add",
     outputs=("residual_out",),
 )
