@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,6 @@ class FusedOp:
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
     stages:     what it computes, one after another; empty for an op that is not made of stages.
-    table:      that of the registry: ``ops`` for what fusions make, ``bridge`` for what stands alone.
     """
 
     family: str
@@ -77,7 +76,7 @@ class FusedOp:
     tolerance: Tolerance = Tolerance()
     order_free: frozenset[str] = frozenset()
     stages: tuple[Stage, ...] = ()
-    table: str = "ops"
+    table: ClassVar[str] = "ops"
 
     @property
     def key(self) -> tuple[str, frozenset[str]]:
@@ -122,6 +121,12 @@ class FusedOp:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
         ordered = [outputs[name] for name in self.outputs]
         return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+class BridgeOp(FusedOp):
+    """An op that no fusion makes: it stands alone, in a model's own code."""
+
+    table: ClassVar[str] = "bridge"
 
 
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -32,8 +32,7 @@ class Entry(Protocol):
     admit: raises a ValueError, which names the remedy, if it does not go together with what is registered.
     """
 
-    @property
-    def table(self) -> str: ...
+    table: ClassVar[str]
 
     @property
     def key(self) -> Any: ...

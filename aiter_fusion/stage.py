@@ -264,14 +264,18 @@ def compute(row: Sequence[Stage], **arguments: Any) -> dict[str, Tensor]:
 
 def spec(row: Sequence[Stage], **arguments: Any) -> dict[str, Spec]:
     """Sizes, dtypes and layouts of what ``compute`` returns."""
-    value, outputs, values = None, {}, {}
+    value: Value | None = None
+    outputs: dict[str, Spec] = {}
+    values: dict[str, Value] = {}
     for stage in row:
         value, made = stage.spec(value, **{name: arguments[name] for name in stage.arguments})
         outputs |= made
         if stage.returns:
             values[stage.returns] = value
     assert value is not None
-    return outputs | {n: ((*value.sizes[:-1], v.sizes[-1]), v.dtype) for n, v in values.items()}
+    for name, returned in values.items():
+        outputs[name] = ((*value.sizes[:-1], returned.sizes[-1]), returned.dtype)
+    return outputs
 
 
 def samples(row: Sequence[Stage]) -> Iterator[dict[str, Any]]:

@@ -304,10 +304,10 @@ def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     assert checked_report(site, verify=True).replaced
     assert torch.equal(state, torch.get_rng_state())
-    from aiter_fusion.ops import rms_norm_quant
+    from aiter_fusion.stages import norm
 
-    right = rms_norm_quant.rms_norm
-    monkeypatch.setattr(rms_norm_quant, "rms_norm", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    right = norm.rms_norm
+    monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     with (
         torch.no_grad(),
         pytest.raises(Exception, match=r"rms_norm_quant token at the top level: .*not bit-identical") as raised,

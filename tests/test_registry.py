@@ -199,7 +199,7 @@ def test_the_cache_key_knows_what_is_registered(own: ModuleType) -> None:
         Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT8), level=2),
         Family("rms_norm_abs", (INPUT, RMS_NORM, replace(own.INT8, levels={"value": 3}))),
     ):
-        (aiter_fusion.register_form if isinstance(changed, Form) else aiter_fusion.register_family)(changed)
+        aiter_fusion.register_form(changed) if isinstance(changed, Form) else aiter_fusion.register_family(changed)
         seen.append(uuid())
         aiter_fusion.unregister(changed)
         assert uuid() == seen[0]
@@ -286,7 +286,9 @@ def test_the_key_is_the_same_in_every_process() -> None:
             "ops: rms_norm_int8 is registered already",
         ),
         (
-            lambda own: aiter_fusion.fused_op(FusedOp("rms_norm_int8", frozenset(), {}, ("y",), dict, dict, list)),
+            lambda own: aiter_fusion.fused_op(
+                FusedOp("rms_norm_int8", frozenset(), {}, ("y",), dict, dict, lambda: iter(()))
+            ),
             ValueError,
             "which PyTorch cannot forget: choose another family or other features",
         ),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import FusedOp
+from ..op import BridgeOp
 from ..providers import bridge_op
 
 F32 = torch.float32
@@ -128,7 +128,7 @@ def _hipb_mm_samples() -> Iterator[dict[str, Any]]:
 
 
 GEMM_A8W8 = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="gemm_a8w8",
         features=frozenset(),
         arguments={
@@ -147,7 +147,7 @@ GEMM_A8W8 = bridge_op(
 )
 
 GEMM_A8W8_BLOCKSCALE = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="gemm_a8w8_blockscale",
         features=frozenset(),
         arguments={"x": "Tensor", "w": "Tensor", "x_scale": "Tensor", "w_scale": "Tensor", "dtype": "ScalarType"},
@@ -159,7 +159,7 @@ GEMM_A8W8_BLOCKSCALE = bridge_op(
 )
 
 HIPB_MM_FP8 = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="hipb_mm_fp8",
         features=frozenset(),
         arguments={

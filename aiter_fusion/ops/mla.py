@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import FusedOp, Spec
+from ..op import BridgeOp, Spec
 from ..providers import bridge_op
 
 F32 = torch.float32
@@ -105,7 +105,7 @@ def sample(
 
 
 MLA_DECODE_FWD = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="mla_decode_fwd",
         features=frozenset(),
         arguments={

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..op import FusedOp, Spec
+from ..op import BridgeOp, Spec
 from ..providers import bridge_op
 
 F32 = torch.float32
@@ -99,7 +99,7 @@ def _grouped_samples(biased: bool) -> Iterator[dict[str, Any]]:
 
 
 TOPK_SOFTMAX = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="topk_softmax",
         features=frozenset(),
         arguments={"gating": "Tensor", "topk": "int", "renormalize": "bool"},
@@ -113,7 +113,7 @@ TOPK_SOFTMAX = bridge_op(
 GROUPS = {"topk": "int", "num_expert_group": "int", "topk_group": "int", "renormalize": "bool"}
 
 GROUPED_TOPK = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="grouped_topk",
         features=frozenset(),
         arguments={"gating": "Tensor"} | GROUPS | {"softmax": "bool", "routed_scaling_factor": "float"},
@@ -125,7 +125,7 @@ GROUPED_TOPK = bridge_op(
 )
 
 BIASED_GROUPED_TOPK = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="biased_grouped_topk",
         features=frozenset(),
         arguments={"gating": "Tensor", "correction_bias": "Tensor"} | GROUPS | {"routed_scaling_factor": "float"},
@@ -273,7 +273,7 @@ def _moe_samples() -> Iterator[dict[str, Any]]:
 
 
 FUSED_MOE = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="fused_moe",
         features=frozenset(),
         arguments={

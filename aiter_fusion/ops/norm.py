@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import FusedOp
+from ..op import BridgeOp
 from ..providers import bridge_op
 from ..stages.norm import rms_norm
 
@@ -40,7 +40,7 @@ def _samples(add: bool) -> Iterator[dict[str, Any]]:
 
 
 RMS_NORM = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="rms_norm",
         features=frozenset(),
         arguments={"x": "Tensor", "weight": "Tensor", "eps": "float"},
@@ -52,7 +52,7 @@ RMS_NORM = bridge_op(
 )
 
 ADD_RMS_NORM = bridge_op(
-    FusedOp(
+    BridgeOp(
         family="add_rms_norm",
         features=frozenset(),
         arguments={"x": "Tensor", "residual": "Tensor", "weight": "Tensor", "eps": "float"},

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..op import FusedOp, Implementation, define
+from ..op import BridgeOp, FusedOp, Implementation, define
 from ..registry import REGISTRY, Registry
 
 
@@ -161,6 +161,6 @@ def _by_the_first(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     return chosen.run(op)(**arguments)
 
 
-def bridge_op(declaration: FusedOp) -> FusedOp:
+def bridge_op(declaration: BridgeOp) -> FusedOp:
     """Register an op of the bridge."""
-    return define(replace(declaration, table="bridge"), bridge_implementation, unsaid="auto")
+    return define(declaration, bridge_implementation, unsaid="auto")

@@ -162,7 +162,7 @@ def _typical(setting: Setting) -> Mapping[str, Any]:
 
 def _typical_static(setting: Setting) -> Mapping[str, Any]:
     scale = torch.full((), 0.02, device=setting.device)
-    given = _typical(setting._replace(granularity="tensor")) | {"scale": scale, "factor_steps": ""}
+    given = {**_typical(setting._replace(granularity="tensor")), "scale": scale, "factor_steps": ""}
     return {name: given[name] for name in STATIC.arguments}
 
 
