@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (importing it registers the operators)
 from .op import BRIDGE
-from .ops.gemm import shuffled, unshuffled  # noqa: F401  (public here)
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
+from .providers.tiles import shuffled, unshuffled  # noqa: F401  (public here)
 
 _OPS: Any = torch.ops.aiter_fusion
 

@@ -69,7 +69,8 @@ def architecture(device: int = 0) -> str | None:
 
 ABSENT, UNRELATED, BROKEN, READY = "not installed", "unrelated library", "import failed", "ready"
 
-_INSTALL = "build it from https://github.com/ROCm/aiter, or pip install amd-aiter"
+# Not "pip install amd-aiter": of that, PyPI has a pre-release of 0.1.7 alone, which lacks most of what is called here.
+_INSTALL = "install a wheel from https://github.com/ROCm/aiter/releases, or build it from https://github.com/ROCm/aiter"
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,14 @@ def if_aiter_supported(fn: Callable[P, R]) -> Callable[P, R | None]:
 
 def why_no_aiter() -> str | None:
     """Why AITER cannot run here and what to do about it, or None if it can, on an experimental architecture too."""
+    if torch.version.hip is None:  # first: to install AITER would not help
+        return (
+            f"AITER needs a ROCm build of PyTorch, and this is {torch.__version__}: "
+            "https://pytorch.org/get-started/locally says how to install one"
+        )
     found = aiter()
     if found.answer != READY:
         return found.detail
-    if torch.version.hip is None:
-        return f"AITER needs a ROCm build of PyTorch; this is {torch.__version__}"
     arch = architecture()
     if arch is None:
         return "AITER needs an AMD GPU, and PyTorch sees none"
