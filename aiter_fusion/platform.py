@@ -119,7 +119,9 @@ _failure: dict[str, Exception] = {}
 
 
 def load_aiter() -> ModuleType:
-    """Import AITER, which is done once, and put back what that changes for the whole process.
+    """Import AITER, which is done once, and put back what that changes for other code: Dynamo's ignored loggers, where
+    its own logger's records go, the order of ``sys.path``. Its environment variables, its import hook for modules that
+    have moved, and ``torch.int4`` where there is none, stay: it needs them.
 
     Raises:
         RuntimeError: it cannot be imported; the message is the answer of ``aiter``, its cause what the import raised.

@@ -130,9 +130,9 @@ def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
     ``ShuffledWeight`` and freed, one after another: none is held twice. Weights that modules share stay shared.
 
     With AITER each layer's product is first computed for 1, 16 and 512 rows, because there are sizes for which
-    hipBLASLt has no kernel: such a layer stays as it was, with that reason. A prepared layer that meets such a number of
-    rows later is computed as ``bridge.gemm_a8w8`` is, which a warning says once: a copy of its weight, back in rows, is
-    made for that call, and again for every such call.
+    hipBLASLt has no kernel: such a layer stays as it was, with that reason. A prepared layer that meets such a number
+    of rows later is computed as ``bridge.gemm_a8w8`` is, which a warning says once: a copy of its weight, back in rows,
+    is made for that call, and again for every such call.
 
     Args:
         model: with linear layers quantised by torchao, activations and weights to FP8 with a scale for each row.

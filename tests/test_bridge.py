@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -781,6 +782,26 @@ def test_a_faulty_adapter_is_caught(fault: str, make: Callable[..., Double], mon
     for module in (library, hipblaslt):
         monkeypatch.setattr(module, "call", call)
     assert problem() is not None
+
+
+def test_aiter_runs_on_the_device_of_its_tensors(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches on the one that is current."""
+    double, within = make(), []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        within.append(tensor)
+        yield
+        within.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    seen = []
+    for name, computes in double.computes.items():
+        double.computes[name] = lambda double, a, computes=computes: (seen.append(len(within)), computes(double, a))[1]
+    for family, op in OPS.items():
+        op.target(*arguments_of(family, double).values(), "aiter")
+    assert len(seen) >= len(OPS)
+    assert all(seen)
 
 
 def test_what_aiter_returns_is_checked(make: Callable[..., Double]) -> None:

@@ -99,10 +99,16 @@ def run(op: FusedOp) -> Implementation:
 
 
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    # AITER launches on the device that is current, wherever the tensors are
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        return _there(op, arguments)
+
+
+def _there(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if op.family in library.BRIDGES:
         return library.run(op, arguments)
     if arguments.get("column_major"):
         # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
-        outputs = _run(op, **{**arguments, "column_major": False})
+        outputs = _there(op, {**arguments, "column_major": False})
         return {**outputs, "scale": op.allocate(**arguments)["scale"].copy_(outputs["scale"])}
     return (all_reduce if op.family in all_reduce.FAMILIES else fused).run(op, arguments)
