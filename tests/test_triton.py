@@ -282,6 +282,7 @@ def test_kernels_compile(op: FusedOp, target: str) -> None:
 
     machine, quant_dtype, fp8 = TARGETS[target]
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", quant_dtype: f"*{fp8}"}
+    names[torch.float64] = "fp64"  # an eps on the CPU, whose value Inductor passes
     samples = list(op.samples())
     for arguments in samples[:: max(1, len(samples) // 4)]:
         known = {name: arguments[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
@@ -309,7 +310,8 @@ def test_constants_are_of_the_call(op: FusedOp) -> None:
     """They are kept, and a call that differs in any of what they depend on gets its own."""
     for sample in op.samples():
         known = {name: sample[name] for name in op.arguments}
-        for changes in ({}, {"eps": 0.25}, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
+        other_eps = {"eps": 0.25, "eps_tensor": None}
+        for changes in ({}, other_eps, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
             arguments = {name: {**known, **changes}[name] for name in op.arguments}
             found = all_reduce._found_constants(op, arguments, 64, True)
             assert all_reduce.constants(op, arguments, 64, True) == found
