@@ -33,7 +33,6 @@ REASONS = {
     "disabled": "the fusion is switched off by name",
     "training": "the graph is compiled for training",
     "collective": "the reduction or its group is none that a fused op takes, or its processes do not compile alike",
-    "eps": "the eps of a norm is a tensor, which the fused ops do not take",
     "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
     "no_kernel": "no provider on this machine has a kernel",
     "provider": "the provider refuses this call",

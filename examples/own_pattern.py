@@ -58,7 +58,8 @@ def shape(x: Tensor, **norm: Any) -> dict[str, Any]:
 
 def samples() -> Iterator[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float32):
-        norm = {"weight": torch.ones(64, dtype=dtype), "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype}
+        norm = {"weight": torch.ones(64, dtype=dtype), "eps": 1e-6, "eps_tensor": None, "offset": None}
+        norm |= {"cast_first": True, "dtype": dtype}
         for sizes in ((64,), (0, 64), (1, 64), (2, 3, 64)):
             yield {"x": torch.linspace(-3, 2, torch.Size(sizes).numel()).to(dtype).reshape(sizes), **norm}
 

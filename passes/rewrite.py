@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 
 from ..patterns.language import VIEWS
 from .plan import Plan, Size
@@ -36,6 +37,9 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
             builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
             for name, value in zip(plan.arguments, arguments, strict=True)
         ]
+        if _captured_in_parts():
+            device = next(iter(plan.fakes.values())).device
+            arguments = [builder.to(value, device) if isinstance(value, fx.Node) else value for value in arguments]
         call = builder.add(plan.op.target, (*arguments, plan.provider.name), fakes)
         outputs = {
             name: call if len(plan.op.outputs) == 1 else builder.add(getitem, (call, index), plan.fakes[name])
@@ -61,6 +65,15 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     return inserted
 
 
+def _captured_in_parts() -> bool:
+    """Whether Inductor will capture CUDA graphs of the parts of this graph that run on a GPU.
+
+    A replay reads host memory no more, so Inductor copies the numbers there that a part reads to the GPU before it, but
+    only those that ATen's operations read. (Without parts it captures no graph that has any.)
+    """
+    return inductor_config.triton.cudagraphs and inductor_config.graph_partition
+
+
 class _Builder:
     """Adds nodes one after another, starting after ``last`` (and after all placeholders)."""
 
@@ -80,6 +93,13 @@ class _Builder:
 
     def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
         return self.add(aten.permute.default, (node, list(dims)), node.meta["val"].permute(dims))
+
+    def to(self, node: fx.Node, device: torch.device) -> fx.Node:
+        """A copy on the device, unless the tensor is there; not waited for."""
+        val = node.meta["val"]
+        if val.device == device:
+            return node
+        return self.add(torch.ops.prims.device_put.default, (node, device, True), val.to(device))
 
     def reshape(self, node: fx.Node, sizes: tuple[int | Size | fx.Node, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""

@@ -71,7 +71,8 @@ class Drive:
 
         quant = static(fp8) if "static" in features else quantiser(self.block or width, fp8)
         if self.family != "act_mul_quant":
-            given = {"x": tensor(*self.sizes), "weight": tensor(width)} | {"eps": 1e-5, "offset": None}
+            given = {"x": tensor(*self.sizes), "weight": tensor(width), "offset": None}
+            given |= {"eps": 1e-5, "eps_tensor": None}
             given |= {"cast_first": True, "dtype": self.dtype}
             if "add" in features:
                 given |= {"residual": tensor(*self.sizes), "sum_dtype": self.dtype, "residual_dtype": self.dtype}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -271,37 +271,70 @@ def test_where_pytorch_casts_to_nan(dtype: torch.dtype) -> None:
     assert torch.equal(every.to(dtype).float().isnan(), want)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0"
+)
+
+
+def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
+    """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
+    return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
+
+
+def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) -> str:
+    """Compile a launch for a GPU that need not be here; ``kinds`` are Triton's types of its tensors. Returns its code
+    before it becomes a machine's."""
+    triton = import_module("triton")
+    compiler = import_module("triton.compiler")
+    machine_of = import_module("triton.backends.compiler").GPUTarget
+    function = provider.kernel(launch.kernel)
+    signature, constants = {}, {}
+    for index, parameter in enumerate(function.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, launches.Ref):
+            signature[parameter.name] = kinds.get(value.name, "*fp32")
+        elif value is None or parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = compiler.ASTSource(function, signature=signature, constexprs=constants)
+    machine, *_ = TARGETS[target]
+    return triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps}).asm["ttgir"]
+
+
+@needs_triton
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", EVERY_OP[::3], ids=lambda op: op.name.split("::")[1])
 def test_kernels_compile(op: FusedOp, target: str) -> None:
     """For GPUs that need not be here."""
-    triton = import_module("triton")
-    compiler = import_module("triton.compiler")
-    machine_of = import_module("triton.backends.compiler").GPUTarget
-
     machine, quant_dtype, fp8 = TARGETS[target]
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", quant_dtype: f"*{fp8}"}
     samples = list(op.samples())
     for arguments in samples[:: max(1, len(samples) // 4)]:
         known = {name: arguments[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
-        plan = launches.of(op, known, machine[0] == "cuda")
-        outputs = op.allocate(**known)
-        for launch in plan.launches:
-            function = provider.kernel(launch.kernel)
-            signature, constants = {}, {}
-            for index, parameter in enumerate(function.params):
-                value = launch.arguments[parameter.name]
-                if isinstance(value, launches.Ref):
-                    tensor = outputs.get(value.name, known.get(value.name))
-                    signature[parameter.name] = names[tensor.dtype if tensor is not None else torch.float32]
-                elif value is None or parameter.is_constexpr:
-                    signature[parameter.name] = "constexpr"
-                    constants[(index,)] = value
-                else:
-                    signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            source = compiler.ASTSource(function, signature=signature, constexprs=constants)
-            triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
+        tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)} | op.allocate(**known)
+        for launch in launches.of(op, known, machine[0] == "cuda").launches:
+            compile_for(target, launch, kinds_of(tensors, fp8))
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_an_eps_that_is_no_constant(target: str) -> None:
+    """By value or in memory, of any dtype; it is read before the loop over rows, in whose arithmetic it is float32."""
+    machine, quant_dtype, fp8 = TARGETS[target]
+    op = OPS["rms_norm_quant"][frozenset()]
+    sample = next(sample for sample in op.samples() if sample["eps"] is None)
+    known = {name: sample[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
+    tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)} | op.allocate(**known)
+    (launch,) = launches.of(op, known, machine[0] == "cuda").launches
+    assert launch.arguments["EPS"] is None
+    for kind in ("fp32", "*fp64"):  # float64 by value is among what test_kernels_compile compiles
+        code = compile_for(target, launch, kinds_of(tensors, fp8) | {"eps_tensor": kind})
+        before_the_loop = code[: code.index("scf.for")]
+        assert ("tt.load" in before_the_loop) == kind.startswith("*")
+        assert "f64" not in code[len(before_the_loop) :]
 
 
 @pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])
@@ -309,25 +342,37 @@ def test_constants_are_of_the_call(op: FusedOp) -> None:
     """They are kept, and a call that differs in any of what they depend on gets its own."""
     for sample in op.samples():
         known = {name: sample[name] for name in op.arguments}
-        for changes in ({}, {"eps": 0.25}, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
+        other_eps = {"eps": 0.25, "eps_tensor": None}
+        for changes in ({}, other_eps, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
             arguments = {name: {**known, **changes}[name] for name in op.arguments}
             found = all_reduce._found_constants(op, arguments, 64, True)
             assert all_reduce.constants(op, arguments, 64, True) == found
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+@needs_triton
 @pytest.mark.parametrize("way", ["one_shot", "two_shot", "plain"])
 @pytest.mark.parametrize("rows", [9, 900])
 @pytest.mark.parametrize("op", REDUCING[::3], ids=lambda op: op.name.split("::")[1])
 def test_all_reduces_compile(op: FusedOp, rows: int, way: str) -> None:
     """Every way, for two ranks and few or many rows; each gets exactly its parameters."""
+    compile_all_reduce(op, rows, way, {})
+
+
+@needs_triton
+def test_all_reduces_compile_with_an_eps_that_is_no_constant() -> None:
+    for eps in (torch.tensor(1e-6, dtype=torch.float64), torch.empty((), dtype=torch.float64, device="meta")):
+        compile_all_reduce(REDUCING[-1], 9, "one_shot", {"eps": None, "eps_tensor": eps})
+
+
+def compile_all_reduce(op: FusedOp, rows: int, way: str, changes: Mapping[str, Any]) -> None:
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
 
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FN: "*fp8e4nv"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64"}
     samples = [s for s in op.samples() if s["x"].dtype is not torch.float32 and s.get("block", 64) and s["x"].numel()]
-    changed = samples[1] | {"quant_dtype": FN, "block": 32, "column_major": True}
+    changed = {**samples[1], "quant_dtype": FN, "block": 32, "column_major": True, **changes}
     known = {name: changed[name] for name in op.arguments}
     outputs = op.allocate(**known)
     tensors = {"q": "q", "scale_out": "scale", "value_out": "value", "residual_out": "residual_out"}
@@ -345,11 +390,11 @@ def test_all_reduces_compile(op: FusedOp, rows: int, way: str) -> None:
     for index, parameter in enumerate(kernel.params):
         value = given[parameter.name]
         if isinstance(value, Tensor):
-            signature[parameter.name] = {torch.int32: "*i32", torch.int64: "*i64", **names}[value.dtype]
+            signature[parameter.name] = names[value.dtype]
         elif value is None or parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = "i64" if parameter.name == "limit" else "i32"
+            signature[parameter.name] = {"limit": "i64", "eps": "fp32"}.get(parameter.name, "i32")
     source = compiler.ASTSource(kernel, signature=signature, constexprs=constants)
     triton.compile(source, target=machine_of("cuda", 90, 32), options=all_reduce.launch(given, rows, group.cores))

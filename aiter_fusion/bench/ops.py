@@ -86,7 +86,8 @@ class Case:
         rows, hidden, top = self.rows, self.hidden, torch.finfo(fp8).max
         given: dict[str, Any] = {"dtype": torch.bfloat16, "cast_first": True}
         if self.family == "rms_norm_quant":
-            given |= {"x": random(rows, hidden), "weight": random(hidden), "eps": 1e-6, "offset": None}
+            given |= {"x": random(rows, hidden), "weight": random(hidden), "offset": None}
+            given |= {"eps": 1e-6, "eps_tensor": None}
             if "add" in self.op.features:
                 given |= {"residual": random(rows, hidden)}
                 given |= {"sum_dtype": torch.bfloat16, "residual_dtype": torch.bfloat16}

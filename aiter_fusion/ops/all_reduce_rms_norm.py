@@ -14,7 +14,7 @@ from torch import Tensor
 from ..op import FusedOp, Spec, fused_op
 from ..providers import implementation
 from . import fp8_quant
-from .rms_norm_quant import ADD, NORM, norm_samples, rms_norm, value_dtype
+from .rms_norm_quant import ADD, NORM, norm_arguments, norm_samples, rms_norm, value_dtype
 
 # A group's name is PyTorch's: the process that loads a graph looks it up among its own.
 REDUCE = {"x": "Tensor", "other": "Tensor?", "group": "str"}
@@ -49,7 +49,7 @@ def _declaration(features: frozenset[str], quantised: bool) -> FusedOp:
         if other is not None:
             reduced = reduced + all_reduce(other, group).reshape(sizes)
         summed = reduced if residual is None else residual.to(sum_dtype) + reduced.to(sum_dtype)
-        norm = {name: arguments.pop(name) for name in NORM}
+        norm = norm_arguments(arguments)
         value = rms_norm(summed, **norm).contiguous()
         return {
             **(fp8_quant.reference(value, **arguments) if quantised else {}),
@@ -66,7 +66,7 @@ def _declaration(features: frozenset[str], quantised: bool) -> FusedOp:
         **arguments: Any,
     ) -> dict[str, Spec]:
         sizes = reduced_shape(x, other, residual)
-        norm = {name: arguments.pop(name) for name in NORM}
+        norm = norm_arguments(arguments)
         dtype = value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
         outputs = fp8_quant.shape(sizes, dtype, **arguments) if quantised else {"value": (sizes, dtype)}
         return {**outputs, "residual_out": (sizes, residual_dtype or x.dtype), "reduced": (sizes, x.dtype)}

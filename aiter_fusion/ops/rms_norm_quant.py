@@ -13,9 +13,12 @@ from . import fp8_quant
 
 F32 = torch.float32
 
+# eps is a number or, in its place, a tensor of one: Dynamo makes a module's float an input of the graph, in float64 on
+# the CPU, once it has seen two values of it, or under dynamic=True.
 NORM = {
     "weight": "Tensor?",
-    "eps": "float",
+    "eps": "float?",
+    "eps_tensor": "Tensor?",
     "offset": "float?",
     "cast_first": "bool",
     "dtype": "ScalarType",
@@ -24,19 +27,43 @@ NORM = {
 ADD = {"residual": "Tensor", "sum_dtype": "ScalarType", "residual_dtype": "ScalarType"}
 
 
+def norm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take those of the norm out of an op's arguments.
+
+    Raises:
+        ValueError: eps is not given once, or its tensor is not one number.
+    """
+    norm = {name: arguments.pop(name) for name in NORM}
+    number, tensor = norm["eps"], norm["eps_tensor"]
+    if (number is None) == (tensor is None):
+        raise ValueError("a norm's eps is given once: as a number, eps, or as a tensor, eps_tensor; the other is None")
+    if tensor is not None and tensor.dim():
+        raise ValueError(f"eps_tensor is one number, without dimensions, and has shape {list(tensor.shape)}")
+    return norm
+
+
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float | None, cast_first: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    offset: float | None,
+    cast_first: bool,
+    dtype: torch.dtype,
+    eps_tensor: Tensor | None = None,
 ) -> Tensor:
     """``y = x32 * rsqrt(mean(x32**2, -1) + eps)``, weighted and rounded in the order that the arguments say.
 
-    x ``[..., H]`` of any floating dtype, x32 its float32; weight ``[H]`` or None; eps is added to the mean square.
+    x ``[..., H]`` of any floating dtype, x32 its float32; weight ``[H]`` or None; eps, rounded to float32, is added to
+    the mean square. In place of the number (then None), eps_tensor ``[]`` has it, of any floating dtype, on x's device
+    or on the CPU.
     cast_first: ``weight * y.to(dtype)`` (the result is of the promoted dtype), else ``(y * weight).to(dtype)``.
     offset: the weight is ``weight.float() + offset`` (Gemma stores ``weight - 1``).
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     x32 = x.to(F32)
-    y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    added = eps if eps_tensor is None else eps_tensor.to(F32)
+    y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + added)
     if cast_first:
         y = y.to(dtype)
     if weight is not None:
@@ -60,10 +87,12 @@ def norm_samples(add: bool) -> Iterator[dict[str, Any]]:
             {"residual": residual, "sum_dtype": F32, "residual_dtype": dtype},
             {"residual": residual.to(F32), "sum_dtype": F32, "residual_dtype": F32},
         ]
+        number = {"eps": 1e-6, "eps_tensor": None}
+        tensor = {"eps": None, "eps_tensor": torch.tensor(1e-6, dtype=torch.float64)}
         norms = [
-            {"weight": weight, "eps": 1e-6, "offset": None, "cast_first": True, "dtype": dtype},
-            {"weight": weight.to(F32), "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
-            {"weight": None, "eps": 1e-6, "offset": None, "cast_first": False, "dtype": dtype},
+            {"weight": weight, **number, "offset": None, "cast_first": True, "dtype": dtype},
+            {"weight": weight.to(F32), **number, "eps": 1e-5, "offset": 1.0, "cast_first": False, "dtype": dtype},
+            {"weight": None, **tensor, "offset": None, "cast_first": False, "dtype": dtype},
         ]
         for norm, summed in zip(norms, sums, strict=True):
             yield {"x": x} | (summed if add else {}) | norm
@@ -80,7 +109,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         **arguments: Any,
     ) -> dict[str, Tensor]:
         summed = x if residual is None else residual.to(sum_dtype) + x.to(sum_dtype)
-        norm = {name: arguments.pop(name) for name in NORM}
+        norm = norm_arguments(arguments)
         value = rms_norm(summed, **norm).contiguous()
         return {
             **fp8_quant.reference(value, **arguments),
@@ -89,7 +118,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         }
 
     def shape(x: Tensor, residual_dtype: torch.dtype | None = None, **arguments: Any) -> dict[str, Spec]:
-        norm = {name: arguments.pop(name) for name in NORM}
+        norm = norm_arguments(arguments)
         dtype = value_dtype(norm["weight"], norm["cast_first"], norm["dtype"])
         return {**fp8_quant.shape(x.shape, dtype, **arguments), "residual_out": (x.shape, residual_dtype or x.dtype)}
 

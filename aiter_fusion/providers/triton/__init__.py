@@ -54,9 +54,11 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if arguments.get("quant_dtype", native) != native:
         return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
     for name, tensor in tensors.items():
+        if name == "eps_tensor" and tensor.device.type == "cpu":
+            continue
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-        if name == "scale":
+        if name in ("scale", "eps_tensor"):
             continue
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {tensor.dtype}"
@@ -100,6 +102,7 @@ def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     plan = launches.of(op, arguments, nvidia())
     scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
     known = {**arguments, **scratch, **outputs}
+    known["eps_tensor"] = launches.number_or_pointer(arguments.get("eps_tensor"))
     if "static" in op.features:
         known["scale"] = arguments["scale"]
     with torch.cuda.device(first.device), compiling_nothing() if capturing() else nullcontext():

@@ -346,7 +346,7 @@ def at_once(way: str, world: int, tensors: int, memory: int) -> int:
     return min(most, ROWS)
 
 
-WHOLE = ("weight", "scale")  # tensors without rows
+WHOLE = ("weight", "scale", "eps")  # tensors without rows
 
 
 def _part(given: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
@@ -367,7 +367,8 @@ def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], w
         name: None if tensor is None else tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor[None]
         for name, tensor in outputs.items()
     }
-    return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale")}
+    eps = launches.number_or_pointer(arguments.get("eps_tensor"))
+    return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale"), "eps": eps}
 
 
 def _placed(

@@ -69,6 +69,11 @@ def hint(size: Int, default: int) -> int:
     return size.node.hint if size.node.has_hint() else default
 
 
+def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
+    """What kernels are given for an eps that is a tensor: from host memory its value, which they could not load."""
+    return eps.item() if eps is not None and eps.device.type == "cpu" else eps
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -152,6 +157,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
         "rows": rows,
         "x_stride": stride,
         "residual_stride": apart[1] if apart is not None else 0,
+        "eps": Ref("eps_tensor") if arguments["eps_tensor"] is not None else None,
         "EPS": arguments["eps"],
         "OFFSET": arguments["offset"],
         "CAST_FIRST": arguments["cast_first"],
