@@ -194,5 +194,5 @@ def _objections(weight: Any, provider: str, asked: bool) -> list[str]:
         "dtype": weight.dtype,
         "b_is_shuffled": True,
     }
-    why = BRIDGE_PROVIDERS[provider].refuse(BRIDGE["hipb_mm_fp8"][frozenset()], tiny)
+    why = BRIDGE_PROVIDERS[provider].why_not(BRIDGE["hipb_mm_fp8"][frozenset()], tiny)
     return [why] if why is not None else []

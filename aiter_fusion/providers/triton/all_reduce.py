@@ -30,7 +30,6 @@ from . import launches, rules
 
 logger = logging.getLogger("aiter_fusion")
 
-WIDEST = 16384  # elements of a row, which a block holds
 # A channel has two halves of data; these sizes of a half, in bytes.
 CLASSES = (2 * MIB, 16 * MIB, 256 * MIB)
 HEADER = 128  # bytes before the data, as in the kernel
@@ -78,13 +77,6 @@ def choose(world: int, rows: int, width: int, itemsize: int) -> str:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel can take a call, from what is the same on all ranks; the rest of ``triton.refuse`` has passed."""
-    for name in ("x", "other"):
-        value = arguments[name]
-        if value is not None and value.dtype not in (torch.bfloat16, torch.float16):
-            return f"{name}, which is reduced, is {value.dtype}"
-    width = arguments["x"].shape[-1]
-    if width > WIDEST or width % 8:
-        return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
     if torch.version.hip is not None:
         return "its all-reduces have not been run on AMD GPUs"
     return refuse_group(arguments["group"])

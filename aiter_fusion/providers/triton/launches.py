@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...op import FusedOp
+from ...op import FusedOp, width_of
 from . import programs, rules
 
 F32 = torch.float32
@@ -55,11 +55,6 @@ def rows_of(x: Tensor) -> tuple[Int, Int] | None:
             follows = step * size
         rows = rows * size
     return rows, x.shape[-1] if stride is None else stride
-
-
-def width_of(op: FusedOp, first: Tensor) -> int:
-    """The length of the rows that a call quantises, from its first tensor."""
-    return first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
 
 
 def hint(size: Int, default: int) -> int:
