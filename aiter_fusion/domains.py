@@ -1,7 +1,7 @@
-"""What values an argument of an op may have, as data: of what the op is defined for, and of what a provider can compute.
+"""What values the arguments of an op may have, as data: for which it is defined, and which a provider can compute.
 
-A domain says why a value is not in it, naming the value and the limit: ``activation 'relu' is none of silu, gelu``. None
-looks at a symbolic size in a way that would add a guard.
+A domain says why a value is not in it, with value and limit: ``activation 'relu' is none of silu, gelu``. What it asks
+of symbolic sizes never adds a guard.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from .arithmetic import parse
 
@@ -22,7 +21,7 @@ class Domain(Protocol):
     """The values that an argument may have."""
 
     def why_not(self, name: str, value: Any, width: Any) -> str | None:
-        """Why ``value`` of the argument ``name`` is not among them, in a call with rows of ``width`` elements, or None."""
+        """Why ``value`` of the argument ``name`` is none, in a call with rows of ``width`` elements, or None."""
         ...
 
 
@@ -32,7 +31,7 @@ def _none_of(what: str, known: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class Anything:
-    """Any value: PyTorch checks the argument's type, and what else matters is a condition of the provider's ``refuse``."""
+    """Any value: PyTorch checks the argument's type, and ``refuse`` of a provider what else matters."""
 
     def why_not(self, name: str, value: Any, width: Any) -> str | None:
         return None

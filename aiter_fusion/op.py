@@ -59,8 +59,8 @@ class FusedOp:
                 for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
-    domains:    argument -> the values that the op is defined for. One of type ``str``, which PyTorch does not check, must
-                have one; of others that have none, all values of their type are.
+    domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
+                named; of others that are not, all values of their type are.
     """
 
     family: str

@@ -22,8 +22,8 @@ class Provider:
     """An implementation of fused ops.
 
     missing:  why it cannot run on this machine at all (with what to do about it), or None.
-    refuse:   of a call that its terms allow (op, arguments by name, tensors being fakes): why it cannot compute it, from
-              what terms do not say, such as devices and strides; or None.
+    refuse:   why it cannot compute a call that its terms allow (op, arguments by name, tensors being fakes), from what
+              terms do not say, such as devices and strides; or None.
     run:      the implementation of an op: takes arguments by name, returns name -> tensor.
     exact:    whether it keeps the graph's sequence of roundings.
     terms:    what it can compute of an op, as data; None: nothing, which is what a provider can that declares nothing.

@@ -22,6 +22,7 @@ from . import all_reduce, launches
 from .terms import terms as terms
 from .tuned import state as state
 
+
 def missing() -> str | None:
     """Why the kernels cannot run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:

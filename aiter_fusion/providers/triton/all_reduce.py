@@ -256,9 +256,9 @@ def launch(constants: Mapping[str, Any], rows: int, cores: int) -> dict[str, int
     """How a row's block is launched. While each has a multiprocessor to itself, 8 elements a thread; of more, two of
     8192 elements fit on one, with 16 elements and 64 registers a thread: while one waits, the other works."""
     elements = constants["SEGMENTS"] * constants["SEGMENT"]
-    if rows <= cores:
-        return {"num_warps": max(1, min(32, elements // 256))}
-    return {"num_warps": max(1, min(32, elements // 512)), "maxnreg": 64}
+    alone = rows <= cores
+    threads = rules.threads(rules.MOST_THREADS, elements, each=8 if alone else 16)
+    return {"num_warps": max(1, threads // rules.lanes(constants["PTX"])), **({} if alone else {"maxnreg": 64})}
 
 
 def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("rms_norm_quant", grid, common, shape.warps),))
+        return Launches((Launch("rms_norm_quant", grid, common, shape.warps(nvidia)),))
     finding, using = _finding(common), _using(common)
     if residual is not None:
         using["residual_out"] = None
@@ -165,8 +165,8 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
             using |= {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
     return Launches(
         (
-            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps),
-            Launch("rms_norm_quant", grid, using, shape.warps),
+            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps(nvidia)),
+            Launch("rms_norm_quant", grid, using, shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )
@@ -224,11 +224,11 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("act_mul_quant", grid, common, shape.warps),))
+        return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (
-            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps),
-            Launch("act_mul_quant", grid, _using(common), shape.warps),
+            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
+            Launch("act_mul_quant", grid, _using(common), shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )

@@ -26,7 +26,9 @@ STEPS = (
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
 # Of ``kernels/act_mul_quant.py``.
-ACTIVATIONS = Activations({**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")})
+ACTIVATIONS = Activations(
+    {**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")}
+)
 
 QUANTISER: Mapping[str, Domain] = {
     "block": Blocks(largest=rules.TILE),
