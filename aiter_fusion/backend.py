@@ -16,12 +16,10 @@ from torch._inductor.compile_fx import compile_fx
 from . import config, ops, platform, report  # noqa: F401  (importing ops registers them)
 from .passes.manager import compose
 from .passes.oracle import Oracle
-from .patterns.fusions import FUSIONS
+from .patterns import registry
 from .providers import PROVIDERS
 
 SLOT = "post_grad_custom_pre_pass"
-# Families that all processes must take, or none.
-JOINTLY = frozenset(fusion.family for fusion in FUSIONS if fusion.jointly)
 
 
 class FusionError(RuntimeError):
@@ -121,11 +119,12 @@ class Backend:
         before = report.begin(counters["inductor"])
         compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
         made = report.collect(counters["inductor"], before)
-        if made is not None and JOINTLY & made.replaced.keys() and manager.why_unlike():
+        jointly = frozenset(fusion.family for fusion in registry.fusions() if fusion.jointly)
+        if made is not None and jointly & made.replaced.keys() and manager.why_unlike():
             # It came from the cache, where it was put when all processes compiled alike; no pass has asked again.
             report.discard(made)
             without = replace(
-                self.options, disable=self.options.disable | JOINTLY, enable=self.options.enable - JOINTLY
+                self.options, disable=self.options.disable | jointly, enable=self.options.enable - jointly
             )
             patches[SLOT] = compose(existing, without)
             before = report.begin(counters["inductor"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .domains import Domain
 
 NAMESPACE = "aiter_fusion"
 # One for each overload: PyTorch 2.11 to 2.13 abort at exit, taking down a library that has defined overloads of one op
@@ -57,6 +59,8 @@ class FusedOp:
                 for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
+    domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
+                named; of others that are not, all values of their type are.
     """
 
     family: str
@@ -69,6 +73,7 @@ class FusedOp:
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = Tolerance()
     order_free: frozenset[str] = frozenset()
+    domains: Mapping[str, Domain] = field(default_factory=dict)
 
     @property
     def overload_name(self) -> str:
@@ -96,6 +101,11 @@ class FusedOp:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
         ordered = [outputs[name] for name in self.outputs]
         return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+def width_of(op: FusedOp, first: Tensor) -> int:
+    """The length of the rows that a call works on, from its first tensor."""
+    return first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
 
 
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:
@@ -142,7 +152,17 @@ def fused_op(
 
     ``implementation(op, provider)`` gives the callable that runs a call; the provider's name is the last argument of
     every op, chosen when the graph is compiled, and ``unsaid`` where a call does not say.
+
+    Raises:
+        ValueError: an argument is text, and nothing says which; or a domain is of no argument.
     """
+    for argument, kind in declaration.arguments.items():
+        if kind.startswith("str") and argument not in declaration.domains:
+            raise ValueError(
+                f"{declaration.name}: argument {argument} is text, which can be anything: say in domains what it may be"
+            )
+    if unknown := declaration.domains.keys() - declaration.arguments:
+        raise ValueError(f"{declaration.name}: domains of {', '.join(sorted(unknown))}, which are no arguments")
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
     returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)

@@ -200,7 +200,7 @@ def _objections(weight: Any, biases: Sequence[Tensor | None], provider: str, ask
         return objections
     op = BRIDGE["hipb_mm_fp8"][frozenset()]
     calls = [_call(weight, bias, rows) for bias in biases for rows in ROWS]
-    found = [BRIDGE_PROVIDERS[provider].refuse(op, call) for call in calls]
+    found = [BRIDGE_PROVIDERS[provider].why_not(op, call) for call in calls]
     if provider == "aiter" and not any(found):
         from .providers.aiter import hipblaslt  # not before: loading it takes a while
 

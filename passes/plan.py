@@ -26,6 +26,10 @@ logger = logging.getLogger("aiter_fusion")
 WRITING = frozenset({"triton_kernel_wrapper_mutation"})
 
 
+# What a provider must pass to be chosen, in this order; each has its reason code.
+HURDLES = ("numerics", "preference", "provider", "slower")
+
+
 class Refused(Exception):  # noqa: N818 (not an error: the normal way for a site to stay as it is)
     """A site stays as it is; the message is a reason code, a colon, and the particulars."""
 
@@ -430,25 +434,30 @@ def _storage(node: fx.Node) -> int:
 
 
 def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None) -> Provider:
-    """The first provider that accepts the call, of those that the fusion is for."""
+    """The first provider that accepts the call, of those that the fusion is for.
+
+    A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
+    compute the call, and not faster, before one that cannot, and that before those that were not even asked.
+    """
     device = next(value.device for value in known.values() if isinstance(value, Tensor))
     asked = [p for p in candidates(options.provider, device.type) if only is None or p.name in only]
     if not asked:
         why = "; ".join(f"{p.name}: {p.missing()}" for p in PROVIDERS.values() if p.missing())
         raise Refused(f"no_kernel: none for {device.type} ({why})")
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for provider in asked:
         if not provider.exact and not options.allows_kernel_numerics:
-            refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
+            refusals.append(("numerics", f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
-            refusals.append(f"preference: {provider.name}: {reason}")
-        elif (reason := provider.refuse(op, known)) is not None:
-            refusals.append(f"provider: {provider.name}: {reason}")
+            refusals.append(("preference", f"{provider.name}: {reason}"))
+        elif (reason := provider.why_not(op, known)) is not None:
+            refusals.append(("provider", f"{provider.name}: {reason}"))
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:
-            refusals.append(f"slower: {provider.name}: {reason}")
+            refusals.append(("slower", f"{provider.name}: {reason}"))
         else:
             return provider
-    raise Refused(refusals[0])
+    code = max((code for code, _ in refusals), key=HURDLES.index)
+    raise Refused(f"{code}: {'; '.join(why for _, why in refusals)}")
 
 
 def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -90,7 +90,8 @@ def fused_op(declaration: FusedOp) -> FusedOp:
 
     Raises:
         TypeError: it is no ``FusedOp``.
-        ValueError: the family has an op with these features already.
+        ValueError: the family has an op with these features already, or the values of an argument that is text are not
+            declared (``domains``).
     """
     _demand(declaration, FusedOp, "fused_op")
     if declaration.features in OPS.get(declaration.family, {}):
@@ -104,8 +105,11 @@ def fused_op(declaration: FusedOp) -> FusedOp:
 def register_provider(provider: Provider) -> Provider:
     """Add an implementation of fused ops, of the package's or of one's own, and return it.
 
-    ``provider="<its name>"`` asks for it; ``auto`` asks it on accelerators, after the package's own. Its ``refuse`` is
-    asked about every op, so it must refuse those that it does not have, with the reason.
+    ``provider="<its name>"`` asks for it; ``auto`` asks it on accelerators, after the package's own. It is asked about
+    every op, and refuses what its ``terms`` do not declare: ops, features, and for every argument the values that its
+    kernels take, as domains (``aiter_fusion/domains.py``)::
+
+        Terms({"x": Tensors((torch.bfloat16,)), "act": Activations({"silu": ()}), ...}, hidden=Sizes(8, 8192))
 
     Raises:
         TypeError: it is no ``Provider``.

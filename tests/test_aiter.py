@@ -272,7 +272,7 @@ def test_gaps_between_rows(name: str, double: Double) -> None:
 def test_an_op_that_aiter_is_not_called_for(double: Double) -> None:
     op, arguments = Drive(NORM, "", (5, 256)).arguments(double.fp8)
     outside = replace(op, family="of_somebody")  # a family that no preference is about
-    assert AITER.refuse(outside, arguments) == "this version of aiter_fusion calls none of its kernels for it"
+    assert AITER.why_not(outside, arguments) == "it declares no kernel for of_somebody"
     assert AITER.unwanted(outside, arguments) is None
 
 
@@ -331,7 +331,7 @@ def test_a_graph(double: Double) -> None:
     exact = checked(fn, provider="aiter", numerics="exact")
     with torch.no_grad():
         exact.call(*inputs)
-    assert exact.report.sites[0].reason == "numerics: aiter does not keep the graph's roundings"
+    assert exact.report.sites[0].reason == "numerics: aiter: it does not keep the graph's roundings"
 
 
 def test_named_without_aiter() -> None:

@@ -22,11 +22,12 @@ from torch._subclasses import FakeTensorMode
 
 import aiter_fusion
 from aiter_fusion import config
+from aiter_fusion.domains import Number, OneOf, Sizes, Tensors
 from aiter_fusion.op import OPS
-from aiter_fusion.passes.manager import compose
+from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.patterns import registry
 from aiter_fusion.patterns.language import Call, Const, Form, Fusion, Var, aten
-from aiter_fusion.providers import PROVIDERS, Provider, candidates
+from aiter_fusion.providers import PROVIDERS, Provider, Terms, candidates
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_pattern.py"
 BF16 = torch.bfloat16
@@ -153,6 +154,12 @@ def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "PROVIDER_NAMES", config.PROVIDER_NAMES)
     monkeypatch.setattr(registry, "_providers", [])
     before, calls = uuid(), []
+    tensors, flag = Tensors((BF16,)), OneOf((True, False))
+    mine_takes = Terms(
+        {"x": tensors, "weight": tensors, "eps": Number(), "offset": OneOf((None,)), "cast_first": flag}
+        | {"dtype": OneOf((BF16,))},
+        hidden=Sizes(32, 256, multiple=32),
+    )
 
     def kernel(**arguments: object) -> dict[str, Tensor]:
         calls.append(arguments)
@@ -161,9 +168,10 @@ def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = Provider(
         "mine",
         missing=lambda: None,
-        refuse=lambda op, arguments: None if op is own.OP else f"it has no kernel for {op.family}",
+        refuse=lambda op, arguments: None,
         run=lambda op: kernel,
         exact=True,
+        terms=lambda op: mine_takes if op is own.OP else None,
     )
     monkeypatch.setitem(PROVIDERS, "mine", mine)  # so that it is forgotten after the test
     del PROVIDERS["mine"]
@@ -174,10 +182,35 @@ def test_a_provider(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     (done,) = fused(site(own), *inputs, provider="mine").report.sites
     assert (done.status, done.provider, len(calls)) == ("replaced", "mine", 1)
     (refused,) = fused(lambda x, w: cases.q3(cases.llama(x, w)), *inputs, provider="mine").report.sites
-    assert refused.reason == "provider: mine: it has no kernel for rms_norm_quant"
+    assert refused.reason == "provider: mine: it declares no kernel for rms_norm_quant"
+    (wide,) = fused(
+        site(own), torch.ones(4, 512, dtype=BF16), torch.ones(512, dtype=BF16), provider="mine"
+    ).report.sites
+    assert wide.reason == "provider: mine: hidden size 512 exceeds 256"
+    (other,) = fused(site(own), *cases.tensors(("x", "w"), (4,), torch.float32, "normal"), provider="mine").report.sites
+    assert other.reason == "provider: mine: x is torch.float32, which is none of torch.bfloat16"
+    assert len(calls) == 1
     assert candidates("auto", "cuda")[-1] is mine
     assert [provider.name for provider in candidates("auto", "cpu")] == ["reference"]
     assert uuid() != before
+
+
+def test_what_processes_take_jointly(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fusion from outside that all processes must take or none: what one has in its cache, it asks about again."""
+    monkeypatch.setattr(registry, "_fusions", [replace(registry._fusions[0], jointly=True)])
+    registry._identity.cache_clear()
+    x, w = cases.tensors(("x", "w"), (4,), BF16, "normal")
+    for unlike, cached, status in (
+        (None, False, "replaced"),
+        (None, True, "replaced"),
+        ("level is 3", False, "skipped"),
+    ):
+        monkeypatch.setattr(PassManager, "why_unlike", lambda self, why=unlike: why)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(site(own), backend="aiter_fusion")(x, w)
+        made = aiter_fusion.reports()[-1]
+        assert (made.from_cache, [s.status for s in made.sites]) == (cached, [status])
 
 
 # ---- The cache key -----------------------------------------------------------------------------------------------

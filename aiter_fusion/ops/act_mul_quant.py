@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import Activations
 from ..op import FusedOp, Spec
 from . import fp8_quant
 
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: (x * 0.5) * (torch.erf(x * 0.7071067811865476) + 1),
 }
 CLAMPED = "clamped_swiglu="  # alpha and limit follow, so that any are possible: "clamped_swiglu=1.702,7.0"
+KNOWN = Activations({**dict.fromkeys(ACTIVATIONS, ()), CLAMPED.removesuffix("="): ("alpha", "limit")})
 ACT = {"act": "str", "cast_first": "bool", "dtype": "ScalarType"}
 
 
@@ -40,7 +42,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.d
         alpha, limit = map(float, act.removeprefix(CLAMPED).split(","))
         return clamped_swiglu(gate, up, alpha, limit, dtype if cast_first else F32).to(dtype)
     if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known are {', '.join(ACTIVATIONS)}, {CLAMPED}<alpha>,<limit>")
+        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN)}")
     activated = ACTIVATIONS[act](gate.to(F32))
     return activated.to(dtype) * up if cast_first else (activated * up.to(F32)).to(dtype)
 
@@ -101,6 +103,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         shape=shape,
         samples=samples,
         layouts=fp8_quant.layouts(features),
+        domains={"act": KNOWN} | fp8_quant.domains(features),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import ANYTHING
 from ..op import FusedOp, Spec, fused_op
 from ..providers import implementation
 from . import fp8_quant
@@ -87,6 +88,7 @@ def _declaration(features: frozenset[str], quantised: bool) -> FusedOp:
         shape=shape,
         samples=samples,
         layouts=fp8_quant.layouts(features) if quantised else ({},),
+        domains={"group": ANYTHING} | (fp8_quant.domains(features) if quantised else {}),
         order_free=frozenset({"x", "other"}),
     )
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arithmetic import result_dtype, run
+from ..arithmetic import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
+from ..domains import Blocks, Domain, Steps, Tensors
 from ..op import OPS, FusedOp, Spec, fused_op
 from ..providers import implementation
 
@@ -18,11 +19,24 @@ DYNAMIC = {"block": "int", "scale_steps": "str", "column_major": "bool"}
 LAYOUTS = ({"column_major": True}, {"column_major": False})
 STATIC = {"scale": "Tensor"}
 COMMON = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
+OF_THE_MAXIMUM = Steps((*UNARY, *WITH_NUMBER, *DTYPES))
+DOMAINS: dict[str, Domain] = {
+    "block": Blocks(),
+    "scale_steps": OF_THE_MAXIMUM,
+    "scale": Tensors((torch.float32,), elements=1),
+    "factor_steps": OF_THE_MAXIMUM,
+    "value_steps": Steps((*OF_THE_MAXIMUM.names, *WITH_SCALE)),
+}
 
 
 def arguments(features: frozenset[str]) -> dict[str, str]:
     """The quantiser's arguments in an op's schema."""
     return (STATIC if "static" in features else DYNAMIC) | COMMON
+
+
+def domains(features: frozenset[str]) -> dict[str, Domain]:
+    """The values that the quantiser's arguments may have."""
+    return {name: DOMAINS[name] for name in arguments(features) if name in DOMAINS}
 
 
 def layouts(features: frozenset[str]) -> tuple[dict[str, Any], ...]:

@@ -136,6 +136,7 @@ def _declaration(features: frozenset[str]) -> FusedOp:
         shape=shape,
         samples=samples,
         layouts=fp8_quant.layouts(features),
+        domains=fp8_quant.domains(features),
     )
 
 

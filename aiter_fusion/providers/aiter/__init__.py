@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import config, platform
+from ...domains import ANYTHING
 from ...op import FusedOp, Implementation
+from ..terms import Terms
 from . import all_reduce, fused, library
 from .all_reduce import state as state
 
@@ -69,8 +71,15 @@ def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     return "; ".join(off) or None
 
 
+def terms(op: FusedOp) -> Terms | None:
+    """What AITER can compute of an op: of the bridge's, ``library`` asks every call for all that it must be."""
+    if op.family in library.BRIDGES:
+        return Terms(dict.fromkeys(op.arguments, ANYTHING), op.features)
+    return fused.terms((*fused.PATHS, *all_reduce.PATHS), op)
+
+
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why AITER cannot compute a call (tensors may be fakes), or None."""
+    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     if (eps := tensors.pop("eps_tensor", None)) is not None:
@@ -85,8 +94,6 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"AITER does not know {platform.architecture(first.device.index or 0)}"
     if op.family in library.BRIDGES:
         return library.refuse(op, arguments, native)
-    if op.family not in fused.FAMILIES | all_reduce.FAMILIES:  # ops from outside the package
-        return "this version of aiter_fusion calls none of its kernels for it"
     if arguments.get("quant_dtype", native) != native:
         return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
     if op.family in all_reduce.FAMILIES:

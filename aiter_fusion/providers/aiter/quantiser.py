@@ -20,6 +20,11 @@ NEGLIGIBLE = 1e-6
 ALIKE = 2**-8
 
 
+# The steps of a maximum that can mean that, and those that combine a value with a factor.
+STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", *DTYPES)
+COMBINING = ("mul_scale", "scale_mul", "div_scale")
+
+
 class Scale(NamedTuple):
     """``multiplier * max(m, floor)``, or its inverse."""
 

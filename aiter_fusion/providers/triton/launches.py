@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...op import FusedOp
+from ...op import FusedOp, width_of
 from . import programs, rules
 
 F32 = torch.float32
@@ -55,11 +55,6 @@ def rows_of(x: Tensor) -> tuple[Int, Int] | None:
             follows = step * size
         rows = rows * size
     return rows, x.shape[-1] if stride is None else stride
-
-
-def width_of(op: FusedOp, first: Tensor) -> int:
-    """The length of the rows that a call quantises, from its first tensor."""
-    return first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
 
 
 def hint(size: Int, default: int) -> int:
@@ -168,7 +163,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("rms_norm_quant", grid, common, shape.warps),))
+        return Launches((Launch("rms_norm_quant", grid, common, shape.warps(nvidia)),))
     finding, using = _finding(common), _using(common)
     if residual is not None:
         using["residual_out"] = None
@@ -176,8 +171,8 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
             using |= {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
     return Launches(
         (
-            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps),
-            Launch("rms_norm_quant", grid, using, shape.warps),
+            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps(nvidia)),
+            Launch("rms_norm_quant", grid, using, shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )
@@ -235,11 +230,11 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("act_mul_quant", grid, common, shape.warps),))
+        return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (
-            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps),
-            Launch("act_mul_quant", grid, _using(common), shape.warps),
+            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
+            Launch("act_mul_quant", grid, _using(common), shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )
