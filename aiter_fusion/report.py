@@ -28,6 +28,7 @@ REASONS = {
     "unquantised": "the value is not quantised to FP8",
     "unnormalised": "no RMSNorm reads the all-reduced value",
     "unknown": "a cast to FP8 whose arithmetic no form describes",
+    "rows": "only some rows of a value are quantised, and the others are needed too or cannot be left out",
     "starved": "another site has taken the value that this one would fuse with",
     "level": "the optimisation level does not include this fusion",
     "disabled": "the fusion is switched off by name",

@@ -11,7 +11,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 
 from ..patterns.language import VIEWS
-from .plan import Plan, Size
+from .plan import Plan, Size, View
 
 aten = torch.ops.aten
 
@@ -29,10 +29,16 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     for plan in plans:
         arguments = [moved.get(v, v) if isinstance(v, fx.Node) else v for v in plan.arguments.values()]
         # not before the inputs that the plan was checked with, though what took their place may be earlier
-        inputs = [a for a in (*arguments, *plan.arguments.values()) if isinstance(a, fx.Node)]
+        sizes = [view.others for views in plan.selected.values() for view in views]
+        inputs: list[fx.Node] = []
+        fx.map_arg((arguments, list(plan.arguments.values()), sizes), inputs.append)
         builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
         inserted.append(builder.added)
         fakes = plan.op.pack(plan.fakes)
+        arguments = [
+            builder.select(value, plan.selected.get(name, ()))
+            for name, value in zip(plan.arguments, arguments, strict=True)
+        ]
         arguments = [
             builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
             for name, value in zip(plan.arguments, arguments, strict=True)
@@ -90,6 +96,12 @@ class _Builder:
         self._last.meta.update(self._meta, val=val)
         self.added.append(self._last)
         return self._last
+
+    def select(self, node: Any, views: Sequence[View]) -> Any:
+        """The rows of an argument that views select."""
+        for view in views:
+            node = self.add(view.target, (node, *view.others), view.of(node.meta["val"]))
+        return node
 
     def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
         return self.add(aten.permute.default, (node, list(dims)), node.meta["val"].permute(dims))

@@ -80,7 +80,7 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
 
 
 def _form(name: str, pattern: Pattern) -> Form:
-    return Form("rms_norm", name, pattern, output="value", complete=_complete)
+    return Form("rms_norm", name, pattern, output="value", complete=_complete, rows=("x",))
 
 
 FORMS = (
@@ -125,6 +125,7 @@ RESIDUAL_FORMS = (
                 value=lambda node, steps: dtype(node),
             ),
         ),
+        rows=("x", "residual"),
         serves="rms_norm",
     ),
 )

@@ -96,6 +96,7 @@ DRIVES = {
         Drive(NORM, "", (3, 4096), 64),
         Drive(NORM, "", (2, 8192), 128),
         Drive(NORM, "", (1, 72)),
+        Drive(NORM, "", (4, 256), changes=(("factor_steps", "float32 unless_positive=1.0 div=240.0"),)),
         Drive(NORM, "", (4, 256), 16, changes=(("eps", 1e-2), ("factor_steps", "float32 clamp_min=1e-10 div=240.0"))),
         Drive(NORM, "", (2, 5120)),  # a scale for the row, where groups would be refused
         Drive(NORM, "", (5, 256), changes=(("offset", 1.0), ("cast_first", False))),
@@ -233,6 +234,12 @@ REFUSED = {
         NORM, "", (3, 256), changes=(("factor_steps", "div=448.0 float32"),)
     ),
     "has a floor of 0.001": Drive(NORM, "", (3, 256), changes=(("factor_steps", "float32 clamp_min=0.001 div=240.0"),)),
+    "has a floor of 1.43051e-05": Drive(
+        NORM, "", (3, 256), dtype=F16, changes=(("factor_steps", "div=240.0 if_zero=1.0 float32"),)
+    ),
+    "divide by the scale that is given: 'if_zero=1.0'": Drive(
+        NORM, "static", (3, 256), changes=(("factor_steps", "if_zero=1.0"),)
+    ),
     "not a dequantisation scale": Drive(NORM, "", (3, 256), changes=(("scale_steps", "div=240.0 reciprocal float32"),)),
     "not clamped to 240": Drive(NORM, "static", (3, 256), changes=(("value_steps", "float32 div_scale"),)),
     "not divided by the scale": Drive(NORM, "", (3, 256), changes=(("value_steps", "float32 mul_scale"),)),
@@ -534,5 +541,9 @@ def test_scale_programs() -> None:
     assert scale_of("float32 clamp_min=1e-12 div=240.0 reciprocal") == pytest.approx((1 / 240, 1e-12, True))
     assert scale_of("float32 div=448.0 clamp_min=0.5 reciprocal") == pytest.approx((1 / 448, 224.0, True))
     assert scale_of("reciprocal mul=448.0 clamp_max=2.0") == pytest.approx((1 / 448, 224.0, True))
-    for other in ("div=448.0 log2 ceil exp2", "clamp_max=3.0 div=448.0", "reciprocal clamp_min=2.0", "mul=-1.0"):
+    assert scale_of("unless_positive=1.0 div=448.0") == (1 / 448, 2.0**-149, False)
+    assert scale_of("float32 div=448.0 if_zero=1.0") == pytest.approx((1 / 448, 448 * 2.0**-149, False))
+    # half precision has rows with values that become 0 when they are divided
+    assert scale_of("div=448.0 if_zero=1.0 float32", F16) == pytest.approx((1 / 448, 448 * 2.0**-24, False))
+    for other in ("div=448.0 log2 ceil exp2", "clamp_max=3.0 div=448.0", "reciprocal clamp_min=2.0", "mul=-1.0", "reciprocal if_zero=1.0"):
         assert scale_of(other) is None
