@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if find_spec(".passes", __name__) is None or find_spec(".patterns", __name__) is None:
+    raise ImportError(
+        "aiter_fusion/passes and aiter_fusion/patterns are symbolic links, which this checkout has as plain files: run "
+        "'git config core.symlinks true && git checkout aiter_fusion/passes aiter_fusion/patterns', or pip install it "
+        "and import it from another folder"
+    )
 
 
 def _register_ops() -> None:

@@ -7,10 +7,12 @@ it bit for bit::
 
     "div=448.0 float32"                      torchao:  (amax / 448) in bf16, then fp32
     "float32 clamp_min=1e-12 div=448.0"      by hand:  a floor in fp32, then the division
+    "float32 unless_positive=1.0 div=448.0"  Hugging Face: 1 for the maximum of a row of zeros, or of one with a NaN
     "float32 div_scale clamp_min=-448.0 clamp_max=448.0"      values divided by the scale, then saturated
 
 A step is a name with an optional number. Names of dtypes convert; ``div_scale``, ``mul_scale`` and ``scale_mul``
-combine the value with the scale; every other name is the ATen operation called so.
+combine the value with the scale; ``if_zero`` and ``unless_positive`` put their number in the place of a value that is 0,
+or that is not above 0 (so of NaN too, which ``if_zero`` keeps); every other name is the ATen operation called so.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "div": aten.div.Tensor,
     "clamp_min": aten.clamp_min.default,
     "clamp_max": aten.clamp_max.default,
+    "if_zero": lambda value, number: aten.where.ScalarSelf(value == 0, number, value),
+    "unless_positive": lambda value, number: aten.where.ScalarOther(value > 0, value, number),
 }
 WITH_SCALE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mul_scale": aten.mul.Tensor,

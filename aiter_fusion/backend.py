@@ -117,9 +117,9 @@ class Backend:
             return compiled  # type: ignore[return-value]
         if report.is_recording():
             patches["force_disable_caches"] = True
-        before = report.begin(counters["inductor"])
+        report.begin(counters["inductor"])
         compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
-        made = report.collect(counters["inductor"], before)
+        made = report.collect(counters["inductor"])
         jointly = frozenset(fusion.family for fusion in REGISTRY.fusions.values() if fusion.jointly)
         if made is not None and jointly & made.replaced.keys() and manager.why_unlike():
             # It came from the cache, where it was put when all processes compiled alike; no pass has asked again.
@@ -128,9 +128,9 @@ class Backend:
                 self.options, disable=self.options.disable | jointly, enable=self.options.enable - jointly
             )
             patches[SLOT] = compose(existing, without)
-            before = report.begin(counters["inductor"])
+            report.begin(counters["inductor"])
             compiled = compile_fx(gm, example_inputs, config_patches=patches)
-            made = report.collect(counters["inductor"], before)
+            made = report.collect(counters["inductor"])
         if made is not None:
             self._check(made)
         return compiled  # type: ignore[return-value]

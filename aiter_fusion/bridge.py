@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (importing it registers the operators)
-from .ops.gemm import shuffled, unshuffled  # noqa: F401  (public here)
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
+from .providers.tiles import shuffled, unshuffled  # noqa: F401  (public here)
 from .registry import REGISTRY
 
 _OPS: Any = torch.ops.aiter_fusion
@@ -140,8 +140,11 @@ def hipb_mm_fp8(
     Returns:
         ``[M, N]`` of ``dtype``, contiguous.
 
-    AITER: ``aiter.hipb_mm``; gfx942 and gfx950, N at least 16, N and K multiples of 16 (K of 32 if shuffled). With
-    ``AITER_FUSION_TUNING`` the first call of every shape of up to 512 rows takes minutes, and prints.
+    AITER: ``aiter.hipb_mm`` (v0.1.12 on; releases before end the process where hipBLASLt has no kernel for a shape);
+    gfx942 and gfx950, N at least 16, N and K multiples of 16 (K of 32 if shuffled). A shape without a kernel is
+    computed as ``gemm_a8w8`` is, which a warning says once; so are calls on other devices than that of the process's
+    first, because AITER has one handle of hipBLASLt. With ``AITER_FUSION_TUNING`` the first call of every shape of up
+    to 512 rows takes minutes, and prints.
     """
     return _OPS.hipb_mm_fp8(a, b, a_scale, b_scale, bias, dtype, b_is_shuffled, provider)
 

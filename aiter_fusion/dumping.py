@@ -68,5 +68,5 @@ def _write_index(path: Path, known: int) -> None:
     lines += ["## Reports", "", "With the nodes of every site: [report.html](report.html)", ""]
     for one in made:
         lines += [*(f"Compilation {graph.name}:" for graph in one.recorded), "", "```", str(one), "```", ""]
-    (path / "index.md").write_text("\n".join(lines), encoding="utf-8")
+    report.write(path / "index.md", "\n".join(lines))
     report.merge(made).to_html(path / "report.html")

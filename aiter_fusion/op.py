@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .domains import Domain
 from .registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class FusedOp:
                 for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
                 gives them values whose sums are exact.
+    domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
+                named; of others that are not, all values of their type are.
     stages:     what it computes, one after another; empty for an op that is not made of stages.
     """
 
@@ -75,6 +78,7 @@ class FusedOp:
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = Tolerance()
     order_free: frozenset[str] = frozenset()
+    domains: Mapping[str, Domain] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     table: ClassVar[str] = "ops"
 
@@ -84,7 +88,14 @@ class FusedOp:
         return self.family, self.features
 
     def admit(self, registry: Registry) -> None:
-        """Nothing to object to."""
+        """Raise a ValueError if an argument is text, and nothing says which, or a domain is of no argument."""
+        for argument, kind in self.arguments.items():
+            if kind.startswith("str") and argument not in self.domains:
+                raise ValueError(
+                    f"{self.name}: argument {argument} is text, which can be anything: say in domains what it may be"
+                )
+        if unknown := self.domains.keys() - self.arguments:
+            raise ValueError(f"{self.name}: domains of {', '.join(sorted(unknown))}, which are no arguments")
 
     def stage(self, kind: str) -> Stage | None:
         """The stage of this kind, if there is one."""
@@ -129,6 +140,11 @@ class BridgeOp(FusedOp):
     table: ClassVar[str] = "bridge"
 
 
+def width_of(op: FusedOp, first: Tensor) -> int:
+    """The length of the rows that a call works on, from its first tensor."""
+    return first.shape[-1] // (op.stages[0].columns if op.stages else 1)
+
+
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:
     """The tensor of a spec, from ``empty(sizes, dtype=...)``, which makes contiguous ones."""
     sizes, dtype, *order = spec
@@ -164,7 +180,8 @@ def define(
     every op, chosen when the graph is compiled, and ``unsaid`` where a call does not say.
 
     Raises:
-        ValueError: there is an op of this family with these features already, or was one with another schema.
+        ValueError: there is an op of this family with these features already, or was one with another schema; an
+            argument is text, and nothing says which; or a domain is of no argument.
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())

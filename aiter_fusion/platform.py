@@ -69,7 +69,8 @@ def architecture(device: int = 0) -> str | None:
 
 ABSENT, UNRELATED, BROKEN, READY = "not installed", "unrelated library", "import failed", "ready"
 
-_INSTALL = "build it from https://github.com/ROCm/aiter, or pip install amd-aiter"
+# Not "pip install amd-aiter": of that, PyPI has a pre-release of 0.1.7 alone, which lacks most of what is called here.
+_INSTALL = "install a wheel from https://github.com/ROCm/aiter/releases, or build it from https://github.com/ROCm/aiter"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ _failure: dict[str, Exception] = {}
 
 
 def load_aiter() -> ModuleType:
-    """Import AITER, which is done once, and put back what that changes for the whole process.
+    """Import AITER, which is done once, and put back what that changes for other code: Dynamo's ignored loggers, where
+    its own logger's records go, the order of ``sys.path``. Its environment variables, its import hook for modules that
+    have moved, and ``torch.int4`` where there is none, stay: it needs them.
 
     Raises:
         RuntimeError: it cannot be imported; the message is the answer of ``aiter``, its cause what the import raised.
@@ -171,11 +174,14 @@ def if_aiter_supported(fn: Callable[P, R]) -> Callable[P, R | None]:
 
 def why_no_aiter() -> str | None:
     """Why AITER cannot run here and what to do about it, or None if it can, on an experimental architecture too."""
+    if torch.version.hip is None:  # first: to install AITER would not help
+        return (
+            f"AITER needs a ROCm build of PyTorch, and this is {torch.__version__}: "
+            "https://pytorch.org/get-started/locally says how to install one"
+        )
     found = aiter()
     if found.answer != READY:
         return found.detail
-    if torch.version.hip is None:
-        return f"AITER needs a ROCm build of PyTorch; this is {torch.__version__}"
     arch = architecture()
     if arch is None:
         return "AITER needs an AMD GPU, and PyTorch sees none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import bridge, config
-from .ops.gemm import TILE, shuffled
 from .providers import BRIDGE_PROVIDERS
+from .providers.tiles import TILE, shuffled
 from .registry import REGISTRY
 
 aten = torch.ops.aten
+
+# Rows with which a layer's product is tried before its weight is shuffled: a token, a small batch, and the most that
+# hipBLASLt tunes for.
+ROWS = (1, 16, 512)
 
 # What a weight can be asked for besides a linear layer: what modules do with their parameters.
 KEEPING = (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default)
@@ -125,6 +129,11 @@ def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
     To be called once, on the device that the model runs on, before it is compiled or run. A weight is replaced by a
     ``ShuffledWeight`` and freed, one after another: none is held twice. Weights that modules share stay shared.
 
+    With AITER each layer's product is first computed for 1, 16 and 512 rows, because there are sizes for which
+    hipBLASLt has no kernel: such a layer stays as it was, with that reason. A prepared layer that meets such a number
+    of rows later is computed as ``bridge.gemm_a8w8`` is, which a warning says once: a copy of its weight, back in rows,
+    is made for that call, and again for every such call.
+
     Args:
         model: with linear layers quantised by torchao, activations and weights to FP8 with a scale for each row.
         provider: who computes them. ``auto``: AITER if the environment's preferences ``AITER``, ``LINEAR`` and
@@ -142,27 +151,30 @@ def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
     general = [missing] if missing is not None else []
     if provider == "auto":
         general += config.against("AITER", "LINEAR", "LINEAR_HIPBMM")
-    made: dict[int, nn.Parameter] = {}
-    layers, refused = [], {}
+    readers: dict[int, list[tuple[str, nn.Linear]]] = {}  # by weight, which modules may share
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or weight is None or not (_is_fp8(weight) or _is_shuffled(weight)):
-            continue
-        if not _is_shuffled(weight) and id(weight) not in made:
-            why = [*general, *_objections(weight, name, asked=not general)]
+        if isinstance(module, nn.Linear) and (_is_fp8(module.weight) or _is_shuffled(module.weight)):
+            readers.setdefault(id(module.weight), []).append((path, module))
+    layers, refused = [], {}
+    for modules in readers.values():
+        weight: Any = modules[0][1].weight
+        if not _is_shuffled(weight):
+            biases = [module.bias for _, module in modules]
+            why = [*general, *_objections(weight, biases, name, asked=not general)]
             if why:
-                refused[path] = "; ".join(why)
+                refused |= dict.fromkeys((path for path, _ in modules), "; ".join(why))
                 continue
             tiles = shuffled(weight.qdata.contiguous())
             new = ShuffledWeight(tiles, weight.scale, weight.dtype, ByTorchAO(weight.act_quant_kwargs), name)
-            made[id(weight)] = nn.Parameter(new, requires_grad=False)
-        module.weight = made.get(id(weight), weight)  # type: ignore[assignment]
-        layers.append(path)
+            parameter = nn.Parameter(new, requires_grad=False)
+            for _, module in modules:
+                module.weight = parameter
+        layers += [path for path, _ in modules]
     return Prepared(tuple(layers), refused)
 
 
-def _is_shuffled(weight: Tensor) -> bool:
-    return isinstance(weight.data, ShuffledWeight) or isinstance(weight, ShuffledWeight)
+def _is_shuffled(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and isinstance(weight.data, ShuffledWeight)
 
 
 def _is_fp8(weight: Any) -> bool:
@@ -170,8 +182,9 @@ def _is_fp8(weight: Any) -> bool:
     return all(hasattr(weight, name) for name in ("qdata", "scale", "act_quant_kwargs"))
 
 
-def _objections(weight: Any, provider: str, asked: bool) -> list[str]:
-    """Every condition of a shuffled product that a layer does not meet; the provider is asked only if it is there."""
+def _objections(weight: Any, biases: Sequence[Tensor | None], provider: str, asked: bool) -> list[str]:
+    """Every condition of a shuffled product that the layers of a weight do not meet; the provider is asked only if it
+    is there, and its library tried only if the provider takes the layers."""
     if weight.act_quant_kwargs is None:
         return ["its activations are not quantised"]
     n, k = weight.qdata.shape
@@ -185,14 +198,25 @@ def _objections(weight: Any, provider: str, asked: bool) -> list[str]:
         objections.append(f"its weight is {n} x {k}, not in multiples of {TILE[0]} x {TILE[1]}")
     if objections or not asked:
         return objections
-    tiny = {
-        "a": weight.qdata.new_empty(1, k),
+    op = REGISTRY.bridge["hipb_mm_fp8", frozenset()]
+    calls = [_call(weight, bias, rows) for bias in biases for rows in ROWS]
+    found = [BRIDGE_PROVIDERS[provider].why_not(op, call) for call in calls]
+    if provider == "aiter" and not any(found):
+        from .providers.aiter import hipblaslt  # not before: loading it takes a while
+
+        found = [hipblaslt.why_unsolved(call) for call in calls]
+    return list(dict.fromkeys(why for why in found if why is not None))
+
+
+def _call(weight: Any, bias: Tensor | None, rows: int) -> dict[str, Any]:
+    """A call of ``hipb_mm_fp8`` as a prepared layer makes it, but for the values: whether there is a kernel for it does
+    not depend on them, so the weight stands for its own tiles."""
+    return {
+        "a": weight.qdata.new_zeros(rows, weight.qdata.shape[1]),
         "b": weight.qdata.t(),
-        "a_scale": weight.scale.new_empty(1, 1),
+        "a_scale": weight.scale.new_ones(rows, 1),
         "b_scale": weight.scale.t(),
-        "bias": None,
+        "bias": bias,
         "dtype": weight.dtype,
         "b_is_shuffled": True,
     }
-    why = BRIDGE_PROVIDERS[provider].refuse(REGISTRY.bridge["hipb_mm_fp8", frozenset()], tiny)
-    return [why] if why is not None else []

@@ -7,11 +7,10 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -28,12 +27,12 @@ REASONS = {
     "unquantised": "the value is not quantised to FP8",
     "unnormalised": "no RMSNorm reads the all-reduced value",
     "unknown": "a cast to FP8 whose arithmetic no form describes",
+    "rows": "only some rows of a value are quantised, and the others are needed too or cannot be left out",
     "starved": "another site has taken the value that this one would fuse with",
     "level": "the optimisation level does not include this fusion",
     "disabled": "the fusion is switched off by name",
     "training": "the graph is compiled for training",
     "collective": "the reduction or its group is none that a fused op takes, or its processes do not compile alike",
-    "eps": "the eps of a norm is a tensor, which the fused ops do not take",
     "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
     "no_kernel": "no provider on this machine has a kernel",
     "provider": "the provider refuses this call",
@@ -167,7 +166,28 @@ class FusionReport:
         """
         from .page import render
 
-        Path(path).write_text(render(self), encoding="utf-8")
+        write(path, render(self))
+
+
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file in UTF-8, all of it or nothing: whatever fails, what was there before stays.
+
+    Half a surrogate pair, which Python has in names that are no UTF-8, is written as its escape sequence.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    file = Path(path).resolve()  # behind a link, which stays
+    if file.exists() and not file.is_file():  # a device or a pipe: nothing to put in its place
+        file.write_bytes(content)
+        return
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def merge(reports: Iterable[FusionReport]) -> FusionReport:
@@ -197,7 +217,8 @@ def _span(places: list[str]) -> str:
 
 # ---- Through Inductor's cache --------------------------------------------------------------------------------
 # On a cache hit no pass runs. Inductor stores the increments of counters["inductor"] with a compiled graph and applies
-# them again when it is loaded, so a report travels as the name of a counter.
+# them again when it is loaded, so a report travels as the name of a counter. It is taken out as soon as it has arrived:
+# counters are for ever, and a report is many kilobytes.
 
 _COUNTER = "aiter_fusion "
 
@@ -212,20 +233,20 @@ def to_counter(report: FusionReport) -> str:
     return _COUNTER + json.dumps(content, separators=(",", ":"))
 
 
-def from_counters(counters: Mapping[str, int], before: Mapping[str, int]) -> list[tuple[str, FusionReport]]:
-    """The reports (with their counters' names) whose counters grew since ``before``."""
-    grown = []
-    for name, count in counters.items():
-        if name.startswith(_COUNTER):
-            content = json.loads(name.removeprefix(_COUNTER))
-            report = FusionReport(
-                sites=tuple(Site(*values) for values in content["sites"]),
-                records=content["records"],
-                note=content["note"],
-                from_cache=True,
-            )
-            grown += [(name, report)] * (count - before.get(name, 0))
-    return grown
+def from_counter(name: str) -> FusionReport:
+    """The report that the counter of this name carries, as one from the cache."""
+    content = json.loads(name.removeprefix(_COUNTER))
+    return FusionReport(
+        sites=tuple(Site(*values) for values in content["sites"]),
+        records=content["records"],
+        note=content["note"],
+        from_cache=True,
+    )
+
+
+def _take(counters: MutableMapping[str, int]) -> list[tuple[str, int]]:
+    """Take the counters that carry reports out of these; each with how often it grew."""
+    return [(name, counters.pop(name)) for name in list(counters) if name.startswith(_COUNTER)]
 
 
 # ---- Reports of this process and the log ---------------------------------------------------------------------
@@ -248,7 +269,10 @@ def reports() -> list[FusionReport]:
 
 
 def reset() -> None:
-    """Forget the reports."""
+    """Forget the reports, also those that passes sent where no backend collects them."""
+    from torch._dynamo.utils import counters
+
+    begin(counters["inductor"])
     _STORE.reports.clear()
 
 
@@ -270,26 +294,25 @@ def is_recording() -> bool:
     return _STORE.recording > 0
 
 
-def passed(report: FusionReport, counters: Any) -> None:
+def passed(report: FusionReport, counters: MutableMapping[str, int]) -> None:
     """Called by the pass after a graph: send the report through Inductor's counters, and note that it is fresh."""
     name = to_counter(report)
-    counters[name] += 1
+    counters[name] = counters.get(name, 0) + 1
     _STORE.fresh.setdefault(name, []).append(report)
 
 
-def begin(counters: Mapping[str, int]) -> dict[str, int]:
-    """Called before compiling: what ``collect`` compares with. Forgets what passes measured elsewhere, such as for a
-    backward graph, which Inductor compiles later and outside any call of the backend."""
+def begin(counters: MutableMapping[str, int]) -> None:
+    """Called before compiling. Forgets what passes reported elsewhere: Inductor can be called without a backend."""
     _STORE.fresh.clear()
-    return dict(counters)
+    _take(counters)
 
 
-def collect(counters: Mapping[str, int], before: Mapping[str, int]) -> FusionReport | None:
-    """The report of what was compiled since ``before``: kept, and logged on rank 0. None if no pass ran."""
+def collect(counters: MutableMapping[str, int]) -> FusionReport | None:
+    """The report of what was compiled since ``begin``: kept, and logged on rank 0. None if no pass ran."""
     found = []
-    for name, report in from_counters(counters, before):
-        fresh = _STORE.fresh.get(name)
-        found.append(fresh.pop(0) if fresh else report)
+    for name, count in _take(counters):
+        fresh = _STORE.fresh.pop(name, [])
+        found += [fresh.pop(0) if fresh else from_counter(name) for _ in range(count)]
     if not found:
         return None
     return keep(merge(found))

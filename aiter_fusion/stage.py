@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .domains import Domain
 from .op import FusedOp, Spec, Tolerance
 from .registry import Registry
 
@@ -112,6 +113,8 @@ class Stage:
     fits:       why it cannot follow a value of these sizes, or None.
     layouts:    arguments that say how outputs lie in memory, in the order in which the planner tries them.
     one:        attributes that must be the same at all sites of a graph that are taken.
+    domains:    argument -> the values that it is defined for; one that is text must be named.
+    columns:    columns of its first tensor for each of the value's, where it begins a family.
     collective: every rank of a group must compute it, or none.
     order_free: tensors that are summed over ranks, in an order that is a library's own.
     """
@@ -132,6 +135,8 @@ class Stage:
     fits: Callable[[Mapping[str, Any], Sequence[Any]], str | None] = lambda attributes, sizes: None
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     one: tuple[str, ...] = ()
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    columns: int = 1
     collective: bool = False
     order_free: frozenset[str] = frozenset()
 
@@ -224,6 +229,7 @@ class Family:
             layouts=tuple({k: v for part in parts for k, v in part.items()} for parts in product(*layouts)),
             tolerance=self.tolerance,
             order_free=frozenset().union(*(stage.order_free for stage in row)),
+            domains={name: domain for stage in row for name, domain in stage.domains.items()},
             stages=row,
         )
 

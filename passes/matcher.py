@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from ..arithmetic import DTYPES, cast, step
+from ..arithmetic import DTYPES, WITH_NUMBER, cast, step
 from ..patterns.language import (
+    CHOICES,
     STEPS,
     VIEWS,
     Attr,
@@ -30,6 +31,8 @@ from ..patterns.language import (
     dtype,
     is_number,
     same_number,
+    same_shape,
+    shape,
 )
 
 CONVERT = torch.ops.prims.convert_element_type.default
@@ -68,10 +71,25 @@ def _is_default(given: Any, default: Any) -> bool:
     return (numbers or type(given) is type(default)) and given == default
 
 
-def step_words(node: fx.Node) -> tuple[str, ...] | None:
-    """The words that a node adds to a program: none for a view, None where it is no scalar operation."""
-    if node.op != "call_function":
+class Step(NamedTuple):
+    """What a node adds to a program: ``words`` (none for a view), applied to ``value``, by ``nodes``, the node last."""
+
+    value: Any
+    words: tuple[str, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def step_of(node: Any) -> Step | None:
+    """A node as a step of a program; None if it is no scalar operation."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
+    if node.target is torch.ops.aten.where.self:
+        return _choice(node)
+    words = _words(node)
+    return None if words is None else Step(node.args[0], words, (node,))
+
+
+def _words(node: fx.Node) -> tuple[str, ...] | None:
     if node.target in VIEWS:
         return ()
     if node.target is CONVERT:
@@ -80,11 +98,33 @@ def step_words(node: fx.Node) -> tuple[str, ...] | None:
     if names is None or node.kwargs:
         return None
     numbers = node.args[1:]
-    if not numbers and len(names) == 1 and names[0] not in ("mul", "div"):
+    if not numbers and len(names) == 1 and names[0] not in WITH_NUMBER:
         return names
     if len(numbers) != len(names) or not all(is_number(node, n) for n in numbers):
         return None
     return tuple(step(name, float(n)) for name, n in zip(names, numbers, strict=True))  # type: ignore[arg-type]
+
+
+def _choice(node: fx.Node) -> Step | None:
+    """``where(value > 0, value, number)`` and the like, the number being a tensor that is full of it."""
+    condition, *options = node.args
+    if not isinstance(condition, fx.Node) or condition.op != "call_function" or len(condition.args) != 2:
+        return None
+    value, bound = condition.args
+    if not isinstance(value, fx.Node) or not is_number(condition, bound) or bound != 0 or value not in options:
+        return None
+    position = options.index(value)
+    name = CHOICES.get((condition.target, position == 0))  # type: ignore[arg-type]
+    constant = options[1 - position]
+    if name is None or not isinstance(constant, fx.Node) or constant.target is not torch.ops.aten.full.default:
+        return None
+    number = constant.args[1]
+    # the number is that of the program if nothing but the value's dtype rounds it
+    rounded = dtype(constant) in (dtype(value), torch.float32, torch.float64)
+    alike = dtype(node) is dtype(value) and same_shape(shape(node), shape(value))
+    if not (rounded and alike and is_number(constant, number)):
+        return None
+    return Step(value, (step(name, float(number)),), (constant, condition, node))  # type: ignore[arg-type]
 
 
 class Matcher:
@@ -197,13 +237,11 @@ class Matcher:
             yield from self._match_items(patterns[1:], values[1:], consumer, first)
 
     def _match_steps(self, pattern: Steps, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
-        walk: list[tuple[Any, tuple[str, ...]]] = [(value, ())]  # a value, and the words that follow it
-        while isinstance(value, fx.Node) and (words := step_words(value)) is not None:
-            value = value.args[0]
-            walk.append((value, (*words, *walk[-1][1])))
-        for length in reversed(range(len(walk))):
-            bottom, words = walk[length]
-            start = found.with_nodes([node for node, _ in walk[:length]]).with_attributes({pattern.name: words})
+        walk = [Step(value, (), ())]  # for each value on the way all the steps that follow it
+        while (last := step_of(walk[-1].value)) is not None:
+            walk.append(Step(last.value, (*last.words, *walk[-1].words), (*walk[-1].nodes, *last.nodes)))
+        for bottom, words, nodes in reversed(walk):
+            start = found.with_nodes(nodes).with_attributes({pattern.name: words})
             yield from self._match(pattern.of, bottom, consumer, start)
 
     def _note(self, value: Any, found: Found) -> None:
@@ -243,7 +281,8 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
             reached.append((last, program, nodes))
             continue
         for user in node.users:
-            words = step_words(user) if user.args and user.args[0] is node else None
-            if words is not None:
-                stack.append((user, user if words else last, (*steps, *words), (*nodes, user)))
+            following = step_of(user)
+            if following is not None and following.value is node:
+                words, passed = following.words, following.nodes
+                stack.append((user, user if words else last, (*steps, *words), (*nodes, *passed)))
     return min(reached, key=lambda r: r[0], default=None)

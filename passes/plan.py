@@ -14,17 +14,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
 from ..op import FusedOp, dense, is_contiguous
-from ..patterns.language import VIEWS, Fusion, same_shape, same_size
+from ..patterns.language import VIEWS, Fusion, same_shape, same_size, shape
 from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
 from ..registry import REGISTRY
 from ..report import BARE, REPLACED, SKIPPED, Site
-from .recognise import Recognised, Record, behind_views
+from .matcher import arguments as arguments_of
+from .recognise import Recognised, Record, behind, selects_rows
 
 logger = logging.getLogger("aiter_fusion")
 
 # Higher-order operators that write to their arguments; all others are functional in a post-grad graph.
 WRITING = frozenset({"triton_kernel_wrapper_mutation"})
+
+
+# What a provider must pass to be chosen, in this order; each has its reason code.
+HURDLES = ("numerics", "preference", "provider", "slower")
 
 
 class Refused(Exception):  # noqa: N818 (not an error: the normal way for a site to stay as it is)
@@ -48,11 +53,25 @@ class Fit:
     dims: tuple[int, ...] | None
 
 
+@dataclass(frozen=True)
+class View:
+    """A call that gives a view of its first argument; ``others`` are those after it, nodes where they are sizes of the
+    graph."""
+
+    target: Any
+    others: tuple[Any, ...]
+
+    def of(self, x: Tensor, size: Callable[[Any], Any] = lambda value: value) -> Tensor:
+        """The view of ``x``; ``size`` is applied to what the tracer recorded for a size."""
+        return self.target(x, *fx.map_arg(self.others, lambda node: size(node.meta["val"])))
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """One fused op to insert.
 
     arguments: the op's arguments in order; nodes where they are values of the graph.
+    selected:  for each argument of which the op gets some rows, the views that select them.
     permuted:  for each argument to permute, the order of its dimensions.
     fakes:     its outputs by name, as fake tensors.
     replaced:  for each node that the op replaces, the output that takes its place, and how.
@@ -62,6 +81,7 @@ class Plan:
     op: FusedOp
     provider: Provider
     arguments: Mapping[str, Any]
+    selected: Mapping[str, tuple[View, ...]]
     permuted: Mapping[str, tuple[int, ...]]
     fakes: Mapping[str, Tensor]
     replaced: Mapping[fx.Node, tuple[str, Fit]]
@@ -150,7 +170,7 @@ def plan(
     for record in recognised.records:
         if record not in accounted:  # it serves a record that is not fused with it
             served = next(
-                r for r in recognised.records if r.kind == record.serves and behind_views(r.inputs["x"]) is record.root
+                r for r in recognised.records if r.kind == record.serves and behind(r.inputs["x"]) is record.root
             )
             accounted[served].records.append(record)
     for node, kind, reason in recognised.unknown:
@@ -248,7 +268,7 @@ class _Planner:
             kinds = ", ".join(record.kind for record in refused.records if record not in records)
             return f"without {kinds}: {refused.reason}" if kinds else f"first choice refused: {refused.reason}"
         first = records[0].inputs.get("x")
-        unserved = self._unserved.get(behind_views(first)) if first is not None else None
+        unserved = self._unserved.get(behind(first)) if first is not None else None
         return f"without {unserved}" if unserved is not None else ""
 
     def _where_from(self, source: fx.Node) -> str:
@@ -289,7 +309,7 @@ def _chain(tail: Record, fusion: Fusion, value_of: Mapping[fx.Node, Record]) -> 
     """The records before ``tail``, each the input ``x`` of the next, if their kinds are those of the fusion."""
     chain, last = [], tail
     for kind in reversed(fusion.chain[:-1]):
-        source = value_of.get(behind_views(last.inputs["x"])) if "x" in last.inputs else None
+        source = value_of.get(behind(last.inputs["x"])) if "x" in last.inputs else None
         if source is None or source.kind != kind:
             return None
         chain.insert(0, source)
@@ -309,8 +329,10 @@ def _attempt(
 ) -> tuple[Plan, frozenset[str]]:
     """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
     records = [*chain, *group]
-    nodes = frozenset().union(*(record.nodes for record in records), _views_between(records))
-    outputs = {node: name for record in records for name, node in record.outputs.items()}
+    ways = [_way(record) for record in [*chain, group[0]][1:]]
+    selections = _selections(chain, ways)
+    nodes = frozenset().union(*(record.nodes for record in records), *ways)
+    outputs = {n: name for record in records if record not in selections for name, n in record.outputs.items()}
     base = REGISTRY.overload(fusion.op, features)
     if base is None:
         raise Refused(f"overload: {fusion.op} has none for {', '.join(sorted(features))}")
@@ -319,6 +341,14 @@ def _attempt(
         if record.rooted is not None and record.root not in dead:
             chain = [*chain[:position], record.rooted, *chain[position + 1 :]]
             return _attempt(fusion, chain, group, features, options, training, writes, agree)
+    for record, way in selections.items():
+        if not record.rows:
+            raise Refused(
+                f"rows: {way[-1].name} takes some of {record.root.name}, which {record.kind} gives as a whole"
+            )
+        left = next((node for node in record.outputs.values() if node not in dead), None)
+        if left is not None:
+            raise Refused(f"rows: {left.name}, of which {way[-1].name} takes some, is read elsewhere too")
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
     op = REGISTRY.overload(fusion.op, features)
@@ -339,27 +369,88 @@ def _attempt(
         raise Refused("training: fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
 
     arguments = _arguments(op, records)
+    selected = _selected(arguments, selections)
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
+    inputs = inputs.union(*(_sizes_in(view) for views in selected.values() for view in views))
     _check_order(inputs, replaced, dead)
     known = {name: v.meta["val"] if isinstance(v, fx.Node) else v for name, v in arguments.items()}
+    known |= {name: _rows_of(arguments[name], views) for name, views in selected.items()}
     laid = _laid_out(op, known, replaced, dead, _known_sizes(nodes, max(inputs)))
     nodes = nodes.union(laid.fitted, laid.between)
     _check_writes(inputs, nodes, writes)
     agree(fusion, arguments)
     provider = _provider(op, laid.given, options, fusion.only)
-    return Plan(op, provider, {**arguments, **laid.layout}, laid.permuted, laid.fakes, laid.fitted, nodes), features
+    arguments |= laid.layout
+    return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes), features
 
 
-def _views_between(records: Sequence[Record]) -> set[fx.Node]:
-    """The views through which records read each other's values."""
-    views = set()
-    for record in records[1:]:
-        node: fx.Node = record.inputs["x"]
-        source = behind_views(node)
-        while node is not source:
-            views.add(node)
-            node = node.args[0]  # type: ignore[assignment]
-    return views
+def _way(record: Record) -> tuple[fx.Node, ...]:
+    """The views through which a record reads another's value, from that on."""
+    node: fx.Node = record.inputs["x"]
+    source, way = behind(node), []
+    while node is not source:
+        way.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return tuple(reversed(way))
+
+
+def _selections(chain: Sequence[Record], ways: Sequence[tuple[fx.Node, ...]]) -> dict[Record, tuple[fx.Node, ...]]:
+    """For each record of which only some rows are read at the end of the chain, the first one last, the views up to the
+    last that leaves rows out; ``ways[i]`` leads from ``chain[i]`` to what follows it."""
+    found: dict[Record, tuple[fx.Node, ...]] = {}
+    way: tuple[fx.Node, ...] = ()
+    for record, following in zip(reversed(chain), reversed(ways), strict=True):
+        way = (*following, *way)
+        while way and not selects_rows(way[-1]):
+            way = way[:-1]
+        if way:
+            found[record] = way
+    return found
+
+
+def _selected(
+    arguments: Mapping[str, Any], selections: Mapping[Record, tuple[fx.Node, ...]]
+) -> dict[str, tuple[View, ...]]:
+    """The views that give the op the rows that it is to compute, by the argument whose rows they are."""
+    selected: dict[str, tuple[View, ...]] = {}
+    for record, way in selections.items():
+        for name in record.rows:
+            node = record.inputs.get(name)
+            if node is None or arguments.get(name) is not node:  # another record's input of this name, or inside the op
+                continue
+            if not same_shape(shape(node)[:-1], shape(record.root)[:-1]):
+                raise Refused(f"layout: {node.name} has other rows than {record.root.name}, of which some are read")
+            selected[name] = tuple(filter(None, (_replayed(view, shape(node)[-1]) for view in way)))
+    return selected
+
+
+def _replayed(node: fx.Node, width: Any) -> View | None:
+    """A view of rows as one of other rows, of this width; None for a copy, which only changes where elements lie."""
+    aten = torch.ops.aten
+    (_, *others), _ = arguments_of(node)
+    if node.target is aten.clone.default:
+        return None
+    if node.target in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        (sizes,) = others
+        return View(aten.reshape.default, ([*sizes[:-1], width if isinstance(width, int) else sizes[-1]],))
+    return View(node.target, tuple(others))
+
+
+def _rows_of(node: fx.Node, views: Sequence[View]) -> Tensor:
+    """What is recorded of the rows that views select, which must not be copied first."""
+    whole = rows = node.meta["val"]
+    for view in views:
+        rows = view.of(rows)
+    if rows.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        raise Refused(f"layout: {node.name}, of which some rows are read, would have to be copied to view them")
+    return rows
+
+
+def _sizes_in(view: View) -> list[fx.Node]:
+    """The sizes of the graph that a view needs."""
+    found: list[fx.Node] = []
+    fx.map_arg(view.others, found.append)
+    return found
 
 
 def _dead(nodes: frozenset[fx.Node], replaced: set[fx.Node]) -> set[fx.Node]:
@@ -431,25 +522,30 @@ def _storage(node: fx.Node) -> int:
 
 
 def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None) -> Provider:
-    """The first provider that accepts the call, of those that the fusion is for."""
+    """The first provider that accepts the call, of those that the fusion is for.
+
+    A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
+    compute the call, and not faster, before one that cannot, and that before those that were not even asked.
+    """
     device = next(value.device for value in known.values() if isinstance(value, Tensor))
     asked = [p for p in candidates(options.provider, device.type) if only is None or p.name in only]
     if not asked:
         why = "; ".join(f"{p.name}: {p.missing()}" for p in PROVIDERS.values() if p.missing())
         raise Refused(f"no_kernel: none for {device.type} ({why})")
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for provider in asked:
         if not provider.exact and not options.allows_kernel_numerics:
-            refusals.append(f"numerics: {provider.name} does not keep the graph's roundings")
+            refusals.append(("numerics", f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
-            refusals.append(f"preference: {provider.name}: {reason}")
-        elif (reason := provider.refuse(op, known)) is not None:
-            refusals.append(f"provider: {provider.name}: {reason}")
+            refusals.append(("preference", f"{provider.name}: {reason}"))
+        elif (reason := provider.why_not(op, known)) is not None:
+            refusals.append(("provider", f"{provider.name}: {reason}"))
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:
-            refusals.append(f"slower: {provider.name}: {reason}")
+            refusals.append(("slower", f"{provider.name}: {reason}"))
         else:
             return provider
-    raise Refused(refusals[0])
+    code = max((code for code, _ in refusals), key=HURDLES.index)
+    raise Refused(f"{code}: {'; '.join(why for _, why in refusals)}")
 
 
 def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, VIEWS, Form, heads, operator, same_shape, shape
-from .matcher import CONVERT, Matcher, follow
+from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, operator, same_shape, shape
+from .matcher import CONVERT, Matcher, arguments, follow
 
 logger = logging.getLogger("aiter_fusion")
 
@@ -26,6 +26,7 @@ class Record:
     branches: attributes that came with further outputs; they override ``attributes``.
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
+    rows:    the inputs that have a row for each row of the value, as in ``Form``.
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
@@ -40,6 +41,7 @@ class Record:
     features: frozenset[str]
     nodes: frozenset[fx.Node]
     root: fx.Node
+    rows: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = ""
     refusal: str | None = None
@@ -115,7 +117,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     roots = {record.root for record in found.records}
     for record in found.records:
         helpers = serving.get(record.kind, ())
-        root = behind_views(record.inputs["x"]) if helpers else None
+        root = behind(record.inputs["x"]) if helpers else None
         if root is not None and root not in served and root not in roots:
             served[root] = first(helpers, root)
             if served[root] is None and (failed := _failed(Matcher(), helpers, root)) is not None:
@@ -125,11 +127,23 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     return found
 
 
-def behind_views(node: fx.Node) -> fx.Node:
-    """The value of which a node is a view with the same rows."""
-    while node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:]):  # type: ignore[arg-type]
+def behind(node: fx.Node) -> fx.Node:
+    """The value of which a node is a view that has its rows, or some of them."""
+    while _keeps_rows(node) or selects_rows(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    return node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:])  # type: ignore[arg-type]
+
+
+def selects_rows(node: fx.Node) -> bool:
+    """Whether a node is a view of some of the rows of its input."""
+    if node.target not in SELECTIONS:
+        return False
+    (_, dim, *_), _ = arguments(node)
+    return type(dim) is int and not is_last_dim(node, dim)
 
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
@@ -149,6 +163,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 features=completion.features,
                 nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
                 root=node,
+                rows=form.rows,
                 serves=form.serves,
                 alone=form.alone,
                 refusal=completion.refusal,

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 
 from ..patterns.language import VIEWS
-from .plan import Plan, Size
+from .plan import Plan, Size, View
 
 aten = torch.ops.aten
 
@@ -28,14 +29,23 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     for plan in plans:
         arguments = [moved.get(v, v) if isinstance(v, fx.Node) else v for v in plan.arguments.values()]
         # not before the inputs that the plan was checked with, though what took their place may be earlier
-        inputs = [a for a in (*arguments, *plan.arguments.values()) if isinstance(a, fx.Node)]
+        sizes = [view.others for views in plan.selected.values() for view in views]
+        inputs: list[fx.Node] = []
+        fx.map_arg((arguments, list(plan.arguments.values()), sizes), inputs.append)
         builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
         inserted.append(builder.added)
         fakes = plan.op.pack(plan.fakes)
         arguments = [
+            builder.select(value, plan.selected.get(name, ()))
+            for name, value in zip(plan.arguments, arguments, strict=True)
+        ]
+        arguments = [
             builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
             for name, value in zip(plan.arguments, arguments, strict=True)
         ]
+        if _captured_in_parts():
+            device = next(iter(plan.fakes.values())).device
+            arguments = [builder.to(value, device) if isinstance(value, fx.Node) else value for value in arguments]
         call = builder.add(plan.op.target, (*arguments, plan.provider.name), fakes)
         outputs = {
             name: call if len(plan.op.outputs) == 1 else builder.add(getitem, (call, index), plan.fakes[name])
@@ -61,6 +71,15 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     return inserted
 
 
+def _captured_in_parts() -> bool:
+    """Whether Inductor will capture CUDA graphs of the parts of this graph that run on a GPU.
+
+    A replay reads host memory no more, so Inductor copies the numbers there that a part reads to the GPU before it, but
+    only those that ATen's operations read. (Without parts it captures no graph that has any.)
+    """
+    return inductor_config.triton.cudagraphs and inductor_config.graph_partition
+
+
 class _Builder:
     """Adds nodes one after another, starting after ``last`` (and after all placeholders)."""
 
@@ -78,8 +97,21 @@ class _Builder:
         self.added.append(self._last)
         return self._last
 
+    def select(self, node: Any, views: Sequence[View]) -> Any:
+        """The rows of an argument that views select."""
+        for view in views:
+            node = self.add(view.target, (node, *view.others), view.of(node.meta["val"]))
+        return node
+
     def permute(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
         return self.add(aten.permute.default, (node, list(dims)), node.meta["val"].permute(dims))
+
+    def to(self, node: fx.Node, device: torch.device) -> fx.Node:
+        """A copy on the device, unless the tensor is there; not waited for."""
+        val = node.meta["val"]
+        if val.device == device:
+            return node
+        return self.add(torch.ops.prims.device_put.default, (node, device, True), val.to(device))
 
     def reshape(self, node: fx.Node, sizes: tuple[int | Size | fx.Node, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""

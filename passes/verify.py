@@ -74,6 +74,9 @@ def check(plan: Plan, site: str) -> str | None:
 def _compare(plan: Plan, site: str, known: dict[fx.Node, Any]) -> None:
     original = {node: _evaluate(node, known) for node in plan.replaced}
     arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
+    for name, views in plan.selected.items():
+        for view in views:
+            arguments[name] = view.of(arguments[name], _hint)
     arguments |= {name: arguments[name].permute(dims) for name, dims in plan.permuted.items()}
     fused = implementation(plan.op, plan.provider.name)(**arguments)
     for node, (name, fit) in plan.replaced.items():

@@ -193,16 +193,18 @@ def _complete_clamped(root: fx.Node, found: Found) -> Completion | str:
     return replace(completed, attributes={**completed.attributes, "act": f"clamped_swiglu={alpha!r},{limit!r}"})
 
 
+def _form(name: str, pattern: Pattern, complete: Callable[[fx.Node, Found], Completion | str]) -> Form:
+    return Form("act_mul", name, pattern, output="value", complete=complete, rows=("gate_up", "gate", "up"))
+
+
 FORMS = (
-    *(Form("act_mul", act, _pattern(act), output="value", complete=_complete) for act in ACTIVATIONS),
-    Form(
-        "act_mul",
+    *(_form(act, _pattern(act), _complete) for act in ACTIVATIONS),
+    _form(
         "clamped_swiglu",
         _either(
             _clamped_swiglu(convert_to(CLAMPED_GATE, "dtype", HALVES), convert_to(CLAMPED_UP, "dtype", HALVES)),
             _clamped_swiglu(CLAMPED_GATE, CLAMPED_UP),
         ),
-        output="value",
-        complete=_complete_clamped,
+        _complete_clamped,
     ),
 )

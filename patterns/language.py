@@ -228,6 +228,8 @@ class Form:
     complete:  conditions that a pattern cannot express. It returns the record's attributes, or a sentence saying why
                the match does not hold, which the report shows for values that no form explains.
     branches:  further outputs that leave the pattern on the way.
+    rows:      the inputs that have a row for each row of the value, which is computed from these rows alone (and from
+               all of the other inputs); none where the rows cannot be computed apart.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
     """
@@ -238,6 +240,7 @@ class Form:
     output: str
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
+    rows: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
     table: ClassVar[str] = "forms"
@@ -317,6 +320,9 @@ VIEWS: frozenset[Target] = frozenset(
     }
 )
 
+# Views of some of the rows, unless their argument ``dim`` is the last. (What takes rows by an index copies them.)
+SELECTIONS: frozenset[Target] = frozenset({aten.slice.Tensor, aten.select.int})
+
 # Scalar operations that a program can hold, by ATen target; see aiter_fusion/arithmetic.py.
 STEPS: Mapping[Target, tuple[str, ...]] = {
     aten.reciprocal.default: ("reciprocal",),
@@ -329,6 +335,14 @@ STEPS: Mapping[Target, tuple[str, ...]] = {
     aten.clamp_min.default: ("clamp_min",),
     aten.clamp_max.default: ("clamp_max",),
     aten.clamp.default: ("clamp_min", "clamp_max"),
+}
+
+# Choices between a value and a number, ``where(value <comparison> 0, .., ..)``, by the comparison and by whether it is
+# the value that stands where the comparison holds. NaN holds only for "not equal".
+CHOICES: Mapping[tuple[Target, bool], str] = {
+    (aten.gt.Scalar, True): "unless_positive",
+    (aten.eq.Scalar, False): "if_zero",
+    (aten.ne.Scalar, True): "if_zero",
 }
 
 

@@ -32,7 +32,6 @@ from .language import (
     last_dim,
     mul,
     number,
-    prims,
     same_shape,
     same_size,
     shape,
@@ -48,21 +47,14 @@ MEAN_OF_SQUARES = Call(
     (aten.mean.dim,),
     (Call((aten.pow.Tensor_Scalar,), (X, Const(2)), dtype=F32), last_dim(), Const(True)),
 )
-# dynamic=True makes a module's floats inputs of the graph, in float64
-EPS = OneOf(
-    (number("eps"), Var("eps_tensor"), Call((prims.convert_element_type.default,), (Var("eps_tensor"), anything())))
-)
+# A tensor where Dynamo makes a module's floats inputs of the graph, in float64: under dynamic=True, and for a class of
+# modules or a function that it has seen with two values.
+EPS = OneOf((number("eps"), in_float32(Var("eps_tensor"))))
 NORMALISED = mul(X, Call((aten.rsqrt.default,), (add(MEAN_OF_SQUARES, EPS),)), dtype=F32)
 ROUNDED = convert_to(NORMALISED, "dtype", HALVES)
 
 # weight + offset in float32, where Gemma stores weights around zero
 OFFSET_WEIGHT = Call((aten.add.Tensor, aten.add.Scalar), (in_float32(WEIGHT), number("offset")), dtype=F32)
-
-
-EPS_IS_A_TENSOR = (
-    "eps: eps is a tensor, as dynamic=True makes it; instead, use torch._dynamo.mark_dynamic on the dimensions that "
-    "vary, or torch._dynamo.config.specialize_float = True"
-)
 
 
 def _either(product: Call) -> Pattern:
@@ -80,15 +72,15 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
     if not same_shape(shape(root), shape(x)):
         return "the normalisation changes the shape"
     eps = found.inputs.get("eps_tensor")
-    if eps is not None and len(shape(eps)) > 0:
-        return f"what is added to the mean square, {eps.name}, is not one number"
+    if eps is not None and (len(shape(eps)) > 0 or dtype(eps) not in (*FLOATS, torch.float64)):
+        return f"what is added to the mean square, {eps.name}, is not one floating-point number"
     attributes = {"offset": None, "cast_first": False} | dict(found.attributes)
     features = frozenset() if attributes["offset"] is None else frozenset({"offset"})
-    return Completion(attributes, features, refusal=None if eps is None else EPS_IS_A_TENSOR)
+    return Completion(attributes, features)
 
 
 def _form(name: str, pattern: Pattern) -> Form:
-    return Form("rms_norm", name, pattern, output="value", complete=_complete)
+    return Form("rms_norm", name, pattern, output="value", complete=_complete, rows=("x",))
 
 
 FORMS = (
@@ -133,6 +125,7 @@ RESIDUAL_FORMS = (
                 value=lambda node, steps: dtype(node),
             ),
         ),
+        rows=("x", "residual"),
         serves="rms_norm",
     ),
 )

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from aiter_fusion import platform
 from aiter_fusion.providers import aiter as adapter
-from aiter_fusion.providers.aiter import all_reduce, entry_points, library
+from aiter_fusion.providers.aiter import all_reduce, entry_points, hipblaslt
 
 DATA = json.loads((Path(__file__).parent / "data" / "aiter_api.json").read_text())
 VERSIONS: list[str] = DATA["tags"]
@@ -97,7 +97,8 @@ class Double:
         self.calls: list[tuple[str, SimpleNamespace]] = []
         self.computes = dict(COMPUTES)
         self.extensions = 0
-        self.tuning: str | None = None
+        self.has_kernel: Callable[[int, int, int], bool] = lambda rows, n, k: True  # hipBLASLt, for a shape
+        self.tuned: list[tuple[int, int, int]] = []
         self._signatures = signatures or {}
         self._libraries: list[torch.library.Library] = []
         self._modules: dict[str, ModuleType] = {}
@@ -125,7 +126,7 @@ class Double:
         monkeypatch.setattr(platform, "why_no_aiter", lambda: None)
         monkeypatch.setattr(platform, "architecture", lambda device=0: self.arch)
         monkeypatch.setattr(adapter, "DEVICE", "cpu")
-        monkeypatch.setattr(library, "_created", set())
+        monkeypatch.setattr(hipblaslt, "known", hipblaslt.Known())
         monkeypatch.setattr(all_reduce, "_communicators", {})
         self._forget_answers()
         return self
@@ -134,6 +135,7 @@ class Double:
     def _forget_answers() -> None:
         adapter.missing.cache_clear()
         entry_points.probe.cache_clear()
+        entry_points.installed.cache_clear()
 
     def forget(self) -> None:
         """Take its operators back."""
@@ -392,17 +394,28 @@ def gemm_a8w8_blockscale(double: Double, a: SimpleNamespace) -> Tensor:
 
 @computes
 def hipb_create_extension(double: Double, a: SimpleNamespace) -> None:
+    """Makes the process's one handle anew, and forgets the one before."""
     double.extensions += 1
-    double.tuning = os.environ.get("HIP_ONLINE_TUNING")
 
 
 @computes
 def hipb_mm(double: Double, a: SimpleNamespace) -> Tensor:
-    assert double.extensions, "hipb_create_extension comes first"
+    assert double.extensions == 1, "hipb_create_extension comes first, and once"
     supported(double, a.mat1, a.mat2)
-    if double.tuning in ("1", "true") and a.mat1.shape[0] <= 512:
-        Path("hip_online_tuning_res.csv").touch()  # in the current directory
     (m, k), n = a.mat1.shape, a.mat2.shape[1]
+    since = VERSIONS.index(double.version)
+    tuned = os.environ.get("HIP_ONLINE_TUNING") in ("1", "true") and m <= 512
+    tuned = tuned and since >= VERSIONS.index("v0.1.10.post2")
+    if not double.has_kernel(m, n, k):
+        if tuned or since < VERSIONS.index("v0.1.12"):
+            raise SystemExit("hipBLAS error: exit(EXIT_FAILURE)")
+        raise RuntimeError(
+            f"hipblasLtMatmulAlgoGetHeuristic found 0 valid solutions for TN ({n}, {m}, {k}), intype: 1000, "
+            f"outtype: 14, use_rowwise: 1, bpreshuffle: {int(bool(a.bpreshuffle))}, request_solutions: 1"
+        )
+    if tuned:
+        double.tuned.append((m, n, k))
+        Path("hip_online_tuning_res.csv").touch()  # in the current directory
     assert (a.scaleA.shape, a.scaleB.shape) == ((m, 1), (1, n)), "or one element each"
     assert a.out_dtype == torch.bfloat16
     assert n >= 16
@@ -416,7 +429,8 @@ def hipb_mm(double: Double, a: SimpleNamespace) -> Tensor:
                 halves = tiles[i, j].view(2, 16, 16)
                 weight[i * 16 : i * 16 + 16, j * 32 : j * 32 + 32] = torch.cat([halves[0], halves[1]], 1)
         weight = weight.view(a.mat2.dtype)
-    y = product(a.mat1, weight) * a.scaleA * a.scaleB
+    by_rows = since >= VERSIONS.index("v0.1.6.post2")
+    y = product(a.mat1, weight) * (a.scaleA * a.scaleB if by_rows else a.scaleA[0] * a.scaleB[:, 0])
     return (y if a.bias is None else y + a.bias.to(F32)).to(a.out_dtype)
 
 

@@ -250,6 +250,13 @@ def q3_fnuz(y: Tensor) -> tuple[Tensor, ...]:
     return _saturated(y.float() / scale, FNUZ), scale
 
 
+def q3_one_for_zero(y: Tensor) -> tuple[Tensor, ...]:
+    """Hugging Face's loader of compressed-tensors; a NaN becomes 1 too."""
+    top = y.float().abs().amax(-1)
+    scale = torch.where(top > 0, top, torch.ones_like(top)) / 448.0
+    return _saturated(y.float() / scale.unsqueeze(-1)), scale
+
+
 def q4(y: Tensor) -> tuple[Tensor, ...]:
     scale = (y.abs().amax(-1).unsqueeze(-1).float() / 448.0).clamp(min=1 / (448.0 * 512.0))
     return _saturated(y.float() * scale.reciprocal()), scale

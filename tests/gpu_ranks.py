@@ -49,7 +49,8 @@ def arguments_of(
     weight = torch.randn(width, generator=generator, device=DEVICE).to(BF16)
     known = {"x": x, "other": other if pair else None, "group": group, "weight": weight}
     known |= {"residual": residual, "sum_dtype": BF16, "residual_dtype": BF16}
-    known |= {"scale": torch.full((), 0.02, device=DEVICE), "eps": 1e-6, "offset": None, "cast_first": True}
+    known |= {"scale": torch.full((), 0.02, device=DEVICE), "offset": None, "cast_first": True}
+    known |= {"eps": 1e-6, "eps_tensor": None}
     known |= {"dtype": BF16, "block": block, **STEPS}
     return {name: known[name] for name in op.arguments}
 

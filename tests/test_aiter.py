@@ -72,7 +72,8 @@ class Drive:
 
         quant = static(fp8) if "static" in features else quantiser(self.block or width, fp8)
         if self.family != "act_mul_quant":
-            given = {"x": tensor(*self.sizes), "weight": tensor(width)} | {"eps": 1e-5, "offset": None}
+            given = {"x": tensor(*self.sizes), "weight": tensor(width), "offset": None}
+            given |= {"eps": 1e-5, "eps_tensor": None}
             given |= {"cast_first": True, "dtype": self.dtype}
             if "add" in features:
                 given |= {"residual": tensor(*self.sizes), "sum_dtype": self.dtype, "residual_dtype": self.dtype}
@@ -96,6 +97,7 @@ DRIVES = {
         Drive(NORM, "", (3, 4096), 64),
         Drive(NORM, "", (2, 8192), 128),
         Drive(NORM, "", (1, 72)),
+        Drive(NORM, "", (4, 256), changes=(("factor_steps", "float32 unless_positive=1.0 div=240.0"),)),
         Drive(NORM, "", (4, 256), 16, changes=(("eps", 1e-2), ("factor_steps", "float32 clamp_min=1e-10 div=240.0"))),
         Drive(NORM, "", (2, 5120)),  # a scale for the row, where groups would be refused
         Drive(NORM, "", (5, 256), changes=(("offset", 1.0), ("cast_first", False))),
@@ -233,6 +235,12 @@ REFUSED = {
         NORM, "", (3, 256), changes=(("factor_steps", "div=448.0 float32"),)
     ),
     "has a floor of 0.001": Drive(NORM, "", (3, 256), changes=(("factor_steps", "float32 clamp_min=0.001 div=240.0"),)),
+    "has a floor of 1.43051e-05": Drive(
+        NORM, "", (3, 256), dtype=F16, changes=(("factor_steps", "div=240.0 if_zero=1.0 float32"),)
+    ),
+    "divide by the scale that is given: 'if_zero=1.0'": Drive(
+        NORM, "static", (3, 256), changes=(("factor_steps", "if_zero=1.0"),)
+    ),
     "not a dequantisation scale": Drive(NORM, "", (3, 256), changes=(("scale_steps", "div=240.0 reciprocal float32"),)),
     "not clamped to 240": Drive(NORM, "static", (3, 256), changes=(("value_steps", "float32 div_scale"),)),
     "not divided by the scale": Drive(NORM, "", (3, 256), changes=(("value_steps", "float32 mul_scale"),)),
@@ -272,7 +280,7 @@ def test_gaps_between_rows(name: str, double: Double) -> None:
 def test_an_op_that_aiter_is_not_called_for(double: Double) -> None:
     op, arguments = Drive(NORM, "", (5, 256)).arguments(double.fp8)
     outside = replace(op, family="of_somebody")  # a family that no preference is about
-    assert AITER.refuse(outside, arguments) == "this version of aiter_fusion calls none of its kernels for it"
+    assert AITER.why_not(outside, arguments) == "it declares no kernel for of_somebody"
     assert AITER.unwanted(outside, arguments) is None
 
 
@@ -331,11 +339,11 @@ def test_a_graph(double: Double) -> None:
     exact = checked(fn, provider="aiter", numerics="exact")
     with torch.no_grad():
         exact.call(*inputs)
-    assert exact.report.sites[0].reason == "numerics: aiter does not keep the graph's roundings"
+    assert exact.report.sites[0].reason == "numerics: aiter: it does not keep the graph's roundings"
 
 
 def test_named_without_aiter() -> None:
-    with pytest.raises(RuntimeError, match="provider='aiter' cannot run here: AMD's AITER is not installed"):
+    with pytest.raises(RuntimeError, match="provider='aiter' cannot run here: AITER needs a ROCm build of PyTorch"):
         Backend(provider="aiter")
 
 
@@ -405,11 +413,13 @@ def test_a_release_that_is_known_to_be_wrong(version: str, make: Callable[..., D
 
 def test_known_bad_releases() -> None:
     known = {version.removeprefix("v") for version in aiter_double.VERSIONS}
-    for name, (versions, _) in entry_points.KNOWN_BAD.items():
+    for name, faults in entry_points.KNOWN_BAD.items():
         assert name in aiter_double.DATA["functions"]
-        assert known.issuperset(versions)
-    assert entry_points.known_bad("add_rmsnorm_quant", "0.1.10.post1+rocm7.2.manylinux_2_28") is not None
-    assert entry_points.known_bad("add_rmsnorm_quant", None) is None
+        assert all({str(fault.first), str(fault.mended)} <= known for fault in faults)
+    for bad in ("0.1.10.post1+rocm7.2.manylinux_2_28", "v0.1.10.post2", "0.1.10.post3.dev7+g1234567"):
+        assert entry_points.known_bad("add_rmsnorm_quant", bad) is not None
+    for good in ("0.1.10", "0.1.10.post3+rocm7.2", "0.1.20.post2.dev4", "", "unknown", None):
+        assert entry_points.known_bad("add_rmsnorm_quant", good) is None
 
 
 # ---- faults, seeded: each must be caught ---------------------------------------------------------------------------
@@ -532,5 +542,15 @@ def test_scale_programs() -> None:
     assert scale_of("float32 clamp_min=1e-12 div=240.0 reciprocal") == pytest.approx((1 / 240, 1e-12, True))
     assert scale_of("float32 div=448.0 clamp_min=0.5 reciprocal") == pytest.approx((1 / 448, 224.0, True))
     assert scale_of("reciprocal mul=448.0 clamp_max=2.0") == pytest.approx((1 / 448, 224.0, True))
-    for other in ("div=448.0 log2 ceil exp2", "clamp_max=3.0 div=448.0", "reciprocal clamp_min=2.0", "mul=-1.0"):
+    assert scale_of("unless_positive=1.0 div=448.0") == (1 / 448, 2.0**-149, False)
+    assert scale_of("float32 div=448.0 if_zero=1.0") == pytest.approx((1 / 448, 448 * 2.0**-149, False))
+    # half precision has rows with values that become 0 when they are divided
+    assert scale_of("div=448.0 if_zero=1.0 float32", F16) == pytest.approx((1 / 448, 448 * 2.0**-24, False))
+    for other in (
+        "div=448.0 log2 ceil exp2",
+        "clamp_max=3.0 div=448.0",
+        "reciprocal clamp_min=2.0",
+        "mul=-1.0",
+        "reciprocal if_zero=1.0",
+    ):
         assert scale_of(other) is None

@@ -43,7 +43,16 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: None)
     assert platform.aiter().answer == platform.ABSENT
     assert not aiter_fusion.is_aiter_found()
-    assert "pip install amd-aiter" in str(platform.why_no_aiter())
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert platform.why_no_aiter() == (  # not that AITER be installed, which would not help
+        f"AITER needs a ROCm build of PyTorch, and this is {torch.__version__}: "
+        "https://pytorch.org/get-started/locally says how to install one"
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert platform.why_no_aiter() == (
+        "AMD's AITER is not installed: install a wheel from https://github.com/ROCm/aiter/releases, or build it from "
+        "https://github.com/ROCm/aiter"
+    )
 
 
 @pytest.mark.parametrize("amd_too", [False, True], ids=["alone", "in AMD's folder"])
@@ -52,7 +61,7 @@ def test_the_unrelated_library(install: Install, amd_too: bool) -> None:
     install(azip="", join_aiters="", **(AMD if amd_too else {}))
     found = platform.aiter()
     assert found.answer == platform.UNRELATED
-    assert "pip uninstall aiter; then build it from https://github.com/ROCm/aiter" in found.detail
+    assert "pip uninstall aiter; then install a wheel from https://github.com/ROCm/aiter/releases" in found.detail
     assert not aiter_fusion.is_aiter_found()
     assert "aiter" not in sys.modules
 

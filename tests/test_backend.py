@@ -174,7 +174,7 @@ BAD = [
     ({"enable": ["act_mul_quant"], "disable": ["act_mul_quant"]}, "act_mul_quant in both 'enable' and 'disable'"),
     ({"expect": {"rms": 1}}, "expect: no fusion is called 'rms'"),
     ({"expect": {"rms_norm_quant": "4"}}, "counts are whole numbers"),
-    ({"provider": "aiter"}, "provider='aiter' cannot run here: AMD's AITER is not installed: "),
+    ({"provider": "aiter"}, "provider='aiter' cannot run here: AITER needs a ROCm build of PyTorch, and this is "),
     ({"provider": "triton"}, "provider='triton' cannot run here: "),
 ]
 

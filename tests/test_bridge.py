@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion import bridge
+from aiter_fusion import bridge, platform
 from aiter_fusion.op import FusedOp
 from aiter_fusion.ops import mla, moe
-from aiter_fusion.ops.gemm import shuffled, unshuffled
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import BRIDGE_PROVIDERS
-from aiter_fusion.providers.aiter import entry_points, library
+from aiter_fusion.providers.aiter import entry_points, hipblaslt, library
+from aiter_fusion.providers.tiles import shuffled, unshuffled
 from aiter_fusion.registry import REGISTRY
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -107,7 +110,7 @@ def test_torch_s_own_product(family: str) -> None:
     models.need_scaled_rows()
     op, count = OPS[family], 0
     for arguments in op.samples():
-        if BRIDGE_PROVIDERS["torch"].refuse(op, arguments) is None:
+        if BRIDGE_PROVIDERS["torch"].why_not(op, arguments) is None:
             have = results(op, op.target(*arguments.values(), "torch"))
             assert alike(op.reference(**arguments)["y"], have["y"])
             count += 1
@@ -134,9 +137,9 @@ def test_unknown_names() -> None:
     arguments = next(OPS["fused_moe"].samples())
     with pytest.raises(ValueError, match="'relu' is none of silu, gelu"):
         OPS["fused_moe"].target(*(arguments | {"activation": "relu"}).values(), "reference")
-    with pytest.raises(RuntimeError, match="rms_norm by aiter: AMD's AITER is not installed"):
+    with pytest.raises(RuntimeError, match="rms_norm by aiter: AITER needs a ROCm build of PyTorch"):
         bridge.rms_norm(x, w, 1e-5, provider="aiter")
-    with pytest.raises(RuntimeError, match="rms_norm by torch: PyTorch has no one operation for it"):
+    with pytest.raises(RuntimeError, match="rms_norm by torch: it declares no kernel for rms_norm"):
         bridge.rms_norm(x, w, 1e-5, provider="torch")
     with pytest.raises(ValueError, match=r"a weight of 16 x 48 .* has no shuffled form"):
         shuffled(torch.zeros(16, 48, dtype=FN))
@@ -460,24 +463,194 @@ def test_hipb_mm_says_all_that_stands_against_it(
     assert str(AITER.refuse(op, arguments)).startswith("the GPU is gfx1201, not an MI300 or MI350; a and b are")
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def hipb(m: int, n: int = 48, k: int = 64, *, is_shuffled: bool = True, bias: bool = False) -> dict[str, Any]:
+    """Arguments of ``hipb_mm_fp8``, in its order, and under ``weight`` the weight row by row."""
+    generator = torch.Generator().manual_seed(m)
+    weight = torch.randn(n, k, generator=generator).to(FNUZ)
+    return {
+        "a": torch.randn(m, k, generator=generator).to(FNUZ),
+        "b": (shuffled(weight).view(n, k) if is_shuffled else weight).t(),
+        "a_scale": torch.rand(m, 1, generator=generator) + 0.5,
+        "b_scale": torch.rand(1, n, generator=generator) + 0.5,
+        "bias": torch.randn(n, generator=generator).to(BF16) if bias else None,
+        "dtype": BF16,
+        "b_is_shuffled": is_shuffled,
+        "weight": weight,
+    }
+
+
+def by_hipb(given: dict[str, Any], provider: str = "aiter") -> Tensor:
+    return OPS["hipb_mm_fp8"].target(*(given[name] for name in OPS["hipb_mm_fp8"].arguments), provider)
+
+
+def otherwise(given: dict[str, Any], provider: str = "aiter") -> Tensor:
+    """What ``gemm_a8w8`` makes of the same operands."""
+    scales = given["a_scale"], given["b_scale"]
+    return OPS["gemm_a8w8"].target(given["a"], given["weight"], *scales, given["bias"], BF16, provider)
+
+
+@pytest.mark.parametrize("is_shuffled", [True, False], ids=["shuffled", "in rows"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_shape_without_a_kernel_is_computed_otherwise(
+    is_shuffled: bool, bias: bool, make: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where AITER says that hipBLASLt has none, and there only; said once for a weight's size."""
+    double = make()
+    double.has_kernel = lambda rows, n, k: rows not in (5, 7)
+    bits = {}
+    for m in (5, 16, 7, 5):
+        given = hipb(m, is_shuffled=is_shuffled, bias=bias)
+        before = given["b"].t().contiguous().view(torch.uint8).clone()
+        bits[m] = by_hipb(given)
+        assert same_bits(bits[m], otherwise(given))
+        assert torch.equal(before, given["b"].t().view(torch.uint8))
+    # asked once for each number of rows; what follows each failure, and each comparison, is the other product
+    assert [name for name in double.called if name == "hipb_mm"] == ["hipb_mm"] * 3
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(
+        f"hipBLASLt cannot compute 5 x 64 by a {'shuffled ' if is_shuffled else ''}weight of 48 x 64 in "
+        f"torch.float8_e4m3fnuz{', with a bias' if bias else ''} (hipblasLtMatmulAlgoGetHeuristic found 0 valid"
+    )
+    assert "computed by aiter_fusion::gemm_a8w8 of provider aiter instead" in warning
+
+
+UNSOLVED_FAULTS: dict[str, Callable[..., Any]] = {
+    "tiles taken for rows": lambda arguments: {"w": shuffled(arguments["w"]).view(48, 64)},
+    "the bias forgotten": lambda arguments: {"bias": None},
+    "scales swapped": lambda arguments: {"x_scale": arguments["x_scale"].flip(0)},
+}
+
+
+@pytest.mark.parametrize("fault", UNSOLVED_FAULTS)
+def test_a_faulty_detour_is_caught(fault: str, make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
+    double, given = make(), hipb(5, bias=True)
+    double.has_kernel = lambda rows, n, k: False
+    want = otherwise(given)
+    assert same_bits(by_hipb(given), want)
+    run = BRIDGE_PROVIDERS["aiter"].run
+    faulty = UNSOLVED_FAULTS[fault]
+
+    def wrong(op: FusedOp) -> Callable[..., Any]:
+        return run(op) if op.family != "gemm_a8w8" else lambda **arguments: run(op)(**(arguments | faulty(arguments)))
+
+    monkeypatch.setitem(hipblaslt.BRIDGE_PROVIDERS, "aiter", dataclasses.replace(AITER, run=wrong))
+    assert not same_bits(by_hipb(given), want)
+
+
+def test_the_detour_without_aiter_s_other_product(
+    make: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    models.need_scaled_rows()
+    double, given = make(signatures={"gemm_a8w8": "(a, b)"}), hipb(5)
+    double.has_kernel = lambda rows, n, k: False
+    assert alike(OPS["gemm_a8w8"].reference(**arguments_of_gemm(given))["y"], by_hipb(given))
+    assert same_bits(otherwise(given, "torch"), by_hipb(given))
+    assert "computed by aiter_fusion::gemm_a8w8 of provider torch instead" in warnings_of(caplog)[0]
+
+
+def arguments_of_gemm(given: dict[str, Any]) -> dict[str, Any]:
+    names = {"x": "a", "w": "weight", "x_scale": "a_scale", "w_scale": "b_scale", "bias": "bias", "dtype": "dtype"}
+    return {name: given[other] for name, other in names.items()}
+
+
+def test_other_errors_of_hipb_mm_are_raised(make: Callable[..., Double]) -> None:
+    double = make()
+
+    def broken(double: Double, a: Any) -> Tensor:
+        raise RuntimeError("HIP error: an illegal memory access was encountered")
+
+    double.computes["hipb_mm"] = broken
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        by_hipb(hipb(5))
+
+
+def test_one_handle_in_a_process(
+    make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """AITER has one, of the device of the first call; another device's calls go to the other product."""
+    double = make()
+    by_hipb(hipb(5))
+    assert (double.extensions, hipblaslt.known.device) == (1, 0)
+    monkeypatch.setattr(hipblaslt.known, "device", 1)
+    given = hipb(6)
+    assert same_bits(by_hipb(given), otherwise(given))
+    assert double.extensions == 1
+    assert "(AITER has one handle of hipBLASLt in a process, and it is of device 1)" in warnings_of(caplog)[0]
+
+
 def test_tuning(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The extension once; tuning decided before it, and only if wanted; its file where it is wanted."""
-    arguments = arguments_of("hipb_mm_fp8", double := make())
-    here = Path.cwd()
+    """Only if wanted, for shapes that have a kernel; its file where it is wanted, the process as it was afterwards."""
+    double, here = make(), Path.cwd()
+    double.has_kernel = lambda rows, n, k: rows != 7
     monkeypatch.delenv("HIP_ONLINE_TUNING", raising=False)
     for _ in range(2):
-        OPS["hipb_mm_fp8"].target(*arguments.values(), "aiter")
-    assert (double.extensions, double.tuning) == (1, None)
+        by_hipb(hipb(5))
+    assert double.tuned == []
     assert double.called == ["hipb_create_extension", "hipb_mm", "hipb_mm"]
 
-    monkeypatch.setattr(library, "_created", set())
-    monkeypatch.setenv("HIP_ONLINE_TUNING", "0")  # to be restored
-    monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
-    OPS["hipb_mm_fp8"].target(*arguments.values(), "aiter")
-    assert (double.extensions, double.tuning) == (2, "1")
-    assert (tmp_path / "tuned" / "hip_online_tuning_res.csv").is_file()
+    folder = tmp_path / "tuned"
+    monkeypatch.setenv("AITER_FUSION_TUNING", str(folder))
+    for m in (5, 5, 7, 600):  # what has no kernel would end the process, were it tuned
+        given = hipb(m)
+        assert alike(otherwise(given), by_hipb(given))
+    assert double.tuned == [(5, 48, 64)] * 2
+    assert (folder / "hip_online_tuning_res.csv").is_file()
     assert Path.cwd() == here
-    assert os.environ["HIP_ONLINE_TUNING"] == "1"
+    assert "HIP_ONLINE_TUNING" not in os.environ
+    assert double.extensions == 1
+
+    monkeypatch.delenv("AITER_FUSION_TUNING")
+    monkeypatch.setenv("HIP_ONLINE_TUNING", "true")  # asked of AITER itself: in the current directory
+    monkeypatch.chdir(tmp_path)
+    for m in (6, 7):
+        by_hipb(hipb(m))
+    assert double.tuned[2:] == [(6, 48, 64)]
+    assert os.environ["HIP_ONLINE_TUNING"] == "true"
+
+
+def test_tuning_by_releases_that_cannot(
+    make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    double = make("v0.1.10.post1")
+    arguments = arguments_of("hipb_mm_fp8", double)
+    said = "AITER_FUSION_TUNING is set, and AITER 0.1.10.post1 tunes nothing: it does from v0.1.10.post2 on"
+    assert said not in str(AITER.refuse(OPS["hipb_mm_fp8"], arguments))
+    monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
+    assert said in str(AITER.refuse(OPS["hipb_mm_fp8"], arguments)).split("; ")
+
+
+def test_tuning_that_has_no_effect(
+    make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By one that does not tell its version, or has no memory left to tune with."""
+    double = make()
+    monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
+    double.computes["hipb_mm"] = lambda double, a: torch.zeros(a.mat1.shape[0], a.mat2.shape[1], dtype=BF16)
+    monkeypatch.setattr(platform, "aiter_version", lambda: None)
+    for m in (5, 6):
+        by_hipb(hipb(m))
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("AITER of unknown version has tuned nothing, there is no ")
+    assert "it tunes from v0.1.10.post2 on, with more than 128 MiB of the GPU's memory free" in warning
+
+
+FIRST_ONES = "scales all rows and columns by the first one's scales (ROCm/aiter#1258, in 0.1.6.post2)"
+ENDS = "ends the process where hipBLASLt has no kernel for a shape (ROCm/aiter#2252, in 0.1.12)"
+
+
+@pytest.mark.parametrize(
+    ("version", "faults"),
+    [("v0.1.6.post1", f"{FIRST_ONES}, and {ENDS}"), ("v0.1.6.post2", ENDS), ("v0.1.11.post1", ENDS), ("v0.1.12", None)],
+)
+def test_hipb_mm_of_older_releases(version: str, faults: str | None, make: Callable[..., Double]) -> None:
+    """It binds in all of these."""
+    double = make(version)
+    why = AITER.refuse(OPS["hipb_mm_fp8"], arguments_of("hipb_mm_fp8", double))
+    assert why == (faults and f"aiter.hipb_mm of AITER {version} {faults}: upgrade AITER")
 
 
 def test_preferences_choose_for_every_feature(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,6 +679,8 @@ BINDS = {
     "fused_moe": "v0.1.1",
     "mla_decode_fwd": "v0.1.10.post2",
 }
+# Those with which it is called, where it is known to be wrong in some that it binds with.
+CALLED = {"add_rms_norm": "v0.1.1, not v0.1.10.post1 to v0.1.10.post1", "hipb_mm_fp8": "v0.1.12"}
 
 
 def spans(good: list[bool]) -> str:
@@ -517,13 +692,24 @@ def spans(good: list[bool]) -> str:
     return versions[first] + (f", not {versions[gaps[0]]} to {versions[gaps[-1]]}" if gaps else "")
 
 
+def is_bound(family: str, version: str) -> bool:
+    bridge = library.BRIDGES[family]
+    return aiter_double.binds([bridge.entry, *bridge.others], version)
+
+
+def is_called(family: str, version: str) -> bool:
+    return is_bound(family, version) and entry_points.known_bad(library.BRIDGES[family].entry.name, version) is None
+
+
 def test_binding_table(record_property: Callable[[str, object], None]) -> None:
-    found = {}
-    for family, entry in library.BRIDGES.items():
-        good = [aiter_double.binds([entry.entry, *entry.others], version) for version in aiter_double.VERSIONS]
-        found[family] = spans(good)
-        record_property("row", f"binds with AITER from {found[family]:36} on: {family}")
+    found, called = {}, {}
+    for family in library.BRIDGES:
+        found[family] = spans([is_bound(family, version) for version in aiter_double.VERSIONS])
+        called[family] = spans([is_called(family, version) for version in aiter_double.VERSIONS])
+        unlike = f" (called from {called[family]} on)" if called[family] != found[family] else ""
+        record_property("row", f"binds with AITER from {found[family]:36} on: {family}{unlike}")
     assert found == BINDS
+    assert called == BINDS | CALLED
 
 
 @pytest.mark.parametrize("version", ["v0.1.3", "v0.1.5", "v0.1.10", "v0.1.16.post6"])
@@ -531,9 +717,8 @@ def test_an_older_version(version: str, make: Callable[..., Double]) -> None:
     double = make(version)
     for family, op in OPS.items():
         arguments = arguments_of(family, double)
-        binds = aiter_double.binds([library.BRIDGES[family].entry, *library.BRIDGES[family].others], version)
         why = AITER.refuse(op, arguments)
-        assert (why is None) == binds, family
+        assert (why is None) == is_called(family, version), family
         if why is None:
             have = results(op, op.target(*arguments.values(), "aiter"))
             if "ids" not in have:
@@ -595,8 +780,29 @@ def test_a_faulty_adapter_is_caught(fault: str, make: Callable[..., Double], mon
         return next((name for name in op.outputs if not alike(want[name], have[name])), None)
 
     assert problem() is None
-    monkeypatch.setattr(library, "call", call)
+    for module in (library, hipblaslt):
+        monkeypatch.setattr(module, "call", call)
     assert problem() is not None
+
+
+def test_aiter_runs_on_the_device_of_its_tensors(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches on the one that is current."""
+    double, within = make(), []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        within.append(tensor)
+        yield
+        within.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    seen = []
+    for name, computes in double.computes.items():
+        double.computes[name] = lambda double, a, computes=computes: (seen.append(len(within)), computes(double, a))[1]
+    for family, op in OPS.items():
+        op.target(*arguments_of(family, double).values(), "aiter")
+    assert len(seen) >= len(OPS)
+    assert all(seen)
 
 
 def test_what_aiter_returns_is_checked(make: Callable[..., Double]) -> None:

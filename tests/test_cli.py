@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 import torch
 import torchao
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import cli
@@ -162,6 +167,16 @@ def test_without_matplotlib(saved: str, capsys: pytest.CaptureFixture[str], monk
     assert "pip install 'aiter-fusion[bench]'" in line
 
 
+def test_what_a_backend_raised_comes_unwrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def information() -> None:
+        raise BackendCompilerFailed(lambda: None, ValueError("a bad value\nand more"), None)
+
+    monkeypatch.setattr(cli, "information", information)
+    assert fails("info", capsys=capsys) == "aiter-fusion: error: a bad value"
+
+
 def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "aiter_fusion", "bench", "ops", "--from", "nothing.json"],
@@ -171,6 +186,49 @@ def test_as_a_module() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "aiter-fusion: error: [Errno 2] No such file or directory: 'nothing.json'\n"
+
+
+# ---- Streams -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("which", ["stdout", "stderr"])
+def test_a_reader_that_has_gone(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``| head``: the command ends as other programs do, without a word, and Python has nothing to flush."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, which, stream)
+        command = ["info"] if which == "stdout" else ["bench", "ops"]
+        assert cli.main(command) == 128 + signal.SIGPIPE
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def information() -> None:
+        raise BrokenPipeError("of another process")
+
+    monkeypatch.setattr(cli, "information", information)
+    with pytest.raises(BrokenPipeError, match="of another process"):
+        cli.main(["info"])
+
+
+def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes to the other one instead."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert cli.main(["bench", "ops", "--from", "nothing.json"]) == 2
+        patch.setattr(sys, "stdout", None)
+        assert cli.main(["info"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"gr\xf6\xdfe \ud83d"), ("utf-8", r"größe \ud83d")])
+def test_what_an_encoding_lacks(encoding: str, shown: str) -> None:
+    report = FusionReport((Site("rms_norm_quant", "token", "", "", SKIPPED, "level: no", "größe \ud83d"),), 1)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    cli._tell(report, Namespace(report=None, json=False), stream)
+    stream.seek(0)
+    assert shown in stream.read()
 
 
 # ---- A saved result ----------------------------------------------------------------------------------------------

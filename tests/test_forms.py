@@ -121,6 +121,57 @@ def test_dynamic_rows(quant: cases.QuantForm) -> None:
         assert all(r.replaced == {"rms_norm_quant": 1} for r in result.reports), result.report
 
 
+# How models put a number in the place of a maximum of 0, and the step that it is.
+CHOICES = {
+    "unless_positive=1.0": lambda m: torch.where(m > 0, m, torch.ones_like(m)),
+    "unless_positive=0.5": lambda m: torch.where(m > 0, m, 0.5),
+    "if_zero=0.25": lambda m: torch.where(m == 0, torch.tensor(0.25, dtype=m.dtype), m),
+    "if_zero=2.0": lambda m: m.masked_fill(m == 0, 2),
+    "if_zero=3.0": lambda m: torch.where(m != 0, m, 3),
+}
+# ... and what is none of them, however near.
+NO_CHOICES = (
+    lambda m: torch.where(m > 1e-3, m, 1),
+    lambda m: torch.where(m > 0, 1, m),
+    lambda m: torch.where(m <= 0, 1, m),  # keeps NaN
+    lambda m: torch.where(m > 0, m * 2, 1),
+    lambda m: torch.where(m + 1 > 0, m, 1),
+    lambda m: torch.where(m > 0, m, m[:1]),
+    lambda m: torch.where(m > 0, m, torch.ones(4, 6, 1)),
+    lambda m: torch.where((m > 0) & (m < 9), m, 1),
+    lambda m: torch.where(m.half() > 0, m, 1),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_number_for_zero(dtype: torch.dtype) -> None:
+    """Of the maximum, and of a given scale; rows of zeros and with NaN show the difference."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor, given: torch.Tensor) -> list[torch.Tensor]:
+        results = []
+        for number, choose in enumerate([*CHOICES.values(), *NO_CHOICES]):
+            value = cases.llama(x, w, 1e-6 * (number + 1))
+            scale = choose(value.to(dtype).abs().amax(-1, keepdim=True)).float() / 448.0
+            results += [(value / scale).to(cases.FN), scale]
+        static = cases.llama(x, w, 1.0)
+        return [*results, *cases.q2_static(static, torch.where(given == 0, 0.125, given))]
+
+    result = checked(fn)
+    with torch.no_grad():
+        for rows in ("zero", "nonfinite"):
+            inputs = cases.tensors(("x", "w", "scale"), (6,), torch.bfloat16, rows)
+            result.call(*inputs[:2], inputs[2] * (rows != "zero"))
+            assert result.oracle.identical, rows
+    converted = "" if dtype is torch.bfloat16 else "float32 "
+    after = " float32" if dtype is torch.bfloat16 else ""
+    steps = [f"{converted}{step}{after} div=448.0" for step in CHOICES]
+    (graph,) = result.oracle.graphs
+    calls = [n for n in graph.after.graph.nodes if getattr(n.target, "namespace", "") == "aiter_fusion"]
+    names = [[argument.name for argument in call.target._schema.arguments] for call in calls]
+    found = [call.args[of.index("factor_steps")] for call, of in zip(calls, names, strict=True)]
+    assert sorted(found) == sorted([*steps, "if_zero=0.125"])
+
+
 @pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.granularity != "tensor"], ids=lambda q: q.name)
 def test_no_rows(quant: cases.QuantForm) -> None:
     """Nothing in, nothing out. (The maximum of no tensor at all does not exist, in eager PyTorch either.)"""

@@ -15,10 +15,10 @@ from conftest import Checked, checked
 from torch import Tensor, nn
 
 import aiter_fusion
-from aiter_fusion import report
-from aiter_fusion.ops.gemm import unshuffled
+from aiter_fusion import bridge, report
 from aiter_fusion.passes.verify import same_bits
-from aiter_fusion.prepared import ShuffledWeight
+from aiter_fusion.prepared import ByTorchAO, ShuffledWeight
+from aiter_fusion.providers.tiles import unshuffled
 
 pytestmark = pytest.mark.skipif(
     not models.scales_rows(), reason="needs a torch whose _scaled_mm takes a scale for each row on a CPU: 2.12 or newer"
@@ -240,7 +240,9 @@ def test_prepare(double: Double) -> None:
     assert model[1].weight is weight
     with torch.no_grad():
         assert near(want, model(X))
-    assert double.called == ["hipb_create_extension", *["hipb_mm"] * 4]
+    # once for three numbers of rows and for three kinds of layers (two weights are alike), then the four layers
+    assert double.called == ["hipb_create_extension", *["hipb_mm"] * (3 * 3 + 4)]
+    assert [given.mat1.shape[0] for name, given in double.calls if name == "hipb_mm"] == [1, 16, 512] * 3 + [6] * 4
     assert all(given.bpreshuffle for name, given in double.calls if name == "hipb_mm")
     result = checked(model, provider="aiter", verify=True)
     with torch.no_grad():
@@ -314,13 +316,72 @@ def test_unfit_layers_stay_and_say_why(reason: str, double: Double, monkeypatch:
     assert found["1"].startswith("the GPU is gfx1201, not an MI300 or MI350")
 
 
+@pytest.mark.parametrize("rows", [1, 512])
+def test_layers_without_a_kernel_stay(rows: int, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is tried before a weight is touched, for all layers that share it; nothing is tuned meanwhile."""
+    double.has_kernel = lambda m, n, k: (m, n, k) != (rows, 128, 128)
+    monkeypatch.setenv("HIP_ONLINE_TUNING", "1")
+    model = layers(shared=True)
+    before = [m.weight for m in model]
+    done = aiter_fusion.prepare(model, provider="aiter")
+    assert done.layers == ("1", "2")
+    assert set(done.refused) == {"3", "4"}
+    assert done.refused["3"].startswith(
+        f"hipblasLtMatmulAlgoGetHeuristic found 0 valid solutions for TN (128, {rows}, 128), "
+    )
+    assert model[3].weight is model[4].weight is before[3]
+    assert double.tuned == []
+
+
+def test_a_prepared_layer_meets_a_shape_without_a_kernel(double: Double, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of a run, compiled or not: computed by the other product, the tiles as they were, said once."""
+    model = layers()
+    expected = copy.deepcopy(model)
+    aiter_fusion.prepare(model, provider="aiter")
+    linears: list[Any] = [m for m in model if isinstance(m, nn.Linear)]
+    tiles = [m.weight.data.tiles for m in linears]
+    size = sum(t.untyped_storage().nbytes() for t in tiles)
+    bits = [t.view(torch.uint8).clone() for t in tiles]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    few = X[:, :2].clone()
+    torch._dynamo.mark_dynamic(few, 1)
+    with torch.no_grad():
+        have = compiled(few)
+        double.has_kernel = lambda m, n, k: m != 6
+        # what the same layers give by AITER's other product, each from torchao's own values and scales
+        want = X
+        for layer in expected:
+            want = _by_gemm_a8w8(layer, want) if isinstance(layer, nn.Linear) else layer(want)
+        double.calls.clear()
+        for run in (compiled, model, compiled):
+            assert same_bits(want, run(X))
+        assert double.called.count("gemm_a8w8") == 3 * 3
+        assert double.called.count("hipb_mm") == 3  # each kind of layer asked once
+        assert same_bits(have, compiled(few))
+    assert double.called.count("hipb_mm") == 3 + 3
+    after = [m.weight.data.tiles for m in linears]
+    assert sum(t.untyped_storage().nbytes() for t in after) == size
+    assert all(same_bits(a, b.view(torch.uint8)) for a, b in zip(bits, after, strict=True))
+    warnings = [record.getMessage() for record in caplog.records if "hipBLASLt cannot compute" in record.getMessage()]
+    sizes = ["256 x 256", "128 x 256", "128 x 128"]
+    assert [f"weight of {size}" in warning for size, warning in zip(sizes, warnings, strict=True)] == [True] * 3
+
+
+def _by_gemm_a8w8(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight: Any = layer.weight
+    q, scale = ByTorchAO(weight.act_quant_kwargs)(x)
+    operands = q.reshape(-1, q.shape[-1]), weight.qdata, scale.reshape(-1, 1), weight.scale
+    y = bridge.gemm_a8w8(*operands, layer.bias, BF16, provider="aiter")
+    return y.reshape(*x.shape[:-1], -1)
+
+
 def test_prepare_without_aiter() -> None:
     model = layers()
     done = aiter_fusion.prepare(model)
     assert done.layers == ()
-    assert done.refused["1"].startswith("AMD's AITER is not installed: ")
+    assert done.refused["1"].startswith("AITER needs a ROCm build of PyTorch, and this is ")
     assert "AITER_FUSION_LINEAR_HIPBMM is off" in done.refused["1"]
-    with pytest.raises(RuntimeError, match="provider='aiter' cannot run here: AMD's AITER is not installed"):
+    with pytest.raises(RuntimeError, match="provider='aiter' cannot run here: AITER needs a ROCm build of PyTorch"):
         aiter_fusion.prepare(model, provider="aiter")
     with pytest.raises(ValueError, match="shuffled weights are read by auto, aiter and reference"):
         aiter_fusion.prepare(model, provider="torch")

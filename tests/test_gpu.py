@@ -121,7 +121,7 @@ ROWS = (0, 1, 3, 257)
 def same(op: FusedOp, **arguments: object) -> None:
     """Bit by bit what the reference computes on this GPU."""
     given = {name: arguments[name] for name in op.arguments}
-    assert PROVIDERS["triton"].refuse(op, given) is None
+    assert PROVIDERS["triton"].why_not(op, given) is None
     want = op.reference(**given)
     result = op.target(*given.values(), "triton")
     for name, have in zip(op.outputs, (result,) if isinstance(result, Tensor) else result, strict=True):
@@ -137,6 +137,7 @@ def norm_arguments(width: int, rows: int, dtype: torch.dtype = torch.bfloat16, *
         "residual_dtype": dtype,
         "weight": torch.randn(width, generator=torch.Generator().manual_seed(2)).to(dtype).cuda(),
         "eps": 1e-6,
+        "eps_tensor": None,
         "offset": None,
         "cast_first": True,
         "dtype": dtype,
@@ -424,3 +425,110 @@ def test_verify_and_memory() -> None:
             peaks.append(torch.cuda.max_memory_allocated() - before)
             del outputs
     assert peaks[0] <= peaks[1] + 2**20
+
+
+# ---- eps as a tensor ------------------------------------------------------------------------------------------
+
+
+def eps_in_tensors(eps: float) -> list[Tensor]:
+    """On the CPU, where the kernels are given the value, and on the GPU, where they load it."""
+    return [torch.tensor(eps, dtype=d, device=at) for at in ("cpu", "cuda") for d in (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    "features", REGISTRY.overloads("rms_norm_quant"), ids=lambda f: "_".join(sorted(f)) or "default"
+)
+def test_eps_in_a_tensor_is_the_number(features: frozenset[str]) -> None:
+    """The reference's bits where sums are exact; on random rows those of the kernel that has the number built in."""
+    op = REGISTRY.ops["rms_norm_quant", features]
+    random_rows = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+    for eps in (1e-6, 0.3):
+        for block in (0, 250, 1000) if "static" not in features else (0,):
+            number = norm_arguments(1000, 9, x=random_rows, block=block, eps=eps)
+            want = op.target(*(number[name] for name in op.arguments), "triton")
+            want = (want,) if isinstance(want, Tensor) else want
+            for tensor in eps_in_tensors(eps):
+                same(op, **norm_arguments(512, 9, block=block and 128, eps=None, eps_tensor=tensor))
+                given = number | {"eps": None, "eps_tensor": tensor}
+                have = op.target(*(given[name] for name in op.arguments), "triton")
+                assert all(map(same_bits, want, (have,) if isinstance(have, Tensor) else have))
+
+
+class Normed(torch.nn.Module):
+    """A norm whose eps is an attribute, and a quantiser."""
+
+    def __init__(self, eps: float | Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, torch.nn.Parameter(weight, requires_grad=False)
+
+    def added(self) -> float | Tensor:
+        return self.eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x, self.weight, self.added()))
+
+
+class NormedByTwice(Normed):
+    """What is added is computed from the attribute: in the graph, on the CPU, if that is an input."""
+
+    def added(self) -> float | Tensor:
+        return self.eps * 2
+
+
+EPSILONS = (1e-6, 0.25, 3.0)
+
+
+def outputs_by_eps(kind: type[Normed], x: Tensor, weight: Tensor) -> dict[float, Any]:
+    return {eps: original(kind(eps, weight), x) for eps in EPSILONS}
+
+
+@pytest.mark.parametrize("provider", ["triton", "reference"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", [Normed, NormedByTwice])
+def test_a_module_s_eps(kind: type[Normed], dynamic: bool | None, mode: str | None, provider: str) -> None:
+    """Two modules of a class, and one whose eps changes: each call has the bits of its eps, and waits for nothing."""
+    x, _, weight, _ = inputs_of_block(64)
+    wants = outputs_by_eps(kind, x, weight)
+    assert not same_bits(wants[0.25][1], wants[3.0][1])
+    torch._dynamo.reset()
+    aiter_fusion.reset()
+    options: Any = {"mode": mode} if mode else {}
+    backend = aiter_fusion.Backend(provider=provider)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        for eps in EPSILONS[:2]:
+            module = kind(eps, weight)
+            compiled = torch.compile(module, backend=backend, options=options, dynamic=dynamic)
+            for _ in range(4):  # with CUDA graphs: warm-up, capture, replay
+                have = [t.clone() for t in compiled(x)]
+                assert all(map(same_bits, wants[eps], have))
+        for eps in EPSILONS[::-1]:
+            module.eps = eps
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                have = [t.clone() for t in compiled(x)]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert all(map(same_bits, wants[eps], have)), eps
+    reports = aiter_fusion.reports()
+    assert len(reports) <= 2
+    assert [r.replaced for r in reports] == [{"rms_norm_quant": 1}] * len(reports)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_an_eps_on_the_gpu(mode: str | None, dtype: torch.dtype) -> None:
+    """Its value is read when the kernel runs, also when that is replayed."""
+    x, _, weight, _ = inputs_of_block(64)
+    wants = outputs_by_eps(Normed, x, weight)
+    torch._dynamo.reset()
+    aiter_fusion.reset()
+    module = Normed(torch.nn.Buffer(torch.zeros((), dtype=dtype, device="cuda")), weight)
+    options: Any = {"mode": mode} if mode else {}
+    compiled = torch.compile(module, backend=aiter_fusion.Backend(provider="triton"), options=options)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        for eps in (*EPSILONS, *EPSILONS):
+            module.eps.fill_(eps)
+            have = [t.clone() for t in compiled(x)]
+            assert all(map(same_bits, wants[eps], have)), eps
+    assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 1}]

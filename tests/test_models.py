@@ -53,7 +53,7 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     result = checked(model, verify=True, dynamic=dynamic or None)
     if sizes == "marked":
         torch._dynamo.mark_dynamic(tokens, 1)
-    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=dynamic):
+    with torch.no_grad():
         result.call(tokens, use_cache=False)
     made = result.report
     record_property("row", f"{family} {quantisation} {sizes}: {made.summary()}")
@@ -88,26 +88,6 @@ def test_the_activation_of_gpt_oss_itself() -> None:
             result.call(*cases.tensors(("x2",), (6,), torch.bfloat16, rows))
     assert result.oracle.identical
     assert result.variants == ["act_mul_quant:packed+token"]
-
-
-def test_all_dynamic_without_the_remedy() -> None:
-    """Floats of modules become inputs: the norms are skipped, with what to do about it."""
-    model = models.build("Llama")
-    models.QUANTISATIONS["PerTensor"](model)
-    tokens = models.tokens(2)
-    expected, _ = models.expected(model, "PerTensor", tokens)
-    result = checked(model, dynamic=True)
-    with torch.no_grad():
-        result.call(tokens, use_cache=False)
-    made = result.report
-    assert result.oracle.identical
-    assert made.replaced == {"act_mul_quant": expected["act_mul_quant"]}
-    assert [site.family for site in made.skipped] == ["rms_norm_quant"] * expected["rms_norm_quant"]
-    for site in made.skipped:
-        assert site.reason.startswith("eps: ")
-        assert "torch._dynamo.mark_dynamic" in site.reason
-        assert "torch._dynamo.config.specialize_float = True" in site.reason
-    assert made.unaccounted == 0
 
 
 @pytest.mark.parametrize("family", models.FAMILIES if ALL else ("torch.nn", "SGLang"))

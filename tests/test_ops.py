@@ -48,7 +48,7 @@ def sampled(op: FusedOp, provider: str) -> Iterator[dict[str, Any]]:
     for arguments in op.samples():
         given = {name: arguments[name] for name in op.arguments}
         given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-        if PROVIDERS[provider].refuse(op, given) is None:
+        if PROVIDERS[provider].why_not(op, given) is None:
             yield given
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import collective
 from aiter_fusion.providers.triton import all_reduce
@@ -134,3 +135,23 @@ def test_a_rank_that_does_not_come(
     for rank in group.ranks[:absent]:
         with pytest.raises(all_reduce.LateRankError, match=f"rank {absent} did not take part"):
             rank.check()
+
+
+@pytest.mark.parametrize("way", ["one_shot", "two_shot"])
+def test_eps_in_a_tensor_is_the_number(way: str, together: Callable[[int, int], Ranks]) -> None:
+    """The bits of the kernel that has the number built in, for a tensor on the CPU and one on the GPU."""
+    group = together(2, 16)
+
+    def call(op: FusedOp, **eps: object) -> list[Outputs]:
+        return group.call(
+            way, op, lambda rank: gpu_ranks.arguments_of(rank, str(rank), op, 5, 512, 128, 0, False) | eps
+        )
+
+    for family, features in (("all_reduce_rms_norm", {"add"}), ("all_reduce_rms_norm_quant", {"add", "value"})):
+        op = REGISTRY.ops[family, frozenset(features)]
+        want = call(op, eps=0.3)
+        for device in ("cpu", "cuda"):
+            have = call(op, eps=None, eps_tensor=torch.tensor(0.3, dtype=torch.float64, device=device))
+            for rank in (0, 1):
+                assert all(same_bits(want[rank][name], have[rank][name]) for name in op.outputs)
+        assert not same_bits(want[0]["value"], call(op)[0]["value"])

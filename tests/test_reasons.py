@@ -66,17 +66,6 @@ def defective(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
     yield from sites()
 
 
-class Norm(torch.nn.Module):
-    """A norm whose eps is a float attribute, as in Hugging Face's modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eps = 1e-6
-
-    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        return cases.q3_tensor(cases.llama(x, w, self.eps))
-
-
 def two_kinds(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     y = cases.llama(x, w)
     return (*cases.q3(y), *cases.q7(128)(y))
@@ -119,7 +108,6 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "level": lambda patch: sites(level=1, fn=cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),
     "training": lambda patch: sites(lambda x, w: [t.float().sum() for t in SITE(x, w)], grad=True),
-    "eps": lambda patch: sites(Norm(), dynamic=True),
     "numerics": lambda patch: refusing(patch, exact=False),
     "no_kernel": nowhere,
     "provider": lambda patch: refusing(patch, refuse=lambda op, arguments: "rows are too long"),

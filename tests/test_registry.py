@@ -21,10 +21,11 @@ from torch import Tensor
 
 import aiter_fusion
 from aiter_fusion import config
+from aiter_fusion.domains import Number, OneOf, Sizes, Tensors
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.manager import compose
+from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.patterns.language import Call, Const, Form, Fusion, Var, aten
-from aiter_fusion.providers import Provider, candidates
+from aiter_fusion.providers import Provider, Terms, candidates
 from aiter_fusion.registry import REGISTRY, known
 from aiter_fusion.stage import Family
 from aiter_fusion.stages.norm import RMS_NORM
@@ -152,6 +153,12 @@ def test_a_provider(own: ModuleType) -> None:
     """A kernel for the op: asked for by name, chosen where it accepts, with its reason where it refuses."""
     before, calls = uuid(), []
     plain = REGISTRY.ops["rms_norm_int8", frozenset()]
+    tensors, flag = Tensors((BF16,)), OneOf((True, False))
+    mine_takes = Terms(
+        {"x": tensors, "weight": tensors, "eps": Number(), "eps_tensor": OneOf((None,)), "offset": OneOf((None,))}
+        | {"cast_first": flag, "dtype": OneOf((BF16,))},
+        hidden=Sizes(32, 256, multiple=32),
+    )
 
     def kernel(**arguments: object) -> dict[str, Tensor]:
         calls.append(arguments)
@@ -160,9 +167,10 @@ def test_a_provider(own: ModuleType) -> None:
     mine = Provider(
         "mine",
         missing=lambda: None,
-        refuse=lambda op, arguments: None if op.family == own.FAMILY.op else f"it has no kernel for {op.family}",
+        refuse=lambda op, arguments: None,
         run=lambda op: kernel,
         exact=True,
+        terms=lambda op: mine_takes if op is plain else None,
     )
     assert aiter_fusion.register_provider(mine) is mine
     with pytest.raises(ValueError, match="providers: mine is registered already"):
@@ -171,7 +179,14 @@ def test_a_provider(own: ModuleType) -> None:
     (done,) = fused(site(own), *inputs, provider="mine").report.sites
     assert (done.status, done.provider, len(calls)) == ("replaced", "mine", 1)
     (refused,) = fused(lambda x, w: cases.q3(cases.llama(x, w)), *inputs, provider="mine").report.sites
-    assert refused.reason == "provider: mine: it has no kernel for rms_norm_quant"
+    assert refused.reason == "provider: mine: it declares no kernel for rms_norm_quant"
+    (wide,) = fused(
+        site(own), torch.ones(4, 512, dtype=BF16), torch.ones(512, dtype=BF16), provider="mine"
+    ).report.sites
+    assert wide.reason == "provider: mine: hidden size 512 exceeds 256"
+    (other,) = fused(site(own), *cases.tensors(("x", "w"), (4,), torch.float32, "normal"), provider="mine").report.sites
+    assert other.reason == "provider: mine: x is torch.float32, which is none of torch.bfloat16"
+    assert len(calls) == 1
     assert candidates("auto", "cuda")[-1] is mine
     assert [provider.name for provider in candidates("auto", "cpu")] == ["reference"]
     assert uuid() != before
@@ -179,6 +194,27 @@ def test_a_provider(own: ModuleType) -> None:
     assert uuid() == before
     with pytest.raises(ValueError, match="providers: mine is not registered"):
         aiter_fusion.unregister(mine)
+
+
+def test_what_processes_take_jointly(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fusion from outside that all processes must take or none: what one has in its cache, it asks about again."""
+    aiter_fusion.unregister(own.FAMILY)
+    collective = Family("rms_norm_int8", (INPUT, RMS_NORM, replace(own.INT8, collective=True)))
+    aiter_fusion.register_family(collective)
+    x, w = cases.tensors(("x", "w"), (4,), BF16, "normal")
+    for unlike, cached, status in (
+        (None, False, "replaced"),
+        (None, True, "replaced"),
+        ("level is 3", False, "skipped"),
+    ):
+        monkeypatch.setattr(PassManager, "why_unlike", lambda self, why=unlike: why)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(site(own), backend="aiter_fusion")(x, w)
+        made = aiter_fusion.reports()[-1]
+        assert (made.from_cache, [s.status for s in made.sites]) == (cached, [status])
+    aiter_fusion.unregister(collective)
+    aiter_fusion.register_family(own.FAMILY)  # as the fixture left it
 
 
 # ---- The cache key -----------------------------------------------------------------------------------------------

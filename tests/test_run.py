@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import fails, run
+from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
-from aiter_fusion import cli
-from aiter_fusion.report import SKIPPED, FusionReport, Site
+from aiter_fusion import backend, cli, config
+from aiter_fusion.report import SKIPPED, FusionReport, Site, keep
 from aiter_fusion.run import default_backend, run_script
 
 TESTS = Path(__file__).parent
@@ -54,10 +55,12 @@ sys.exit(int(sys.argv[1]))
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Write a script; what running it changes of this process is undone."""
-    monkeypatch.setenv("AITER_FUSION_LEVEL", "3")  # so that what -O sets is undone too
+    for name in ("LEVEL", "PROVIDER", "DISABLE"):  # empty is not set; so that what options set is undone too
+        monkeypatch.setenv(f"AITER_FUSION_{name}", "")
     monkeypatch.chdir(tmp_path)
 
     def write(body: str, name: str = "script.py") -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(textwrap.dedent(body))
         return name
 
@@ -79,13 +82,16 @@ def test_an_unmodified_script(tmp_path: Path, script) -> None:
 
 
 def test_expect_and_json(script, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is the script's alone."""
     name = script(SCRIPT)
     before = (torch.compile, sys.argv, list(sys.path))
     counts = ("--expect", "rms_norm_quant=4", "--expect", "act_mul_quant=0")
     status, out, err = run("run", "--json", *counts, name, "0", capsys=capsys)
     assert status == 1
     assert "error: expected rms_norm_quant=4, found rms_norm_quant=1, act_mul_quant=0" in err
-    assert json.loads(out.splitlines()[-1])["replaced"] == {"rms_norm_quant": 1}
+    assert out == "__main__ ['0'] torch.float8_e4m3fn\n"
+    (line,) = (line for line in err.splitlines() if line.startswith("{"))
+    assert json.loads(line)["replaced"] == {"rms_norm_quant": 1}
     assert (torch.compile, sys.argv, sys.path[: len(before[2])]) == before
 
 
@@ -117,20 +123,98 @@ module = Module()
 module.compile()
 seen = []
 named = torch.compile(lambda x: x + 3, backend=lambda graph, inputs: seen.append(graph) or graph)
-for call in (decorated, with_arguments, module, named, torch.compile(lambda x: x + 4, mode="default")):
+by_name = torch.compile(lambda x: x + 5, backend="aiter_fusion", options={"max_autotune": False})
+for call in (decorated, with_arguments, module, named, torch.compile(lambda x: x + 4, mode="default"), by_name):
     call(torch.ones(3))
 assert len(seen) == 1
 """
 
 
 def test_every_way_to_compile(script) -> None:
-    """All but a backend that the script names."""
+    """All but another backend that the script names."""
     graphs = []
     original = torch.compile
     with default_backend(lambda graph, inputs, **_: graphs.append(graph) or graph):
         assert run_script(script(COMPILES), []) == 0
-    assert len(graphs) == 4
+    assert len(graphs) == 5
     assert torch.compile is original
+
+
+def test_options_of_the_scripts_own(script) -> None:
+    """They go to the backend of that name, which they describe."""
+    body = """
+    import torch
+    with torch.no_grad():
+        torch.compile(lambda x: x.t(), backend="aiter_fusion", options={"level": 0})(torch.ones(2, 3))
+    """
+    with default_backend(lambda graph, inputs, **_: pytest.fail("another backend was called")):
+        assert run_script(script(body), []) == 0
+    assert [made.note for made in aiter_fusion.reports()] == ["level 0: plain Inductor"]
+
+
+def test_every_option(script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They describe the backend; three are preferences too, which hold where another backend object is made."""
+    made = []
+    original = default_backend
+    monkeypatch.setattr("aiter_fusion.run.default_backend", lambda backend: made.append(backend) or original(backend))
+    monkeypatch.setenv("AITER_FUSION_DISABLE", "fp8_linear")
+    options = ["-O1", "--provider", "reference", "--numerics", "kernel", "--strict", "--verify"]
+    options += ["--disable", "rms_norm_quant", "--enable", "act_mul_quant", "--enable", "all_reduce_rms_norm"]
+    body = "import os; print([os.environ[f'AITER_FUSION_{n}'] for n in ('LEVEL', 'PROVIDER', 'DISABLE')])"
+    status, out, _ = run("run", *options, script(body), capsys=capsys)
+    assert (status, out) == (0, "['1', 'reference', 'fp8_linear,rms_norm_quant']\n")
+    (backend,) = made
+    assert backend.options == config.options(
+        level=1,
+        provider="reference",
+        numerics="kernel",
+        strict=True,
+        verify=True,
+        disable="rms_norm_quant",
+        enable=["act_mul_quant", "all_reduce_rms_norm"],
+    )
+
+
+MODULE = """
+import os, sys
+from . import name
+print(__name__, __spec__.name, name, os.path.relpath(sys.argv[0]), sys.argv[1:], sys.path[0] == os.getcwd())
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("module", ["package.part", "package"])
+def test_a_module(module: str, script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``python -m`` runs it: a package is run by its ``__main__``, and what follows is its own."""
+    script("name = 'a package'", "package/__init__.py")
+    script(MODULE, "package/part.py")
+    script(MODULE, "package/__main__.py")
+    before = sys.path[:]
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    status, out, err = run("run", "-O0", "-m", module, "-O1", "--", "--json", capsys=capsys)
+    name = "package.part" if module == "package.part" else "package.__main__"
+    file = f"package/{name.partition('.')[2]}.py"
+    assert out == f"__main__ {name} a package {file} ['-O1', '--', '--json'] True\n"
+    assert status == 3, err
+    assert sys.path == before
+
+
+def test_a_module_that_fails(script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script("import no_such_module", "imports.py")
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    status, _, err = run("run", "-m", "imports", capsys=capsys)
+    assert status == 1
+    assert 'imports.py", line 1, in <module>\n' in err
+    assert "ModuleNotFoundError: No module named 'no_such_module'\n" in err
+    assert "runpy" not in err
+
+
+def test_without_standard_error(script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be said there is not said in the script's output."""
+    monkeypatch.setattr(sys, "stderr", None)
+    command = ["run", "--expect", "rms_norm_quant=1", script("import sys; print('hello'); sys.exit('problem')")]
+    assert cli.main(command) == 1
+    assert capsys.readouterr().out == "hello\n"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +224,7 @@ def test_every_way_to_compile(script) -> None:
         ("import sys; sys.exit('enough')", 1, "enough\n"),
         ("def f():\n    return 1 / 0\nf()", 1, 'script.py", line 3, in <module>\n'),
         ("def f(:", 1, "SyntaxError"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, 'script.py", line 1, in <module>\n'),
     ],
 )
 def test_how_a_script_ends(body: str, status: int, said: str, script, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +243,11 @@ def test_the_whole_traceback(script, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["run"], "script"),
+        (["run"], "error: the following arguments are required: script (see"),
+        (["run", "-m", "no_such_module"], "error: ImportError: No module named no_such_module"),
+        (["run", "--provider", "cuda", "x.py"], "invalid choice: 'cuda'"),
+        (["run", "--provider", "triton", "x.py"], "provider='triton' cannot run here: "),
+        (["run", "--disable", "fp8_linear", "--enable", "fp8_linear", "x.py"], "in both 'enable' and 'disable'"),
         (["run", "no_script.py"], "there is no script no_script.py"),
         (["run", "-O4", "x.py"], "invalid choice: 4"),
         (["run", "--report", "r.txt", "x.py"], "'r.txt' ends neither in .json nor in .html"),
@@ -184,6 +272,25 @@ def test_explain(script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert out.startswith("replaced 1 of 1 sites (rms_norm_quant 1)")
     (made,) = aiter_fusion.reports()
     assert [site.family for site in made.sites] == ["rms_norm_quant"]
+
+
+def test_strict_shows_what_was_skipped(
+    script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script("def build(): return len, ([],)", "strict_models.py")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def explained(*_: object, strict: bool, **__: object) -> None:
+        assert strict
+        made = FusionReport((Site("rms_norm_quant", "token", "", "", SKIPPED, "level: no", "layers.0"),), 1)
+        error = backend.FusionError(f"strict: 1 sites were skipped\n{keep(made)}")
+        raise BackendCompilerFailed(lambda: None, error, None)
+
+    monkeypatch.setattr(backend, "explain", explained)
+    status, out, err = run("explain", "--strict", "strict_models:build", capsys=capsys)
+    assert status == 1
+    assert "layers.0" in out
+    assert err.splitlines()[-1] == "aiter-fusion: error: strict: 1 sites were skipped"
 
 
 def test_colours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ STEPS = {
     "value_steps": "float32 div_scale clamp_min=-448.0 clamp_max=448.0",
     "quant_dtype": torch.float8_e4m3fn,
 }
-NORM = {"eps": 1e-6, "offset": None, "cast_first": True, "dtype": torch.bfloat16}
+NORM = {"eps": 1e-6, "eps_tensor": None, "offset": None, "cast_first": True, "dtype": torch.bfloat16}
 
 
 @dataclass(frozen=True)

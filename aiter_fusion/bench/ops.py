@@ -301,7 +301,7 @@ def _measure(case: Case, rate: float, max_autotune: bool, eager: bool) -> Row:
     fp8 = native_fp8(torch.cuda.current_device()) or torch.float8_e4m3fn
     count = case.sets(torch.cuda.get_device_properties().L2_cache_size)
     sets = [case.arguments("cuda", fp8) for _ in range(count)]
-    if reason := PROVIDERS["triton"].refuse(case.op, sets[0]):
+    if reason := PROVIDERS["triton"].why_not(case.op, sets[0]):
         raise Refused(reason)
     fused, reference = functions(case.op, sets[0], "triton")
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..providers import PROVIDERS
-from ..providers.triton import native_fp8, rules, run, tuned
+from ..providers.triton import native_fp8, nvidia, rules, run, tuned
 from .ops import Case
 from .timing import alternate, capture, conditions, need_gpu, progress
 
@@ -31,7 +31,7 @@ CALLS, FEW_CALLS, ROUNDS = 8, 100, 9
 # Inputs rotate over this many sets where there are many rows.
 SETS = 3
 
-WARPS = (1, 2, 4, 8, 16, 32)
+THREADS = (32, 64, 128, 256, 512, 1024)
 RUNS = (8, 16)
 FLAT_ELEMENTS = (512, 1024, 2048, 4096)
 
@@ -63,8 +63,9 @@ class Answer:
         return f"{self.question.key}: {self.ratio:.3f} of the rule's time with {dict(self.choice) or 'the rule itself'}"
 
 
-def questions(hidden: Sequence[int]) -> Iterator[Question]:
+def questions(hidden: Sequence[int], nvidia: bool) -> Iterator[Question]:
     """Those about rows of these lengths, per token and in groups of 128, for few rows and for many."""
+    threads = [count for count in THREADS if count >= rules.lanes(nvidia)]
     in_groups = [width for width in hidden if width % GROUP == 0]
     for width, few in itertools.product(hidden, (True, False)):
         rows = FEW_ROWS if few else MANY_ROWS
@@ -72,7 +73,7 @@ def questions(hidden: Sequence[int]) -> Iterator[Question]:
         def cases(family: str, *variants: str, width: int = width, rows: tuple[int, ...] = rows) -> tuple[Case, ...]:
             return tuple(Case(family, variant, width, n) for variant in variants for n in rows)
 
-        whole = _choices(WARPS, RUNS if not few else (8,), rules.power_of_two(width))
+        whole = _choices(threads, RUNS if not few else (8,), rules.power_of_two(width))
         yield Question("norm", (width, width, few), cases("rms_norm_quant", "add+token", "token"), whole)
         yield Question("row", (width, few), cases("act_mul_quant", "token", "packed+token"), whole)
         if width % GROUP == 0:
@@ -83,19 +84,22 @@ def questions(hidden: Sequence[int]) -> Iterator[Question]:
         variant = f"packed+group{GROUP}" if packed else f"group{GROUP}"
         made = tuple(Case("act_mul_quant", variant, max(in_groups), n) for n in (FEW_ROWS if few else MANY_ROWS))
         choices = tuple(
-            {"warps": warps, "run": run, "segments": elements // GROUP}
+            {"threads": count, "run": run, "segments": elements // GROUP}
             for elements in FLAT_ELEMENTS
-            for warps in WARPS[:4]
+            for count in threads
             for run in RUNS
-            if run * 32 * warps <= elements
+            if count <= 256 and run * count <= elements
         )
         yield Question("flat", (GROUP, few, True, packed), made, choices)
 
 
-def _choices(warps: Sequence[int], runs: Sequence[int], elements: int) -> tuple[tuned.Choice, ...]:
-    """Those that give every thread at least four elements and at most 128."""
+def _choices(threads: Sequence[int], runs: Sequence[int], elements: int) -> tuple[tuned.Choice, ...]:
+    """Those that give every thread at least four elements and at most 128, and those of one warp."""
     return tuple(
-        {"warps": w, "run": run} for w in warps for run in runs if 4 * 32 * w <= elements <= 128 * 32 * w or w == 1
+        {"threads": count, "run": run}
+        for count in threads
+        for run in runs
+        if 4 * count <= elements <= 128 * count or count == threads[0]
     )
 
 
@@ -143,7 +147,7 @@ def command(args: Any) -> None:
     file = Path(args.output) if args.output else tuned.path()
     assert file is not None
     with torch.no_grad():
-        answers = [measure(question) for question in progress(list(questions(args.hidden)), "tune")]
+        answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
     rows = [[a.question.key, dict(a.choice) or "the rule's", f"{a.ratio:.3f}"] for a in answers]
     print(tabulate(rows, headers=["rule and arguments", "best", "time / rule's"], disable_numparse=True))
     chosen = {answer.question.key: answer.choice for answer in answers if answer.choice}

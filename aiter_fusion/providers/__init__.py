@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..op import BridgeOp, FusedOp, Implementation, define
 from ..registry import REGISTRY, Registry
+from .terms import Terms, as_defined
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,11 @@ class Provider:
     """An implementation of fused ops.
 
     missing:  why it cannot run on this machine at all (with what to do about it), or None.
-    refuse:   why it cannot compute this call (op, arguments by name, tensors being fakes), or None.
+    refuse:   why it cannot compute a call that its terms allow (op, arguments by name, tensors being fakes), from what
+              terms do not say, such as devices and strides; or None.
     run:      the implementation of an op: takes arguments by name, returns name -> tensor.
     exact:    whether it keeps the graph's sequence of roundings.
+    terms:    what it can compute of an op, as data; None: nothing, which is what a provider can that declares nothing.
     reorders: whether it sums the elements of a row in an order of its own; the statistic's last bits depend on it.
     prepare:  called before a graph in which it was chosen is compiled.
     state:    what code compiled with it depends on besides the sources of this package and versions.
@@ -44,6 +47,7 @@ class Provider:
     state: Callable[[], str] = lambda: ""
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
     unwanted: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
+    terms: Callable[[FusedOp], Terms | None] = lambda op: None
     table: ClassVar[str] = "providers"
 
     @property
@@ -58,6 +62,13 @@ class Provider:
                 "no provider can be called 'auto', which means the first that can run: choose another name"
             )
 
+    def why_not(self, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+        """Why it cannot compute a call, or None: what it does not declare it refuses."""
+        terms = self.terms(op)
+        if terms is None:
+            return f"it declares no kernel for {op.family}"
+        return terms.why_not(op, arguments) or self.refuse(op, arguments)
+
 
 def _of(module: str, name: str) -> Callable[..., Any]:
     """A function of a provider. Its modules (and sympy with them) load when it is first called: importing the package
@@ -71,6 +82,7 @@ for _provider in (
         missing=_of("aiter", "missing"),
         refuse=_of("aiter", "refuse"),
         run=_of("aiter", "run"),
+        terms=_of("aiter", "terms"),
         exact=False,
         state=_of("aiter", "state"),
         unwanted=_of("aiter", "unwanted"),
@@ -80,6 +92,7 @@ for _provider in (
         missing=_of("triton", "missing"),
         refuse=_of("triton", "refuse"),
         run=_of("triton", "run"),
+        terms=_of("triton", "terms"),
         exact=True,
         reorders=True,
         prepare=_of("triton", "prepare"),
@@ -91,6 +104,7 @@ for _provider in (
         missing=lambda: None,
         refuse=lambda op, arguments: None,
         run=lambda op: op.reference,
+        terms=as_defined,
         exact=True,
     ),
 ):
@@ -125,7 +139,12 @@ def can_be_asked(choice: str, only: frozenset[str] | None) -> bool:
 BRIDGE_PROVIDERS: dict[str, Provider] = {
     "aiter": PROVIDERS["aiter"],
     "torch": Provider(
-        "torch", missing=lambda: None, refuse=_of("native", "refuse"), run=_of("native", "run"), exact=False
+        "torch",
+        missing=lambda: None,
+        refuse=_of("native", "refuse"),
+        run=_of("native", "run"),
+        terms=_of("native", "terms"),
+        exact=False,
     ),
     "reference": PROVIDERS["reference"],
 }
@@ -133,7 +152,7 @@ BRIDGE_PROVIDERS: dict[str, Provider] = {
 
 def why_not(provider: Provider, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why a provider that is asked for by name cannot compute a call, or None."""
-    return provider.missing() or provider.refuse(op, arguments)
+    return provider.missing() or provider.why_not(op, arguments)
 
 
 def bridge_implementation(op: FusedOp, provider: str) -> Implementation:

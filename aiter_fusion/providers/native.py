@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import platform
+from ..domains import OneOf, Tensors
 from ..op import FusedOp, Implementation
+from .terms import Terms
 
 
 def _operands(op: FusedOp, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,21 +22,31 @@ def _operands(op: FusedOp, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor
     return arguments["a"], arguments["b"], arguments["a_scale"], arguments["b_scale"]
 
 
+FP8 = Tensors((torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz))
+SCALES = Tensors((torch.float32,))
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+RESULT = {"bias": Tensors(FLOATS, optional=True), "dtype": OneOf(FLOATS)}
+# PyTorch's one operation for two ops; it reads no shuffled weights.
+TERMS: Mapping[str, Terms] = {
+    "gemm_a8w8": Terms({"x": FP8, "w": FP8, "x_scale": SCALES, "w_scale": SCALES, **RESULT}),
+    "hipb_mm_fp8": Terms(
+        {"a": FP8, "b": FP8, "a_scale": SCALES, "b_scale": SCALES, **RESULT, "b_is_shuffled": OneOf((False,))}
+    ),
+}
+
+
+def terms(op: FusedOp) -> Terms | None:
+    """What of an op PyTorch's product computes."""
+    return TERMS.get(op.family)
+
+
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why PyTorch has no product for a call, or None."""
-    if op.family not in ("gemm_a8w8", "hipb_mm_fp8"):
-        return "PyTorch has no one operation for it"
-    if arguments.get("b_is_shuffled"):
-        return "PyTorch does not read shuffled weights"
-    a, b, a_scale, b_scale = _operands(op, arguments)
-    if a.dtype.itemsize != 1 or not a.dtype.is_floating_point:
-        return f"its scaled product is of FP8 tensors, not of {a.dtype}"
+    """Why PyTorch has no product for a call that the terms allow, or None."""
+    a, b, _, _ = _operands(op, arguments)
     if b.stride(0) != 1 or a.stride(-1) != 1:
         return "its scaled product wants rows of a and columns of b without gaps"
     if a.numel() == 0:
         return "there are no rows"
-    if a_scale.dtype != torch.float32 or b_scale.dtype != torch.float32:
-        return "its scales are float32"
     if a.device.type == "cpu" and platform.release(torch.__version__) < (2, 12):
         return "before torch 2.12, on a CPU it takes one scale for the whole tensor"
     if a.device.type != "cpu":

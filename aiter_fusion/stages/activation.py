@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import Activations
 from ..op import Spec
 from ..stage import Sample, Setting, Stage, Value
 
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: (x * 0.5) * (torch.erf(x * 0.7071067811865476) + 1),
 }
 CLAMPED = "clamped_swiglu="  # alpha and limit follow, so that any are possible: "clamped_swiglu=1.702,7.0"
+KNOWN = Activations({**dict.fromkeys(ACTIVATIONS, ()), CLAMPED.removesuffix("="): ("alpha", "limit")})
 ACT = {"act": "str", "cast_first": "bool", "dtype": "ScalarType"}
 
 
@@ -41,7 +43,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.d
         alpha, limit = map(float, act.removeprefix(CLAMPED).split(","))
         return clamped_swiglu(gate, up, alpha, limit, dtype if cast_first else F32).to(dtype)
     if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known are {', '.join(ACTIVATIONS)}, {CLAMPED}<alpha>,<limit>")
+        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN)}")
     activated = ACTIVATIONS[act](gate.to(F32))
     return activated.to(dtype) * up if cast_first else (activated * up.to(F32)).to(dtype)
 
@@ -118,6 +120,7 @@ ACT_MUL = Stage(
     _spec,
     _samples,
     lambda setting: {"gate": setting.random(), "up": setting.random()} | _TYPICAL,
+    domains={"act": KNOWN},
     returns="value",
     levels={"value": 2},
     follows=False,
@@ -130,4 +133,5 @@ PACKED_ACT_MUL = replace(
     samples=_samples_packed,
     typical=_typical_packed,
     feature="packed",
+    columns=2,
 )

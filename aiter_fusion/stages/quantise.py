@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import result_dtype, run
+from ..arithmetic import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
+from ..domains import Blocks, Domain, Steps, Tensors
 from ..formats import FORMATS
 from ..op import Spec
 from ..stage import Sample, Setting, Stage, Value
@@ -169,6 +170,12 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
 # The programs (arithmetic.py) between a maximum, its scale and the values, and the dtype of these.
 _PROGRAMS = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
 
+_OF_THE_MAXIMUM = Steps((*UNARY, *WITH_NUMBER, *DTYPES))
+_DOMAINS: Mapping[str, Domain] = {
+    "factor_steps": _OF_THE_MAXIMUM,
+    "value_steps": Steps((*_OF_THE_MAXIMUM.names, *WITH_SCALE)),
+}
+
 DYNAMIC = Stage(
     "fp8_quant",
     {"block": "int", "scale_steps": "str", "column_major": "bool"} | _PROGRAMS,
@@ -180,6 +187,7 @@ DYNAMIC = Stage(
     label=lambda attributes, sizes: str(granularity(attributes, sizes[-1])),
     fits=_fits,
     layouts=({"column_major": True}, {"column_major": False}),
+    domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},
 )
 STATIC = Stage(
     "fp8_quant",
@@ -191,6 +199,7 @@ STATIC = Stage(
     feature="static",
     outputs=("q",),
     levels={"static": 2},
+    domains={"scale": Tensors((torch.float32,), elements=1), **_DOMAINS},
     fits=_fits,
 )
 QUANTISE = (DYNAMIC, STATIC)

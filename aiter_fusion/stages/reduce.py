@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import ANYTHING
 from ..op import Spec
 from ..stage import Sample, Stage, Value
 
@@ -45,6 +46,7 @@ ALL_REDUCE = Stage(
     traits=("pair",),
     returns="reduced",
     one=("group",),
+    domains={"group": ANYTHING},
     collective=True,
     order_free=frozenset({"x", "other"}),
     follows=False,

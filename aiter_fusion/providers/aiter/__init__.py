@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import config, platform
+from ...domains import ANYTHING
 from ...op import FusedOp, Implementation
+from ..terms import Terms
 from . import all_reduce, fused, library
 from .all_reduce import state as state
 
@@ -69,10 +71,19 @@ def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     return "; ".join(off) or None
 
 
+def terms(op: FusedOp) -> Terms | None:
+    """What AITER can compute of an op: of the bridge's, ``library`` asks every call for all that it must be."""
+    if op.family in library.BRIDGES:
+        return Terms(dict.fromkeys(op.arguments, ANYTHING), op.features)
+    return fused.terms((*fused.PATHS, *all_reduce.PATHS), op)
+
+
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why AITER cannot compute a call (tensors may be fakes), or None."""
+    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
+    if (eps := tensors.pop("eps_tensor", None)) is not None:
+        return f"its norms take eps as a number, and here it is a {eps.dtype} tensor on {eps.device}"
     for name, tensor in tensors.items():
         if tensor.device.type != DEVICE:
             return f"its kernels are for AMD's GPUs, and {name} is on {tensor.device.type}"
@@ -83,8 +94,6 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"AITER does not know {platform.architecture(first.device.index or 0)}"
     if op.family in library.BRIDGES:
         return library.refuse(op, arguments, native)
-    if op.family not in fused.FAMILIES | all_reduce.FAMILIES:  # ops from outside the package
-        return "this version of aiter_fusion calls none of its kernels for it"
     if arguments.get("quant_dtype", native) != native:
         return f"this GPU's FP8 format is {native}, not {arguments['quant_dtype']}"
     if op.family in all_reduce.FAMILIES:
@@ -99,10 +108,16 @@ def run(op: FusedOp) -> Implementation:
 
 
 def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    # AITER launches on the device that is current, wherever the tensors are
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        return _there(op, arguments)
+
+
+def _there(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if op.family in library.BRIDGES:
         return library.run(op, arguments)
     if arguments.get("column_major"):
         # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
-        outputs = _run(op, **{**arguments, "column_major": False})
+        outputs = _there(op, {**arguments, "column_major": False})
         return {**outputs, "scale": op.allocate(**arguments)["scale"].copy_(outputs["scale"])}
     return (all_reduce if op.family in all_reduce.FAMILIES else fused).run(op, arguments)

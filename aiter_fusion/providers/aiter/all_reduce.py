@@ -302,6 +302,6 @@ def _plainly(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     assert rest is not None
     aiter = PROVIDERS["aiter"]
     given = {name: given[name] for name in rest.arguments}
-    run = aiter.run(rest) if aiter.refuse(rest, given) is None else rest.reference
+    run = aiter.run(rest) if aiter.why_not(rest, given) is None else rest.reference
     outputs = run(**given)
     return outputs if "quant_dtype" in op.arguments else {"value": outputs["y"], **outputs}

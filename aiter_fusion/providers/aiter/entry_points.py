@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 from ... import platform
 
@@ -35,32 +36,56 @@ class EntryPoint:
         return f"{self.homes[0]}.{self.name}"
 
 
-# Releases whose fused all-reduces, in one stage, let a rank overwrite what another still reads.
-_UNFENCED = (
-    *("0.1.10.post2", "0.1.10.post3", "0.1.11", "0.1.11.post1", "0.1.12", "0.1.12.post1", "0.1.12.post2"),
-    *("0.1.13", "0.1.13.dev0", "0.1.13.post1", "0.1.14", "0.1.14.post1", "0.1.15", "0.1.15.post1", "0.1.15.post2"),
-    *("0.1.15.post3", "0.1.16", "0.1.16.post1", "0.1.16.post2", "0.1.16.post3", "0.1.16.post4", "0.1.16.post5"),
-    *("0.1.16.post6", "0.1.17", "0.1.18", "0.1.19"),
-)
-_WHY_UNFENCED = "lets a rank go on while others read its data (ROCm/aiter#4346, in 0.1.19.post1)"
+class Fault(NamedTuple):
+    """What is wrong with a function that binds, in the releases from ``first`` on, up to ``mended``, which is right."""
 
-# Releases in which a function binds and is wrong: what is known, by name, with the change that mended it.
-KNOWN_BAD: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "add_rmsnorm_quant": (
-        ("0.1.10.post1", "0.1.10.post2"),
-        "returns inexact sums (ROCm/aiter#2011, in 0.1.10.post3)",
+    first: Version
+    mended: Version
+    what: str
+    change: str
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.change}, in {self.mended})"
+
+
+def _fault(first: str, mended: str, what: str, change: int) -> Fault:
+    return Fault(Version(first), Version(mended), what, f"ROCm/aiter#{change}")
+
+
+_UNFENCED = _fault("0.1.10.post2", "0.1.19.post1", "lets a rank go on while others read its data", 4346)
+
+KNOWN_BAD: Mapping[str, tuple[Fault, ...]] = {
+    "add_rmsnorm_quant": (_fault("0.1.10.post1", "0.1.10.post3", "returns inexact sums", 2011),),
+    "rmsnorm2d_fwd_with_add": (_fault("0.1.10.post1", "0.1.10.post2", "returns inexact sums", 1965),),
+    "hipb_mm": (
+        _fault("0.1.6.post1", "0.1.6.post2", "scales all rows and columns by the first one's scales", 1258),
+        _fault("0.1.6.post1", "0.1.12", "ends the process where hipBLASLt has no kernel for a shape", 2252),
     ),
-    "rmsnorm2d_fwd_with_add": (("0.1.10.post1",), "returns inexact sums (ROCm/aiter#1965, in 0.1.10.post2)"),
-    "CustomAllreduce.custom_fused_ar_rms": (_UNFENCED, _WHY_UNFENCED),
-    "CustomAllreduce.custom_fused_ar_rms_quant": (_UNFENCED, _WHY_UNFENCED),
-    "CustomAllreduce.custom_fused_ar_rms_per_group_quant": (_UNFENCED, _WHY_UNFENCED),
+    "CustomAllreduce.custom_fused_ar_rms": (_UNFENCED,),
+    "CustomAllreduce.custom_fused_ar_rms_quant": (_UNFENCED,),
+    "CustomAllreduce.custom_fused_ar_rms_per_group_quant": (_UNFENCED,),
 }
 
 
+def release(version: str | None) -> Version | None:
+    """A version as AITER writes it (``v0.1.10.post1``, maybe with a local part), to be compared; None if it is none."""
+    try:
+        return Version(version or "")
+    except InvalidVersion:
+        return None
+
+
+@functools.cache
+def installed() -> Version | None:
+    """The version of the AITER that is here, or None if it does not tell."""
+    return release(platform.aiter_version())
+
+
 def known_bad(name: str, version: str | None) -> str | None:
-    """What is wrong with a function in a release (``0.1.10.post1``, also with a ``v`` or a local part), or None."""
-    versions, what = KNOWN_BAD.get(name, ((), ""))
-    return what if (version or "").removeprefix("v").partition("+")[0] in versions else None
+    """What is wrong with a function in a release, or None; what was built between two counts as the earlier one."""
+    of = release(version)
+    faults = [str(fault) for fault in KNOWN_BAD.get(name, ()) if of is not None and fault.first <= of < fault.mended]
+    return ", and ".join(faults) or None
 
 
 def unbound(parameters: Collection[str], required: Collection[str], keywords: Collection[str]) -> str | None:

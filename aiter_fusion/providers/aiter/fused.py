@@ -15,13 +15,30 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import platform
-from ...op import FusedOp
-from ..triton.launches import rows_of, width_of
+from ...domains import (
+    ANYTHING,
+    FLAG,
+    GROUP,
+    TENSOR,
+    TOKEN,
+    Activations,
+    Blocks,
+    Domain,
+    Number,
+    OneOf,
+    Sizes,
+    Steps,
+    Tensors,
+)
+from ...op import FusedOp, width_of
+from ..terms import Terms
+from ..triton.launches import rows_of
 from ..triton.rules import power_of_two
 from . import quantiser
 from .entry_points import EntryPoint, call, probe
 
 HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
 
 # Elements that a thread of AITER's HIP kernels takes, by the row's length up to which it does; groups must be whole
 # numbers of threads, a power of two of them. The quantising activation does not check, and is silently wrong.
@@ -305,7 +322,33 @@ PATHS = (
 )
 
 
-FAMILIES = frozenset(path.family for path in PATHS)
+def terms(candidates: Sequence[Candidate], op: FusedOp) -> Terms | None:
+    """What of an op one of the candidates at least computes."""
+    limits = [candidate.limits for candidate in candidates if candidate.family == op.family]
+    if not limits:
+        return None
+    scales = frozenset().union(*(limit.scales for limit in limits))
+    features = frozenset({"packed"}).union(scales & {"static"}, *(limit.needs | limit.may for limit in limits))
+    acts = dict.fromkeys((act for limit in limits for act in limit.acts or ()), ())
+    arguments: dict[str, Domain] = {
+        **dict.fromkeys(("x", "residual", "gate", "up", "gate_up"), Tensors(HALVES)),
+        **dict.fromkeys(("dtype", "residual_dtype"), OneOf(HALVES)),
+        **dict.fromkeys(("cast_first", "gate_first", "interleaved", "column_major"), FLAG),
+        **dict.fromkeys(("other", "group"), ANYTHING),  # ``all_reduce.refuse`` looks at them
+        "weight": Tensors(FLOATS),
+        "sum_dtype": OneOf(FLOATS),
+        "eps": Number(optional=True),  # ``refuse`` says that it takes no tensor in its place
+        "eps_tensor": ANYTHING,
+        "offset": OneOf((None, 1.0)),
+        "act": Activations(acts),
+        "block": Blocks(tuple(name for name in (TENSOR, TOKEN, GROUP) if name in scales)),
+        "scale": Tensors((torch.float32,), elements=1),
+        "scale_steps": Steps(quantiser.STEPS),
+        "factor_steps": Steps(quantiser.STEPS),
+        "value_steps": Steps((*quantiser.STEPS, *quantiser.COMBINING)),
+        "quant_dtype": OneOf((torch.float8_e4m3fn, torch.float8_e4m3fnuz)),
+    }
+    return Terms(arguments, features - {"offset"}, Sizes(8, max(limit.widest for limit in limits)))
 
 
 def describe(op: FusedOp, arguments: Mapping[str, Any]) -> Call | str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import config, platform
 from ...op import FusedOp, is_contiguous
-from .entry_points import EntryPoint, call, probe
+from . import hipblaslt
+from .entry_points import EntryPoint, call, installed, probe
 
 F32 = torch.float32
 HALVES = (torch.bfloat16, torch.float16)
@@ -180,58 +177,10 @@ def _hipb_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     yield a["bias"] is None or a["bias"].dtype == a["dtype"], "the bias is of another dtype than the result"
     yield _dense("a", x)
     yield is_contiguous(b.t()), f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
-
-
-CREATE = EntryPoint("hipb_create_extension", ("aiter",), ())
-_created: set[int] = set()
-_lock = threading.Lock()
-
-TUNING = "HIP_ONLINE_TUNING"
-
-
-def create_extension(device: int) -> None:
-    """Make hipBLASLt ready, once for each device in this process. What it is to tune is decided here: it reads the
-    environment."""
-    with _lock:
-        if device not in _created:
-            if config.tuning() is not None:
-                os.environ[TUNING] = "1"
-            call(CREATE)
-            _created.add(device)
-
-
-@contextmanager
-def _in_its_folder() -> Iterator[None]:
-    """hipBLASLt keeps what it has tuned in the current directory, and nowhere else."""
-    folder = config.tuning()
-    if folder is None:
-        yield
-        return
-    with _lock:  # the current directory is the whole process's
-        before = Path.cwd()
-        folder.mkdir(parents=True, exist_ok=True)
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-
-
-def _hipb_mm(entry: EntryPoint, a: Arguments, out: dict[str, Tensor]) -> dict[str, Tensor]:
-    create_extension(a["a"].device.index or 0)
-    with _in_its_folder():
-        y = call(
-            entry,
-            mat1=a["a"],
-            mat2=a["b"],
-            solution_index=-1,
-            bias=a["bias"],
-            out_dtype=a["dtype"],
-            scaleA=a["a_scale"].reshape(-1, 1).contiguous(),
-            scaleB=a["b_scale"].reshape(1, -1).contiguous(),
-            bpreshuffle=a["b_is_shuffled"],
-        )
-    return {"y": y}
+    if config.tuning() is not None:
+        version, first = installed(), hipblaslt.TUNES_FROM
+        tunes = version is None or version >= first
+        yield tunes, f"AITER_FUSION_TUNING is set, and AITER {version} tunes nothing: it does from v{first} on"
 
 
 # ---- routing and experts --------------------------------------------------------------------------------------------
@@ -404,10 +353,10 @@ BRIDGES = {
         _entry("gemm_a8w8_blockscale", "XQ", "WQ", "x_scale", "w_scale", "dtype"), _blockscale_conditions, _blockscale
     ),
     "hipb_mm_fp8": Bridge(
-        _entry("hipb_mm", "mat1", "mat2", "solution_index", "bias", "out_dtype", "scaleA", "scaleB", "bpreshuffle"),
+        hipblaslt.MULTIPLY,
         _hipb_conditions,
-        _hipb_mm,
-        others=(CREATE,),
+        hipblaslt.run,
+        others=(hipblaslt.CREATE,),
     ),
     "topk_softmax": Bridge(
         _entry("topk_softmax", "topk_weights", "topk_indices", "token_expert_indices", "gating_output", "need_renorm"),

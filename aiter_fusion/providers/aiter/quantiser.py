@@ -20,6 +20,11 @@ NEGLIGIBLE = 1e-6
 ALIKE = 2**-8
 
 
+# The steps of a maximum that can mean that, and those that combine a value with a factor.
+STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", *DTYPES)
+COMBINING = ("mul_scale", "scale_mul", "div_scale")
+
+
 class Scale(NamedTuple):
     """``multiplier * max(m, floor)``, or its inverse."""
 
@@ -28,18 +33,25 @@ class Scale(NamedTuple):
     inverse: bool
 
 
-def scale_of(program: str) -> Scale | None:
-    """What a program makes of a maximum, roundings apart; None if it is something else, such as a power of two."""
+def scale_of(program: str, dtype: torch.dtype = torch.float32) -> Scale | None:
+    """What a program makes of a maximum of ``dtype``, roundings apart; None if it is something else, such as a power of
+    two.
+
+    A number in the place of zero is a floor at the smallest number that is not: rows with none above it are zero rows.
+    """
     multiplier, floor, inverse = 1.0, 0.0, False  # the value is multiplier * m, or multiplier / m
     for name, number in parse(program):
         if name in DTYPES:
-            continue
-        if name == "reciprocal":
+            dtype = DTYPES[name]
+        elif name == "reciprocal":
             multiplier, inverse = 1 / multiplier, not inverse
         elif name in ("mul", "div") and number is not None and number > 0:
             multiplier = multiplier * number if name == "mul" else multiplier / number
         elif name == "clamp_min" and number is not None and not inverse:
             floor = max(floor, number / multiplier)
+        elif name in ("if_zero", "unless_positive") and not inverse:
+            smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            floor = max(floor, smallest / multiplier)
         elif name == "clamp_max" and number is not None and number > 0 and inverse:
             floor = max(floor, multiplier / number)
         else:
@@ -57,7 +69,7 @@ def why_not_dynamic(
     """Why these programs are not AITER's quantiser, or None."""
     top = torch.finfo(quant_dtype).max
     for what, program in (("scale", scale_steps), ("factor", factor_steps)):
-        found = scale_of(program)
+        found = scale_of(program, value)
         if found is None:
             return f"its {what} is not the maximum over {top:g}: {program!r}"
         if not _is_alike(found.multiplier, 1 / top):
@@ -66,7 +78,7 @@ def why_not_dynamic(
             return f"its {what} has a floor of {found.floor:g} for the maximum; AITER's is 1e-10"
         if what == "scale" and (found.inverse or result_dtype(program, value) is not torch.float32):
             return f"its scale is not a dequantisation scale in float32: {program!r}"
-    inverse = scale_of(factor_steps)
+    inverse = scale_of(factor_steps, value)
     return _why_not_values(value_steps, inverse is not None and inverse.inverse, top, clamped=False)
 
 

@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import platform
-from ...op import FusedOp, Implementation
+from ...op import FusedOp, Implementation, width_of
 from . import all_reduce, launches
+from .terms import terms as terms
 from .tuned import state as state
-
-# The ops that there are kernels for.
-FAMILIES = frozenset({"rms_norm_quant", "act_mul_quant", "all_reduce_rms_norm", "all_reduce_rms_norm_quant"})
 
 
 def missing() -> str | None:
@@ -43,35 +41,27 @@ def native_fp8(device: int) -> torch.dtype | None:
 
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why the kernels cannot compute a call (tensors may be fakes), or None."""
+    """Why the kernels cannot compute a call that their terms allow (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
-    if op.family not in FAMILIES:  # ops from outside the package
-        return f"it has no kernel for {op.family}"
     if first.device.type != "cuda":
         return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
     native = native_fp8(first.device.index or 0)
     if arguments.get("quant_dtype", native) != native:
         return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
     for name, tensor in tensors.items():
+        if name == "eps_tensor" and tensor.device.type == "cpu":
+            continue
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-        if name == "scale":
+        if name in ("scale", "eps_tensor"):
             continue
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{name} is {tensor.dtype}"
         if not isinstance(tensor.shape[-1], int):
             return f"the width of {name} is known only at run time"
         if not statically_known_true(tensor.stride(-1) == 1):
             return f"the columns of {name} are {tensor.stride(-1)} elements apart"
         if launches.rows_of(tensor) is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
-    width = launches.width_of(op, first)
-    if not 1 <= width <= 65536:
-        return f"rows of {width} elements"
-    block = arguments.get("block", 0)
-    if 0 < block < width and block > launches.rules.TILE:
-        return f"groups of {block} elements"
     return all_reduce.refuse(op, arguments) if op.is_collective else None
 
 
@@ -80,7 +70,7 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
         return None
-    width = launches.width_of(op, first)
+    width = width_of(op, first)
     rows, _ = launches.rows_of(first) or (1, width)
     if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
         return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
@@ -100,6 +90,7 @@ def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     plan = launches.of(op, arguments, nvidia())
     scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
     known = {**arguments, **scratch, **outputs}
+    known["eps_tensor"] = launches.number_or_pointer(arguments.get("eps_tensor"))
     if "static" in op.features:
         known["scale"] = arguments["scale"]
     with torch.cuda.device(first.device), compiling_nothing() if capturing() else nullcontext():

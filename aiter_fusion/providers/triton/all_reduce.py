@@ -31,7 +31,6 @@ from . import launches, rules
 
 logger = logging.getLogger("aiter_fusion")
 
-WIDEST = 16384  # elements of a row, which a block holds
 # A channel has two halves of data; these sizes of a half, in bytes.
 CLASSES = (2 * MIB, 16 * MIB, 256 * MIB)
 HEADER = 128  # bytes before the data, as in the kernel
@@ -79,13 +78,6 @@ def choose(world: int, rows: int, width: int, itemsize: int) -> str:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel can take a call, from what is the same on all ranks; the rest of ``triton.refuse`` has passed."""
-    for name in ("x", "other"):
-        value = arguments[name]
-        if value is not None and value.dtype not in (torch.bfloat16, torch.float16):
-            return f"{name}, which is reduced, is {value.dtype}"
-    width = arguments["x"].shape[-1]
-    if width > WIDEST or width % 8:
-        return f"rows of {width} elements; its all-reduces are for multiples of 8 up to {WIDEST}"
     if torch.version.hip is not None:
         return "its all-reduces have not been run on AMD GPUs"
     return refuse_group(arguments["group"])
@@ -265,9 +257,9 @@ def launch(constants: Mapping[str, Any], rows: int, cores: int) -> dict[str, int
     """How a row's block is launched. While each has a multiprocessor to itself, 8 elements a thread; of more, two of
     8192 elements fit on one, with 16 elements and 64 registers a thread: while one waits, the other works."""
     elements = constants["SEGMENTS"] * constants["SEGMENT"]
-    if rows <= cores:
-        return {"num_warps": max(1, min(32, elements // 256))}
-    return {"num_warps": max(1, min(32, elements // 512)), "maxnreg": 64}
+    alone = rows <= cores
+    threads = rules.threads(rules.MOST_THREADS, elements, each=8 if alone else 16)
+    return {"num_warps": max(1, threads // rules.lanes(constants["PTX"])), **({} if alone else {"maxnreg": 64})}
 
 
 def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:
@@ -347,7 +339,7 @@ def at_once(way: str, world: int, tensors: int, memory: int) -> int:
     return min(most, ROWS)
 
 
-WHOLE = ("weight", "scale")  # tensors without rows
+WHOLE = ("weight", "scale", "eps")  # tensors without rows
 
 
 def _part(given: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
@@ -368,7 +360,8 @@ def _views(arguments: Mapping[str, Any], outputs: Mapping[str, Tensor | None], w
         name: None if tensor is None else tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor[None]
         for name, tensor in outputs.items()
     }
-    return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale")}
+    eps = launches.number_or_pointer(arguments.get("eps_tensor"))
+    return {**rows, **strides, **made, "weight": arguments["weight"], "scale": arguments.get("scale"), "eps": eps}
 
 
 def _placed(

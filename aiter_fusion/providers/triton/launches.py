@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...op import FusedOp
+from ...op import FusedOp, width_of
 from . import programs, rules
 
 F32 = torch.float32
@@ -57,16 +57,16 @@ def rows_of(x: Tensor) -> tuple[Int, Int] | None:
     return rows, x.shape[-1] if stride is None else stride
 
 
-def width_of(op: FusedOp, first: Tensor) -> int:
-    """The length of the rows that a call quantises, from its first tensor."""
-    return first.shape[-1] // 2 if "packed" in op.features else first.shape[-1]
-
-
 def hint(size: Int, default: int) -> int:
     """The example of a symbolic size."""
     if isinstance(size, int):
         return size
     return size.node.hint if size.node.has_hint() else default
+
+
+def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
+    """What kernels are given for an eps that is a tensor: from host memory its value, which they could not load."""
+    return eps.item() if eps is not None and eps.device.type == "cpu" else eps
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -152,6 +152,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
         "rows": rows,
         "x_stride": stride,
         "residual_stride": apart[1] if apart is not None else 0,
+        "eps": Ref("eps_tensor") if arguments["eps_tensor"] is not None else None,
         "EPS": arguments["eps"],
         "OFFSET": arguments["offset"],
         "CAST_FIRST": arguments["cast_first"],
@@ -162,7 +163,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("rms_norm_quant", grid, common, shape.warps),))
+        return Launches((Launch("rms_norm_quant", grid, common, shape.warps(nvidia)),))
     finding, using = _finding(common), _using(common)
     if residual is not None:
         using["residual_out"] = None
@@ -170,8 +171,8 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
             using |= {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
     return Launches(
         (
-            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps),
-            Launch("rms_norm_quant", grid, using, shape.warps),
+            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps(nvidia)),
+            Launch("rms_norm_quant", grid, using, shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )
@@ -229,11 +230,11 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
     if "static" in op.features or arguments["block"]:
-        return Launches((Launch("act_mul_quant", grid, common, shape.warps),))
+        return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (
-            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps),
-            Launch("act_mul_quant", grid, _using(common), shape.warps),
+            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
+            Launch("act_mul_quant", grid, _using(common), shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )

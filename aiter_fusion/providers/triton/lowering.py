@@ -18,6 +18,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
@@ -82,11 +83,20 @@ def _empty(spec: Spec, device: torch.device) -> ir.TensorBox:
     return lowerings[torch.ops.aten.empty_strided.default](sizes, strides, dtype=dtype, device=device)
 
 
+def _resident(value: Any, device: torch.device) -> Any:
+    """A tensor that a kernel can be given. A constant of one number is put on the device; other numbers on the CPU stay
+    there, since Inductor passes their values."""
+    if not isinstance(value, ir.Constant):
+        return value
+    with _disable_current_modes():
+        return V.graph.add_tensor_constant(torch.tensor(value.value, dtype=value.get_dtype(), device=device))
+
+
 def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> ir.TensorBox | tuple[ir.TensorBox, ...]:
     """The kernels of a call: ``given`` has its arguments for Inductor, ``fakes`` the same as fake tensors."""
     first = next(value for value in fakes.values() if isinstance(value, Tensor))
     tensors = {
-        name: ir.ExternKernel.require_exact_strides(value, fakes[name].stride())
+        name: ir.ExternKernel.require_exact_strides(_resident(value, first.device), fakes[name].stride())
         for name, value in given.items()
         if isinstance(fakes[name], Tensor)
     }

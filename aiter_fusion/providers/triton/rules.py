@@ -1,5 +1,7 @@
 """How kernels are launched: a small rule of the row's width and the number of rows, unless ``tuned`` knows better.
 
+Rules count threads, not warps: a warp has 32 on NVIDIA's GPUs and 64 on AMD's, where it is called a wave.
+
 Found on an NVIDIA H200 (torch 2.11.0, triton 3.6.0, 2026-11-21) by timing, in CUDA graphs, 1 to 32 warps and 8 or 16
 elements a thread, for widths of 2880, 4096, 8192, 14336 and 16384 and for 1, 32 and 16384 rows. The rule
 takes the best that was found, or one within 4 % of it, but for SiLU with a scale for each row: 10 % for 16384 rows of
@@ -11,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from . import tuned
+from .tuned import MOST_THREADS
 
 # The most elements that one program holds at a time; wider rows are read in tiles, more than once.
 TILE = 16384
@@ -23,6 +26,11 @@ FEW = 256
 TENSOR = 8192
 
 
+def lanes(nvidia: bool) -> int:
+    """Threads of a warp of the GPUs that the kernels are for: of NVIDIA's, or of AMD's gfx942 and gfx950."""
+    return 32 if nvidia else 64
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << max(0, n - 1).bit_length()
@@ -32,16 +40,20 @@ def power_of_two(n: int) -> int:
 class Shape:
     """What a program takes.
 
-    rows, segments: at a time; segment: a segment's length, padded to a power of two; tiles: of a row; warps: that work
-    on it; run: consecutive elements of a thread.
+    rows, segments: at a time; segment: a segment's length, padded to a power of two; tiles: of a row; threads: that
+    work on it; run: consecutive elements of a thread.
     """
 
     rows: int
     segments: int
     segment: int
     tiles: int
-    warps: int
+    threads: int
     run: int
+
+    def warps(self, nvidia: bool) -> int:
+        """The warps that have so many threads: at least one, though it has more."""
+        return max(1, self.threads // lanes(nvidia))
 
 
 def _tile(width: int, block: int) -> tuple[int, int, int, int]:
@@ -52,9 +64,9 @@ def _tile(width: int, block: int) -> tuple[int, int, int, int]:
     return max(1, 1024 // (segments * segment)), segments, segment, tiles
 
 
-def _warps(wanted: int, elements: int) -> int:
-    """``wanted`` unless there are fewer elements than threads can take four of."""
-    return max(1, min(wanted, elements // 128))
+def threads(wanted: int, elements: int, each: int = 4) -> int:
+    """As many as are ``wanted``, but no more than can take ``each`` of the elements, nor than a GPU can launch."""
+    return max(1, min(wanted, MOST_THREADS, elements // each))
 
 
 def norm(width: int, block: int, rows: int) -> Shape:
@@ -63,18 +75,18 @@ def norm(width: int, block: int, rows: int) -> Shape:
     elements = together * segments * segment
     grouped = block < width
     if rows < FEW:
-        warps, run = 8, 8
+        wanted, run = 256, 8
     else:
-        warps, run = (8 if elements > 8192 else 4), (16 if grouped and elements <= 8192 else 8)
-    shape = Shape(together, segments, segment, tiles, _warps(warps, elements), run)
+        wanted, run = (256 if elements > 8192 else 128), (16 if grouped and elements <= 8192 else 8)
+    shape = Shape(together, segments, segment, tiles, threads(wanted, elements), run)
     return replace(shape, **tuned.choice("norm", width, block, rows < FEW))
 
 
 def row(width: int, rows: int) -> Shape:
     """For activations with a scale for each row."""
     _, segments, segment, tiles = _tile(width, width)
-    warps = (16 if segment <= 4096 else 32) if rows < FEW else (4 if segment <= 4096 else 8)
-    shape = Shape(1, segments, segment, tiles, _warps(warps, segment), 8)
+    wanted = (512 if segment <= 4096 else 1024) if rows < FEW else (128 if segment <= 4096 else 256)
+    shape = Shape(1, segments, segment, tiles, threads(wanted, segment), 8)
     return replace(shape, **tuned.choice("row", width, rows < FEW))
 
 
@@ -83,11 +95,11 @@ def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape
     segment = power_of_two(block)
     few = segments_in_all * segment < FEW * 2048
     if few or (grouped and not packed):
-        elements, warps, run = 1024, 4, 8
+        elements, wanted, run = 1024, 128, 8
     elif packed:
-        elements, warps, run = 1024, 1, 16
+        elements, wanted, run = 1024, 32, 16
     else:
-        elements, warps, run = 2048, 8, 8
+        elements, wanted, run = 2048, 256, 8
     segments = max(1, elements // segment)
-    shape = Shape(1, segments, segment, 1, _warps(warps, segments * segment), run)
+    shape = Shape(1, segments, segment, 1, threads(wanted, segments * segment), run)
     return replace(shape, **tuned.choice("flat", block, few, grouped, packed))

@@ -20,7 +20,9 @@ import torch
 from ... import platform
 
 # What of a launch shape a measurement may choose.
-FREE = frozenset({"warps", "run", "segments"})
+FREE = frozenset({"threads", "run", "segments"})
+# Threads of one program that every GPU can launch: CUDA's limit on a block, and AMD's on a workgroup.
+MOST_THREADS = 1024
 
 Choice = Mapping[str, int]
 _tried: dict[str, Choice] = {}
@@ -48,7 +50,7 @@ def choices() -> Mapping[str, Choice]:
     """What was measured: a rule's name and arguments -> what it chooses. Read once a process.
 
     Raises:
-        ValueError: the file does not hold that.
+        ValueError: the file does not hold that, or what no GPU can launch.
     """
     content = _content()
     if not content:
@@ -56,7 +58,9 @@ def choices() -> Mapping[str, Choice]:
     try:
         found = json.loads(content)["launches"]
         valid = all(
-            choice.keys() <= FREE and all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in choice.values())
+            choice.keys() <= FREE
+            and all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in choice.values())
+            and choice.get("threads", 1) <= MOST_THREADS
             for choice in found.values()
         )
     except (ValueError, KeyError, TypeError, AttributeError):

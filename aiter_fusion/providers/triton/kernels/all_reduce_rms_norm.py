@@ -14,10 +14,9 @@ The turn lives on the device, so that a CUDA graph may be replayed.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 from triton.language.extra.cuda import globaltimer
 
-from .rms_norm_quant import normalised
+from .rms_norm_quant import normalised, number_of, statistic_of
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
 # Of so many looks at what has come, one asks more than whether all are numbers.
@@ -119,7 +118,7 @@ def total(
 
 @triton.jit
 def finish(
-    reduced, addend, row, columns, element, mask, weights, factor,
+    reduced, addend, row, columns, element, mask, weights, factor, number,
     q, scale_out, value_out, residual_out, reduced_out, all_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
@@ -137,7 +136,7 @@ def finish(
             tl.store(residual_out + row * WIDTH + columns, value.to(residual_out.dtype.element_ty), mask=mask)
         value32 = wide(value, PTX)
         mean = tl.sum(tl.reshape(value32 * value32, [SEGMENTS * SEGMENT]), 0) * (1.0 / WIDTH)
-        y = normalised(value, libdevice.rsqrt(mean + EPS), weights, OFFSET, CAST_FIRST, DTYPE, PTX)
+        y = normalised(value, statistic_of(mean, number, EPS), weights, OFFSET, CAST_FIRST, DTYPE, PTX)
         if value_out is not None:
             tl.store(value_out + row * WIDTH + columns, y, mask=mask)
         if q is not None:
@@ -170,7 +169,7 @@ def row_of(tensor, stride, row, columns, mask):
 @triton.jit(do_not_specialize=["rank", "rows", "all_rows", "limit"])
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit,
+    peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit, eps,
     WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
@@ -184,6 +183,8 @@ def all_reduce_rms_norm_kernel(
     only sums travel, whatever is returned. ``plain``: the rows are sums already.
 
     A half of the channel's data has, by rank, tensor and row, what is to be summed, and after that, by row, sums.
+
+    eps is the constant ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
     """
     ONE_SCALE: tl.constexpr = scale is not None
     TENSORS: tl.constexpr = 1 if other is None else 2
@@ -200,6 +201,7 @@ def all_reduce_rms_norm_kernel(
     if ONE_SCALE:
         whole = tl.load(scale)
         factor = apply_steps(FACTOR_STEPS, whole, whole)
+    number = number_of(eps)
 
     if WAY == "plain":
         row = tl.program_id(0).to(tl.int64)
@@ -275,7 +277,7 @@ def all_reduce_rms_norm_kernel(
                 )  # fmt: skip
     if came:
         finish(
-            reduced, addend, row, columns, element, mask, weights, factor,
+            reduced, addend, row, columns, element, mask, weights, factor, number,
             q, scale_out, value_out, residual_out, reduced_out, all_rows, WIDTH, BLOCK, EPS, OFFSET, CAST_FIRST, SUM,
             DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT,
             NORM, PTX,

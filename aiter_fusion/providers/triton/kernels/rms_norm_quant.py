@@ -18,6 +18,27 @@ def summed_row(x, residual, x_at, residual_at, mask, SUM: tl.constexpr, PTX: tl.
 
 
 @triton.jit
+def number_of(eps):
+    """The eps that is no constant, in float32, in which it is added: a number, or what a pointer to one points to."""
+    number = eps
+    if eps is not None:
+        if eps.dtype.is_ptr():
+            number = tl.load(eps)
+        number = number.to(tl.float32)
+    return number
+
+
+@triton.jit
+def statistic_of(mean, number, EPS: tl.constexpr):
+    """``rsqrt(mean + eps)`` with the constant ``EPS``, or with ``number`` where there is one."""
+    if number is None:
+        added = mean + EPS
+    else:
+        added = mean + number
+    return libdevice.rsqrt(added)
+
+
+@triton.jit
 def normalised(
     value,
     statistic,
@@ -59,6 +80,7 @@ def rms_norm_quant_kernel(
     rows,
     x_stride,
     residual_stride,
+    eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
@@ -85,6 +107,8 @@ def rms_norm_quant_kernel(
 
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
     float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
+
+    eps is the constant ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
     """
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     PADDED: tl.constexpr = TILES * COLUMNS != WIDTH
@@ -103,6 +127,7 @@ def rms_norm_quant_kernel(
                 tl.store(scale_out, apply_steps(SCALE_STEPS, whole, whole))
         factor = apply_steps(FACTOR_STEPS, whole, whole)
     best = 0.0
+    number = number_of(eps)
     weights = None
     if weight is not None and TILES == 1:  # on their way while the statistic is computed
         weights = tl.load(weight + tile_columns, mask=(tile_columns < WIDTH) & (element < BLOCK), other=0.0)
@@ -127,7 +152,7 @@ def rms_norm_quant_kernel(
         else:
             squares = tl.sum(tl.sum(total, 2), 1)
         mean = squares * (1.0 / WIDTH)
-        statistic = libdevice.rsqrt(mean + EPS)[:, None, None]
+        statistic = statistic_of(mean, number, EPS)[:, None, None]
 
         # The maximum of each row, where nothing can be quantised before it is known. What is masked counts as 0, or,
         # like its row, as NaN.

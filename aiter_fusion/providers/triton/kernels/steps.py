@@ -94,6 +94,10 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.c
             y = tl.maximum(x, NUMBER, propagate_nan=tl.PropagateNan.ALL)
         elif NAME == "clamp_max":
             y = tl.minimum(x, NUMBER, propagate_nan=tl.PropagateNan.ALL)
+        elif NAME == "if_zero":
+            y = tl.where(x == 0.0, NUMBER, x)
+        elif NAME == "unless_positive":
+            y = tl.where(x > 0.0, x, NUMBER)
         elif NAME == "reciprocal":
             y = tl.div_rn(1.0, x)
         elif NAME == "log2":

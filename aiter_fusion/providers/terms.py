@@ -1,0 +1,46 @@
+"""What a provider can compute of an op, declared as data; everything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..domains import ANYTHING, Domain, Sizes
+from ..op import FusedOp, width_of
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The calls of an op that a provider can compute.
+
+    arguments: name -> the values that it may have. A call with an argument that is not named here is refused.
+    features:  those of an overload that it has kernels for.
+    hidden:    the length of a row; None: any, also one that only a run will tell.
+    """
+
+    arguments: Mapping[str, Domain]
+    features: frozenset[str] = frozenset()
+    hidden: Sizes | None = None
+
+    def why_not(self, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+        """Why a call (tensors may be fakes) is not one of them, with the value and its limit, or None."""
+        if unknown := op.features - self.features:
+            return f"it declares no kernel for {op.family} with {', '.join(sorted(unknown))}"
+        first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+        width = width_of(op, first) if first is not None and first.dim() else 1
+        if self.hidden is not None and (why := self.hidden.why_not("hidden size", width, width)) is not None:
+            return why
+        for name, value in arguments.items():
+            if name not in self.arguments:
+                return f"it declares no values of {name}, and this call has {value!r}"
+            if (why := self.arguments[name].why_not(name, value, width)) is not None:
+                return why
+        return None
+
+
+def as_defined(op: FusedOp) -> Terms:
+    """All calls that an op is defined for: what its reference computes."""
+    return Terms({name: op.domains.get(name, ANYTHING) for name in op.arguments}, op.features)

@@ -1,0 +1,41 @@
+"""The order in which AMD's matrix cores read an FP8 weight: tiles of 16 rows by 32 columns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# A shuffled weight is stored in tiles of 16 rows by 32 columns, each as two halves of 16 columns.
+TILE = (16, 32)
+
+
+def shuffled(weight: Tensor) -> Tensor:
+    """A weight ``[N, K]`` of one byte an element as ``[N / 16, K / 32, 16, 32]``, the order in which AMD's matrix cores
+    read it: tile by tile, in a tile first the left 16 columns of all rows, then the right ones.
+
+    Raises:
+        ValueError: N is not a multiple of 16, or K not of 32, or an element is not one byte.
+    """
+    rows, columns = weight.shape
+    if rows % TILE[0] or columns % TILE[1] or weight.element_size() != 1:
+        raise ValueError(
+            f"a weight of {rows} x {columns} ({weight.dtype}) has no shuffled form: it takes rows in multiples of "
+            f"{TILE[0]}, columns in multiples of {TILE[1]}, one byte each"
+        )
+    tiles = weight.reshape(rows // 16, 16, columns // 32, 2, 16)
+    return tiles.permute(0, 2, 3, 1, 4).reshape(rows // 16, columns // 32, 16, 32)
+
+
+def unshuffled(tiles: Tensor) -> Tensor:
+    """The weight ``[N, K]`` of which ``tiles`` ``[N / 16, K / 32, 16, 32]`` is the shuffled form."""
+    rows, columns = tiles.shape[0] * 16, tiles.shape[1] * 32
+    return tiles.reshape(rows // 16, columns // 32, 2, 16, 16).permute(0, 3, 1, 2, 4).reshape(rows, columns)
+
+
+def in_rows(b: Tensor, is_shuffled: bool) -> Tensor:
+    """The weight ``[N, K]``, row by row, of the right operand ``b`` ``[K, N]`` of a product: its transpose as a view,
+    or a copy with each element back in its place, if ``b`` is the transpose of ``shuffled(weight).view(N, K)``."""
+    weight = b.t()
+    if not is_shuffled:
+        return weight
+    rows, columns = weight.shape
+    return unshuffled(weight.reshape(rows // TILE[0], columns // TILE[1], *TILE))

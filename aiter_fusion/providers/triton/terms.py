@@ -1,0 +1,78 @@
+"""What there are kernels for: what ``kernels`` does not spell out must not stand here (a test compares the two)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
+from ...op import FusedOp
+from ..terms import Terms
+from . import rules
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+# Elements of a row, of which a program holds a tile at a time; of all-reduces it holds a row, in packs of 16 bytes.
+ROWS = Sizes(1, 65536)
+REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
+
+# The steps of ``kernels/steps.py``, of a block's maximum; and those that combine a value with its factor.
+STEPS = (
+    *("float32", "bfloat16", "float16"),
+    *("mul", "div", "clamp_min", "clamp_max"),
+    *("reciprocal", "log2", "exp2", "ceil", "floor"),
+)
+COMBINING = ("mul_scale", "scale_mul", "div_scale")
+
+# Of ``kernels/act_mul_quant.py``.
+ACTIVATIONS = Activations(
+    {**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")}
+)
+
+QUANTISER: Mapping[str, Domain] = {
+    "block": Blocks(largest=rules.TILE),
+    "column_major": FLAG,
+    "scale": Tensors((torch.float32,), elements=1),
+    "scale_steps": Steps(STEPS),
+    "factor_steps": Steps(STEPS),
+    "value_steps": Steps((*STEPS, *COMBINING)),
+    "quant_dtype": OneOf((torch.float8_e4m3fn, torch.float8_e4m3fnuz)),
+}
+NORM: Mapping[str, Domain] = {
+    "x": Tensors(FLOATS),
+    "residual": Tensors(FLOATS),
+    "sum_dtype": OneOf(FLOATS),
+    "residual_dtype": OneOf(FLOATS),
+    "weight": Tensors(FLOATS, optional=True),
+    "eps": Number(optional=True),
+    "eps_tensor": Tensors((*FLOATS, torch.float64), optional=True, elements=1),
+    "offset": Number(optional=True),
+    "cast_first": FLAG,
+    "dtype": OneOf(FLOATS),
+}
+ACTIVATION: Mapping[str, Domain] = {
+    **dict.fromkeys(("gate", "up", "gate_up"), Tensors(FLOATS)),
+    **dict.fromkeys(("gate_first", "interleaved", "cast_first"), FLAG),
+    "act": ACTIVATIONS,
+    "dtype": OneOf(FLOATS),
+}
+REDUCTION: Mapping[str, Domain] = {
+    "x": Tensors(HALVES),
+    "other": Tensors(HALVES, optional=True),
+    "group": ANYTHING,  # ``refuse`` looks at its ranks
+}
+
+TERMS: Mapping[str, Terms] = {
+    "rms_norm_quant": Terms({**NORM, **QUANTISER}, frozenset({"add", "static", "value"}), ROWS),
+    "act_mul_quant": Terms({**ACTIVATION, **QUANTISER}, frozenset({"packed", "static", "value"}), ROWS),
+    "all_reduce_rms_norm": Terms({**NORM, **REDUCTION}, frozenset({"add", "reduced"}), REDUCED_ROWS),
+    "all_reduce_rms_norm_quant": Terms(
+        {**NORM, **REDUCTION, **QUANTISER}, frozenset({"add", "reduced", "static", "value"}), REDUCED_ROWS
+    ),
+}
+
+
+def terms(op: FusedOp) -> Terms | None:
+    """What of an op the kernels compute."""
+    return TERMS.get(op.family)
