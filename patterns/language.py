@@ -209,6 +209,7 @@ class Form:
     branches:  further outputs that leave the pattern on the way.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
+    listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
     """
 
     kind: str
@@ -219,6 +220,7 @@ class Form:
     branches: tuple[Branch, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
+    listed: bool = True
 
 
 @dataclass(frozen=True)
