@@ -22,22 +22,23 @@ def run(world: int, folder: Path, function: Callable[..., Any], *args: Any, back
     the like in the environment. An exception in one is raised here with its traceback, and so is its death.
     """
     context = multiprocessing.get_context("spawn")
-    processes, ends = [], {}
+    processes: list[Any] = []
+    ends: dict[int, Connection] = {}
     for rank in range(world):
         end, theirs = context.Pipe(duplex=False)
         given = (rank, world, str(folder), backend, theirs, function, args)
         processes.append(context.Process(target=_child, args=given))
         processes[-1].start()
         theirs.close()
-        ends[end] = rank
+        ends[rank] = end
     found: dict[int, Any] = {}
     try:
         while ends:
-            ready = wait(ends, SECONDS)
+            ready = wait(ends.values(), SECONDS)
             if not ready:
                 raise AssertionError(f"only ranks {sorted(found)} have finished in {SECONDS} s")
-            for end in ready:
-                rank = ends.pop(end)
+            for rank in [rank for rank, end in ends.items() if end in ready]:
+                end = ends.pop(rank)
                 try:
                     problem, found[rank] = end.recv()
                 except EOFError:

@@ -19,7 +19,7 @@ from aiter_fusion import config, report
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import Oracle, copy_graph
 
-CALLS_A_LAYER = 0
+CALLS_A_LAYER = 36_000  # 23,500 with torch 2.13.0
 
 
 def llama(layers: int) -> Oracle:
@@ -62,10 +62,10 @@ def work(oracle: Oracle) -> tuple[int, float]:
 
 
 def test_work_is_linear_in_layers(record_property) -> None:
-    few, many = llama(8), llama(32)
+    few, many = llama(4), llama(16)
     (short, _), (long, milliseconds) = work(few), work(many)
-    record_property("row", f"the pass on 32 layers: {long / 32:.0f} calls and {milliseconds / 32:.2f} ms a layer")
-    assert long / 32 <= CALLS_A_LAYER
+    record_property("row", f"the pass on 16 layers: {long / 16:.0f} calls and {milliseconds / 16:.2f} ms a layer")
+    assert long / 16 <= CALLS_A_LAYER
     assert long <= 4.2 * short  # four times the layers; a quadratic pass would make 16 times the calls
 
 
