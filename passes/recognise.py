@@ -30,6 +30,7 @@ class Record:
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
+    listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Record:
     rows: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = ""
+    listed: bool = True
     refusal: str | None = None
     rooted: Record | None = None
 
@@ -94,7 +96,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             record = _first(matcher, candidates, node)
             if record is None and is_fp8_cast(node):
                 found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)[0]}"))
-            return record
+            return record if record is None or record.listed else None
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
             if strict:
@@ -166,6 +168,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 rows=form.rows,
                 serves=form.serves,
                 alone=form.alone,
+                listed=form.listed,
                 refusal=completion.refusal,
             )
             for branch in form.branches:

@@ -111,7 +111,8 @@ class _Builder:
         val = node.meta["val"]
         if val.device == device:
             return node
-        return self.add(torch.ops.prims.device_put.default, (node, device, True), val.to(device))
+        copy = torch.ops.prims.device_put.default
+        return self.add(copy, (node, device, True), copy(val, device, True))
 
     def reshape(self, node: fx.Node, sizes: tuple[int | Size | fx.Node, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""

@@ -109,6 +109,24 @@ def _aligned(found: Found, block: int) -> bool:
     return same_shape(multiplier, (*elements[:-1], 1)) and same_size(elements[-1], block)
 
 
+def granularity(block: int, width: object) -> str:
+    """What shares a scale, of rows of this width: ``tensor``, ``token`` (a row), or a group, such as ``group128``."""
+    if block == 0:
+        return "tensor"
+    return "token" if same_size(width, block) else f"group{block}"
+
+
+def _width(found: Found) -> int:
+    """The length of the rows that are quantised: the greatest that a view of them has before they are quantised, since
+    heads and groups are parts of rows."""
+    node, widths = found.named["elements"], []
+    while True:
+        widths += [size for size in shape(node)[-1:] if isinstance(size, int)]
+        if node is found.inputs["x"]:
+            return max(widths, default=1)
+        (node,) = node.all_input_nodes
+
+
 def _start(found: Found) -> tuple[str, ...]:
     """How programs of the maximum begin: with a conversion, if it was taken in another dtype than the values'."""
     converted = dtype(found.named["maximum"])
@@ -140,7 +158,7 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
             "value_steps": _value_steps(found),
             "quant_dtype": found.attributes["quant_dtype"],
         },
-        variant=f"block{block}" if block else "tensor",
+        variant=granularity(block, _width(found)),
     )
 
 
@@ -171,7 +189,11 @@ def _is_scale(node: fx.Node, steps: str) -> bool:
     return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
 
 
+# A maximum that is itself kept in FP8, perhaps divided by a scale for all of them, as NVFP4 keeps its scales.
+SCALE = OneOf((MAXIMUM, Call((aten.div.Tensor,), (Steps("factor_steps", MAXIMUM), Var("outer")))))
+
 FORMS = (
+    Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(
         "fp8_quant",
         "dynamic",

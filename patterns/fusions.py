@@ -33,10 +33,8 @@ def variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.N
         granularity = "static"
     elif block is None:
         granularity = "unquantised"
-    elif block == 0:
-        granularity = "tensor"
     else:
-        granularity = "token" if same_size(shape(value)[-1], block) else f"group{block}"
+        granularity = fp8_quant.granularity(block, shape(value)[-1])
     before = [name for name in ("pair", "add", "packed", "offset") if name in features]
     after = [name for name in ("value", "reduced") if name in features]
     return "+".join([*before, granularity, *after])

@@ -211,6 +211,7 @@ class Form:
                all of the other inputs); none where the rows cannot be computed apart.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
+    listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
     """
 
     kind: str
@@ -222,6 +223,7 @@ class Form:
     rows: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
+    listed: bool = True
 
 
 @dataclass(frozen=True)

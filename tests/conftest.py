@@ -62,6 +62,16 @@ def fused(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Checked:
     return result
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Neither what hypothesis tries nor whether it is content depends on the clock, or on earlier runs."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings
+
+        slow = [HealthCheck.too_slow]
+        settings.register_profile("suite", deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+        settings.load_profile("suite")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the rows that tests recorded: counts of model families, times."""
     passed = terminalreporter.getreports("passed")

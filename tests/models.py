@@ -29,12 +29,12 @@ COMMON: dict[str, Any] = {
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 
-def _hugging_face(name: str, **changes: Any) -> Callable[[], nn.Module]:
+def _hugging_face(name: str, **changes: Any) -> Callable[..., nn.Module]:
     """``<name>ForCausalLM`` with its own ``<name>Config`` (or ``<name>TextConfig``)."""
 
-    def make() -> nn.Module:
+    def make(**more: Any) -> nn.Module:
         config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-        return getattr(transformers, f"{name}ForCausalLM")(config(**{**COMMON, **changes}))
+        return getattr(transformers, f"{name}ForCausalLM")(config(**{**COMMON, **changes, **more}))
 
     return make
 
@@ -171,7 +171,7 @@ class T5Model(nn.Module):
         return x + self.wo(self.act_fn(self.wi_0(h)) * self.wi_1(h))
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "Llama": _hugging_face("Llama"),
     "Qwen3": _hugging_face("Qwen3", head_dim=64),
     "Mistral": _hugging_face("Mistral"),
@@ -222,9 +222,10 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 ENGINES = ("vLLM", "SGLang")
 
 
-def build(family: str) -> nn.Module:
-    """A random bf16 model in eval mode; weights do not depend on global random state."""
-    model = FAMILIES[family]().to(torch.bfloat16).eval()
+def build(family: str, **changes: Any) -> nn.Module:
+    """A random bf16 model in eval mode; weights do not depend on global random state. ``changes`` are to a Hugging Face
+    model's configuration."""
+    model = FAMILIES[family](**changes).to(torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.05).to(parameter.dtype)

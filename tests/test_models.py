@@ -90,6 +90,22 @@ def test_the_activation_of_gpt_oss_itself() -> None:
     assert result.variants == ["act_mul_quant:packed+token"]
 
 
+def test_a_draft_and_a_target_model() -> None:
+    """Of one family, with another eps, which Dynamo then makes an input: the second has every site of the first."""
+    torch._dynamo.reset()
+    oracle = aiter_fusion.Backend().oracle()
+    tokens = models.tokens(2)
+    with torch.no_grad():
+        for eps in (1e-6, 1e-5):
+            model = models.build("Llama", num_hidden_layers=1, rms_norm_eps=eps)
+            models.QUANTISATIONS["group128"](model)
+            replaced, _ = models.expected(model, "group128", tokens)
+            torch.compile(model, backend=oracle)(tokens, use_cache=False)
+    assert oracle.identical
+    assert [graph.report.replaced for graph in oracle.graphs] == [dict(+replaced)] * 2
+    assert not oracle.report.skipped
+
+
 @pytest.mark.parametrize("family", models.FAMILIES if ALL else ("torch.nn", "SGLang"))
 def test_code_generation(family: str, record_property) -> None:
     """What Inductor compiles has the sites that the oracle captured, and runs."""
