@@ -271,37 +271,58 @@ def test_where_pytorch_casts_to_nan(dtype: torch.dtype) -> None:
     assert torch.equal(every.to(dtype).float().isnan(), want)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("op", EVERY_OP[::3], ids=lambda op: op.name.split("::")[1])
-def test_kernels_compile(op: FusedOp, target: str) -> None:
-    """For GPUs that need not be here."""
+def compile_for(target: str, op: FusedOp, arguments: dict[str, Any]) -> list[str]:
+    """The kernels of a call, compiled for a GPU that need not be here: Triton's code before that of the target."""
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
 
     machine, quant_dtype, fp8 = TARGETS[target]
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", quant_dtype: f"*{fp8}"}
+    known = {name: arguments[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
+    plan = launches.of(op, known, machine[0] == "cuda")
+    outputs = op.allocate(**known)
+    compiled = []
+    for launch in plan.launches:
+        function = provider.kernel(launch.kernel)
+        signature, constants = {}, {}
+        for index, parameter in enumerate(function.params):
+            value = launch.arguments[parameter.name]
+            if isinstance(value, launches.Ref):
+                tensor = outputs.get(value.name, known.get(value.name))
+                signature[parameter.name] = names[tensor.dtype if tensor is not None else torch.float32]
+            elif value is None or parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[(index,)] = value
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        source = compiler.ASTSource(function, signature=signature, constexprs=constants)
+        made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
+        compiled.append(made.asm["ttir"])
+    return compiled
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", EVERY_OP[::3], ids=lambda op: op.name.split("::")[1])
+def test_kernels_compile(op: FusedOp, target: str) -> None:
+    """For GPUs that need not be here."""
     samples = list(op.samples())
     for arguments in samples[:: max(1, len(samples) // 4)]:
-        known = {name: arguments[name] for name in op.arguments} | {"quant_dtype": quant_dtype}
-        plan = launches.of(op, known, machine[0] == "cuda")
-        outputs = op.allocate(**known)
-        for launch in plan.launches:
-            function = provider.kernel(launch.kernel)
-            signature, constants = {}, {}
-            for index, parameter in enumerate(function.params):
-                value = launch.arguments[parameter.name]
-                if isinstance(value, launches.Ref):
-                    tensor = outputs.get(value.name, known.get(value.name))
-                    signature[parameter.name] = names[tensor.dtype if tensor is not None else torch.float32]
-                elif value is None or parameter.is_constexpr:
-                    signature[parameter.name] = "constexpr"
-                    constants[(index,)] = value
-                else:
-                    signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            source = compiler.ASTSource(function, signature=signature, constexprs=constants)
-            triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
+        assert compile_for(target, op, arguments)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0")
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("step", "comparison"), [("unless_positive=0.5", "cmpf ogt"), ("if_zero=0.5", "cmpf oeq")], ids=["positive", "zero"]
+)
+def test_numbers_for_zero_compile(step: str, comparison: str, target: str) -> None:
+    """As a comparison that does not hold for NaN, and a choice: of the scale that is returned and of the factor."""
+    op = OPS["rms_norm_quant"][frozenset()]
+    programs = dict.fromkeys(("scale_steps", "factor_steps"), f"{step} div=448.0 float32")
+    (code,) = compile_for(target, op, next(iter(op.samples())) | programs)
+    assert code.count(comparison) == 2
 
 
 @pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])
