@@ -254,8 +254,8 @@ class _Planner:
 
     def _share(self, record: Record) -> None:
         """Refuse what differs from other records of its kind in an input that all that read one value must share."""
-        source = behind(record.inputs["x"])
         for name in record.shared:
+            source = behind(record.inputs["x"])
             found = len(self._shared[source, record.kind, name])
             if found > 1:
                 raise Refused(
