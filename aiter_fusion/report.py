@@ -38,7 +38,7 @@ REASONS = {
     "provider": "the provider refuses this call",
     "preference": "the provider is to be used only if it is asked for by name",
     "slower": "by the provider's measurements, Inductor's own code is faster",
-    "overload": "no overload of the fused op returns these outputs",
+    "overload": "no overload of the fused op takes these inputs and returns these outputs",
     "layout": "an output of the fused op differs in shape, stride, dtype or device from the value it replaces",
     "order": "an output is read before the last input exists",
     "mutation": "an input is written to between the nodes that would become one",

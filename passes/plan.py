@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -205,6 +206,10 @@ class _Planner:
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._writes = list(_writes(graph))
+        self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
+        for record in recognised.records:
+            for name in record.shared:
+                self._shared[behind(record.inputs["x"]), record.kind, name].add(record.inputs[name])
         self.claimed: set[Record] = set()
 
     def decide(self, group: list[Record]) -> _Draft:
@@ -222,6 +227,7 @@ class _Planner:
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
+                self._share(tail)
                 taken = next((record for record in reversed(chain) if record in self.claimed), None)
                 if taken is not None:
                     raise Refused(f"starved: {taken.root.name} is already part of another site")
@@ -249,6 +255,17 @@ class _Planner:
             return refused
         reason = f"producer: {misfit}" if misfit is not None else self._where_from(tail.inputs["x"])
         return _Draft(list(group), tail.kind, tail.variant, BARE, reason, tail.root)
+
+    def _share(self, record: Record) -> None:
+        """Refuse what differs from other records of its kind in an input that all that read one value must share."""
+        for name in record.shared:
+            source = behind(record.inputs["x"])
+            found = len(self._shared[source, record.kind, name])
+            if found > 1:
+                raise Refused(
+                    f"overload: {source.name} is the input of {record.kind} with {found} different {name}s, of which a "
+                    "fused op takes one"
+                )
 
     def _agree(self, fusion: Fusion, arguments: Mapping[str, Any]) -> None:
         """Refuse what other sites of the graph, or other processes, do not go along with."""
@@ -342,7 +359,7 @@ def _attempt(
             return _attempt(fusion, chain, group, features, options, training, writes, agree)
     for record, way in selections.items():
         if not record.rows:
-            raise Refused(f"rows: {way[-1].name} takes some of {record.root.name}, which {record.kind} gives as a whole")
+            raise Refused(f"rows: {way[-1].name} takes some of {record.root.name}, which {record.kind} gives whole")
         left = next((node for node in record.outputs.values() if node not in dead), None)
         if left is not None:
             raise Refused(f"rows: {left.name}, of which {way[-1].name} takes some, is read elsewhere too")

@@ -26,7 +26,7 @@ class Record:
     branches: attributes that came with further outputs; they override ``attributes``.
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
-    rows:    the inputs that have a row for each row of the value, as in ``Form``.
+    rows, shared: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
@@ -43,6 +43,7 @@ class Record:
     nodes: frozenset[fx.Node]
     root: fx.Node
     rows: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = ""
     listed: bool = True
@@ -166,6 +167,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
                 root=node,
                 rows=form.rows,
+                shared=form.shared,
                 serves=form.serves,
                 alone=form.alone,
                 listed=form.listed,

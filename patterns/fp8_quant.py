@@ -208,5 +208,6 @@ FORMS = (
         _quantised(Named("factor", Steps("factor_steps", Var("scale")))),
         output="q",
         complete=_complete_static,
+        shared=("scale",),
     ),
 )

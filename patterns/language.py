@@ -209,6 +209,8 @@ class Form:
     branches:  further outputs that leave the pattern on the way.
     rows:      the inputs that have a row for each row of the value, which is computed from these rows alone (and from
                all of the other inputs); none where the rows cannot be computed apart.
+    shared:    the inputs that must be the same in all records of the kind that read one value: of several, a fused op
+               could take only one, and the others would read the value from memory.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
     listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
@@ -221,6 +223,7 @@ class Form:
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
     rows: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
     listed: bool = True

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 128
 COMMON: dict[str, Any] = {
@@ -343,10 +344,22 @@ class StaticLinear(nn.Module):
         return nn.functional.linear((q.float() * self.scale).to(x.dtype), self.weight)
 
 
-def _by_hand(layer: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:
+def _loaded(linear: nn.Linear) -> nn.Module:
+    """As transformers loads FP8 checkpoints of compressed-tensors with ``use_optimized_inference=True``."""
+    need_scaled_rows()
+    weight = linear.weight.float()
+    scale = weight.abs().amax(1, keepdim=True) / 448.0
+    layer = CompressedTensorsFP8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    layer.weight = nn.Parameter((weight / scale).to(cases.FN), requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
+    layer.bias = linear.bias
+    return layer
+
+
+def _by_hand(layer: Callable[[nn.Linear], nn.Module], but: str = "") -> Callable[[nn.Module], None]:
     def quantise(module: nn.Module) -> None:
         for name, child in module.named_children():
-            if type(child) is nn.Linear:  # a router that inherits from it is something else
+            if type(child) is nn.Linear and name != but:  # a router that inherits from it is something else
                 setattr(module, name, layer(child))
             else:
                 quantise(child)
@@ -362,13 +375,14 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "group128": _by_hand(GroupLinear),
     "static": _by_hand(StaticLinear),
     "engine": _by_hand(EngineLinear),
+    "compressed-tensors": _by_hand(_loaded, but="lm_head"),  # which such checkpoints leave in bfloat16
 }
 
 
 def quantises(module: nn.Module) -> bool:
     """Whether a module is a linear layer that quantises its input."""
     by_torchao = isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter
-    return by_torchao or isinstance(module, (GroupLinear, StaticLinear))
+    return by_torchao or isinstance(module, (GroupLinear, StaticLinear, CompressedTensorsFP8Linear))
 
 
 def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Counter[str], int]:

@@ -548,5 +548,11 @@ def test_scale_programs() -> None:
     assert scale_of("float32 div=448.0 if_zero=1.0") == pytest.approx((1 / 448, 448 * 2.0**-149, False))
     # half precision has rows with values that become 0 when they are divided
     assert scale_of("div=448.0 if_zero=1.0 float32", F16) == pytest.approx((1 / 448, 448 * 2.0**-24, False))
-    for other in ("div=448.0 log2 ceil exp2", "clamp_max=3.0 div=448.0", "reciprocal clamp_min=2.0", "mul=-1.0", "reciprocal if_zero=1.0"):
+    for other in (
+        "div=448.0 log2 ceil exp2",
+        "clamp_max=3.0 div=448.0",
+        "reciprocal clamp_min=2.0",
+        "mul=-1.0",
+        "reciprocal if_zero=1.0",
+    ):
         assert scale_of(other) is None

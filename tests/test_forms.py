@@ -130,7 +130,7 @@ def test_dynamic_rows(quant: cases.QuantForm) -> None:
 # How models put a number in the place of a maximum of 0, and the step that it is.
 CHOICES = {
     "unless_positive=1.0": lambda m: torch.where(m > 0, m, torch.ones_like(m)),
-    "unless_positive=0.5": lambda m: torch.where(0 < m, m, 0.5),
+    "unless_positive=0.5": lambda m: torch.where(m > 0, m, 0.5),
     "if_zero=0.25": lambda m: torch.where(m == 0, torch.tensor(0.25, dtype=m.dtype), m),
     "if_zero=2.0": lambda m: m.masked_fill(m == 0, 2),
     "if_zero=3.0": lambda m: torch.where(m != 0, m, 3),

@@ -166,6 +166,25 @@ def test_norms_with_every_program(dtype: torch.dtype, program: str) -> None:
             same(op, **norm_arguments(512, 9, dtype, block=block, **changes, **PROGRAMS[program]))
 
 
+@pytest.mark.parametrize("steps", ["{} unless_positive=1.0 div=448.0 float32", "{} div=448.0 if_zero=1e-07 float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_number_for_zero(dtype: torch.dtype, steps: str) -> None:
+    """Rows of zeros and with NaN and infinity, the whole tensor of zeros, or NaN in it; and a given scale of zero."""
+    hostile = whole_numbers(9, 512, dtype=dtype)
+    hostile[3], hostile[5, 7], hostile[6, 8], hostile[7, 9:11] = 0, float("nan"), float("inf"), float("-inf")
+    for converted in ("", "float32"):
+        program = steps.format(converted).strip()
+        chosen = {"scale_steps": program, "factor_steps": program}
+        for x in (hostile, hostile[3:4].expand(2, 512).contiguous(), hostile[3:6]):
+            for block in (0, 64, 512):
+                changes = {"x": x, "block": block, **chosen}
+                same(OPS["rms_norm_quant"][frozenset()], **norm_arguments(512, len(x), dtype, **changes))
+    for scale in (0.0, -0.0, -1.0, float("nan"), 0.02):
+        for step in ("if_zero=0.125", "unless_positive=0.125"):
+            given = {"scale": torch.tensor(scale, device="cuda"), "factor_steps": step}
+            same(OPS["rms_norm_quant"][frozenset({"static"})], **norm_arguments(512, 9, dtype, **given))
+
+
 ACTIVATIONS = ("silu", "swish", "clamped_swiglu=1.702,7.0")
 
 
@@ -389,6 +408,37 @@ def test_compiled(mode: str | None, dynamic: bool) -> None:
                 assert "torch.ops.aiter_fusion" not in text
     made = aiter_fusion.reports()
     assert [r.replaced for r in made] == [{"rms_norm_quant": 3, "act_mul_quant": 2}] * (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_taken_out_of_a_norm(dynamic: bool) -> None:
+    """The kernels read the last row of each batch where it lies, also of a sum that Inductor computes."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = r * 2 + x
+        return (
+            *cases.q1_row(cases.llama(r + x, w)[:, -1:]),
+            *cases.q3_one_for_zero(cases.olmo2(summed, w)[:, -1]),
+            summed,
+        )
+
+    weight = torch.randn(cases.H, generator=torch.Generator().manual_seed(2)).bfloat16().cuda()
+    made = []
+    for length in (5, 9):
+        inputs = [whole_numbers(3, length, cases.H, seed=seed) for seed in (0, 1)]
+        inputs[0][1, -1] = 0
+        inputs[1][1, -1] = 0
+        made.append([*inputs, weight])
+    wants = [original(fn, *inputs) for inputs in made]
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=aiter_fusion.Backend(provider="triton"))
+    aiter_fusion.reset()
+    with torch.no_grad():
+        for inputs, want in zip(made, wants, strict=True):
+            for tensor in inputs[:2] if dynamic else ():
+                torch._dynamo.mark_dynamic(tensor, 1)
+            assert all(map(same_bits, want, compiled(*inputs)))
+    assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 2}] * (1 if dynamic else 2)
 
 
 def test_one_graph_serves_any_number_of_rows() -> None:

@@ -39,6 +39,7 @@ def chosen() -> Sequence[tuple[str, str, str]]:
         ("Llama", "PerBlock", "static"),
         ("Llama", "PerRow", "dynamic"),
         ("SGLang", "engine", "static"),
+        ("Llama", "compressed-tensors", "static"),
     ]
 
 
@@ -64,6 +65,29 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert made.unaccounted == 0
     assert all(site.reason.split(":")[0] in report.REASONS for site in made.bare)
     assert all(site.where for site in made.sites) or family == "T5"  # whose activation is in the outermost module
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["static", "marked"])
+def test_prefill_of_generate(marked: bool) -> None:
+    """Of the last norm only the last token is read: no more is normed, and no row of another is lost."""
+    model = models.build("Llama")
+    models.QUANTISATIONS["PerRow"](model)
+    tokens = models.tokens(2)
+    replaced, alone = models.expected(model, "PerRow", tokens)
+    result = checked(model, verify=True)
+    if marked:
+        torch._dynamo.mark_dynamic(tokens, 1)
+    with torch.no_grad():
+        result.call(tokens, use_cache=False, logits_to_keep=1)
+        if marked:
+            result.call(models.tokens(2, 7), use_cache=False, logits_to_keep=1)
+    assert result.oracle.identical
+    assert [made.replaced for made in result.reports] == [dict(replaced)]
+    assert [site.family for site in result.report.bare] == ["fp8_quant"] * alone
+    assert not result.report.skipped
+    (graph,) = result.oracle.graphs
+    last = [n for n in graph.after.graph.nodes if "rms_norm_quant" in str(n.target)][-1]
+    assert [n.meta["val"].shape for n in last.all_input_nodes] == [(2, 1, 256), (2, 1, 256), (256,)]
 
 
 def test_sums_in_float32_are_fused() -> None:
