@@ -269,10 +269,10 @@ VIEWS: frozenset[Target] = frozenset(
 )
 
 # Calls that assert a tensor's dtype, device, layout, sizes or strides and return nothing. They held when the graph was
-# traced, and are no reason to compute a value. ``torch.export`` leaves one before each conversion; Inductor removes them
-# all, but after our slot. What reads values is none (``_assert_async``), nor what returns a size, which others read:
-# AOTAutograd takes a symbolic size from the tensor that brought it, an input or the result of a call such as
-# ``nonzero``, and these lie in no form.
+# traced, and are no reason to compute a value. ``torch.export`` leaves one before each conversion; Inductor removes all
+# of them, but after our slot. What reads values is none (``_assert_async``), nor what returns a size, since others read
+# that: AOTAutograd takes a symbolic size from the tensor that brought it, an input or the result of a call such as
+# ``nonzero``, and these lie inside no form.
 ASSERTIONS: frozenset[Target] = frozenset({aten._assert_tensor_metadata.default})
 
 # Scalar operations that a program can hold, by ATen target; see aiter_fusion/arithmetic.py.
