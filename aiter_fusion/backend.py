@@ -14,7 +14,7 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
 from . import config, ops, platform, report  # noqa: F401  (importing ops registers them)
-from .passes.manager import compose
+from .passes.manager import PassManager, compose, in_group
 from .passes.oracle import Oracle
 from .patterns import registry
 from .providers import PROVIDERS
@@ -97,6 +97,24 @@ class Backend:
         """A backend with these options that interprets the original and the rewritten graphs and compares the bits."""
         return Oracle(self.options)
 
+    def graph_pass(self) -> GraphPass:
+        """The pass alone, with these options, for what compiles with Inductor but takes no backend.
+
+        ::
+
+            fusions = aiter_fusion.Backend(expect={"rms_norm_quant": 9}).graph_pass()
+            torch._inductor.aoti_compile_and_package(exported, inductor_configs={"post_grad_custom_pre_pass": fusions})
+            print(aiter_fusion.reports()[-1])
+
+        Each graph that it is called on gets a report, and has to satisfy ``strict`` and ``expect``: the graph of the
+        model, and before it those inside of it, such as the branches of ``torch.cond``. Where the host takes a compiled
+        graph from a cache (AOTInductor never does) no pass runs and no report is made.
+
+        Raises, when it is called:
+            FusionError: ``strict`` or ``expect`` was not satisfied. Inductor raises an error of its own from it.
+        """
+        return GraphPass(self.options)
+
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]
     ) -> Callable[..., Any]:
@@ -112,7 +130,7 @@ class Backend:
         manager.publish()
         if self.options.does_nothing:
             compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
-            self._check(report.keep(report.FusionReport(note="level 0: plain Inductor")))
+            check(self.options, report.keep(report.FusionReport(note=LEVEL_0)))
             return compiled  # type: ignore[return-value]
         if report.is_recording():
             patches["force_disable_caches"] = True
@@ -131,20 +149,46 @@ class Backend:
             compiled = compile_fx(gm, example_inputs, config_patches=patches)
             made = report.collect(counters["inductor"])
         if made is not None:
-            self._check(made)
+            check(self.options, made)
         return compiled  # type: ignore[return-value]
 
-    def _check(self, made: report.FusionReport) -> None:
-        if any(site.provider == "reference" for site in made.sites) and self.options.provider == "auto":
-            _warn_once(SLOW)
-        if self.options.strict and made.skipped:
-            raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
-        if self.options.expect is not None:
-            wrong = {f: n for f, n in self.options.expect if made.replaced.get(f, 0) != n}
-            if wrong:
-                raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
+
+class GraphPass(PassManager):
+    """What ``Backend.graph_pass`` returns: the pass without a backend around it, so it does what that does besides."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        report.configure_logging()
+        self.publish()
+        super().__call__(graph)
+
+    def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
+        if self.options.does_nothing:
+            return report.FusionReport(note=LEVEL_0)
+        return super().run(graph, is_inference)
+
+    def deliver(self, made: report.FusionReport) -> None:
+        check(self.options, report.keep(made))
+
+    def uuid(self) -> Any | None:
+        """As the manager's, and ``expect``, since nobody checks it where a graph comes from a cache. None (no caching)
+        in a group of processes, which find out that they compile alike by all running the pass."""
+        known = super().uuid()
+        return None if known is None or in_group() else (*known, "alone", self.options.expect)
 
 
+def check(options: config.Options, made: report.FusionReport) -> None:
+    """Raise FusionError if ``strict`` or ``expect`` was not satisfied; warn once that the reference is slow."""
+    if any(site.provider == "reference" for site in made.sites) and options.provider == "auto":
+        _warn_once(SLOW)
+    if options.strict and made.skipped:
+        raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
+    if options.expect is not None:
+        wrong = {f: n for f, n in options.expect if made.replaced.get(f, 0) != n}
+        if wrong:
+            raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
+
+
+LEVEL_0 = "level 0: plain Inductor"
 SLOW = "on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than Inductor's own code"
 
 _warned: set[str] = set()

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
 from ..op import FusedOp, dense, find, is_contiguous
-from ..patterns.language import VIEWS, Fusion, same_shape, same_size, shape
+from ..patterns.language import VIEWS, Fusion, readers, same_shape, same_size, shape
 from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
 from ..report import BARE, REPLACED, SKIPPED, Site
@@ -471,7 +471,7 @@ def _dead(nodes: frozenset[fx.Node], replaced: set[fx.Node]) -> set[fx.Node]:
     """The nodes that nothing reads any more once ``replaced`` have been replaced."""
     dead = set(replaced)
     for node in sorted(nodes, reverse=True):
-        if all(user in dead for user in node.users):
+        if all(reader in dead for reader in readers(node)):
             dead.add(node)
     return dead
 
@@ -492,9 +492,9 @@ def _check_order(inputs: set[fx.Node], replaced: Iterable[fx.Node], dead: set[fx
     """The op goes after its last input; nothing may read an output before that."""
     last = max(inputs)
     for node in replaced:
-        for user in node.users:
-            if user not in dead and not last < user:
-                raise Refused(f"order: {user.name} reads {node.name} before {last.name} exists")
+        for reader in readers(node):
+            if reader not in dead and not last < reader:
+                raise Refused(f"order: {reader.name} reads {node.name} before {last.name} exists")
 
 
 def _check_writes(
@@ -658,7 +658,7 @@ def _transposed_copies(node: fx.Node, dead: set[fx.Node]) -> dict[fx.Node, tuple
     paths: list[tuple[fx.Node, ...]] = [(node,)]
     while paths:
         *_, last = path = paths.pop()
-        for reader in last.users:
+        for reader in readers(last):
             if reader in dead:
                 continue
             if reader.target is torch.ops.aten.permute.default and path[-1].target is not reader.target:
@@ -721,10 +721,10 @@ def _fits(
     try:
         return [(node, _fit(node, name, have, order, sizes))]
     except Refused:
-        readers = [user for user in node.users if user not in dead]
-        if not readers or any(reader.target is not torch.ops.aten.clone.default for reader in readers):
+        copies = [reader for reader in readers(node) if reader not in dead]
+        if not copies or any(copy.target is not torch.ops.aten.clone.default for copy in copies):
             raise
-        return [(reader, _fit(reader, name, have, order, sizes)) for reader in readers]
+        return [(copy, _fit(copy, name, have, order, sizes)) for copy in copies]
 
 
 def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, sizes: Sequence[fx.Node]) -> Fit:

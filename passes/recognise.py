@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, same_shape, shape
+from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, readers, same_shape, shape
 from .matcher import CONVERT, Matcher, arguments, follow
 
 logger = logging.getLogger("aiter_fusion")
@@ -110,7 +110,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         candidates = [
             form
             for form in by_target.get(node.target, ())
-            if node not in inside[form.kind] or not inside[form.kind].issuperset(node.users)
+            if node not in inside[form.kind] or not inside[form.kind].issuperset(readers(node))
         ]
         record = first(candidates, node) if candidates else None
         if record is not None:

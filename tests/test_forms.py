@@ -19,11 +19,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = ((6,), (2, 3), (2, 2, 3))
 
 
-def variant(case: cases.FusionCase, quant: cases.QuantForm, *before: str) -> str:
-    parts = [*before, case.before, quant.granularity, case.after]
-    return f"{case.family}:{'+'.join(part for part in parts if part)}"
-
-
 def run(
     case: cases.FusionCase,
     producer: cases.NormForm | cases.ActForm,
@@ -49,8 +44,7 @@ def run(
 def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.QuantForm) -> None:
     case = cases.NORM_FUSIONS[0]
     result = run(case, norm, quant, (2, 3), torch.bfloat16)
-    before = ["offset"] if norm.name == "R3" else []
-    assert result.variants == [variant(case, quant, *before)]
+    assert result.variants == [cases.variant(case, norm, quant)]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +54,7 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.Quan
 def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
     case = cases.ACT_FUSIONS[0]
     result = run(case, act, quant, (2, 3), torch.bfloat16)
-    assert result.variants == [variant(case, quant, *(["packed"] if act.packed else []))]
+    assert result.variants == [cases.variant(case, act, quant)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +62,8 @@ def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
 )
 @pytest.mark.parametrize("case", cases.NORM_FUSIONS, ids=lambda c: c.name)
 def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    assert run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+    result = run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16)
+    assert result.variants == [cases.variant(case, cases.NORMS[0], quant)]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +71,8 @@ def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> No
 )
 @pytest.mark.parametrize("case", cases.ACT_FUSIONS, ids=lambda c: c.name)
 def test_every_activation_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    assert run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+    result = run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16)
+    assert result.variants == [cases.variant(case, cases.ACTS[0], quant)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

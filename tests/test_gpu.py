@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -17,6 +18,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import aiter_fusion
+from aiter_fusion.backend import SLOT
 from aiter_fusion.op import OPS, FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
@@ -439,6 +441,30 @@ def test_rows_taken_out_of_a_norm(dynamic: bool) -> None:
                 torch._dynamo.mark_dynamic(tensor, 1)
             assert all(map(same_bits, want, compiled(*inputs)))
     assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 2}] * (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_package_of_aot_inductor(dynamic: bool, tmp_path: Path) -> None:
+    """The kernels are in the package, which calls no op, and the bits are the graph's."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, r: Tensor, w: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+            return block_of_model(x, r, w, x2)
+
+    numbers = (5, 64) if dynamic else (5,)
+    wants = [original(block_of_model, *inputs_of_block(number)) for number in numbers]
+    rows = {0: torch.export.Dim("rows", min=2, max=4096)} if dynamic else None
+    counts = {"rms_norm_quant": 3, "act_mul_quant": 2}
+    fusions = aiter_fusion.Backend(provider="triton", strict=True, expect=counts).graph_pass()
+    with torch.no_grad():
+        program = torch.export.export(Block(), tuple(inputs_of_block(5)), dynamic_shapes=(rows, rows, None, rows))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "block.pt2"), inductor_configs={SLOT: fusions}
+        )
+        call = torch._inductor.aoti_load_package(path)
+        for number, want in zip(numbers, wants, strict=True):
+            assert all(map(same_bits, want, call(*inputs_of_block(number))))
+    assert [made.replaced for made in aiter_fusion.reports()] == [counts]
 
 
 def test_one_graph_serves_any_number_of_rows() -> None:
