@@ -114,7 +114,10 @@ class FusionReport:
         return tuple(site for site in self.sites if site.status == status)
 
     def summary(self) -> str:
-        """One line, e.g. ``replaced 9 of 12 sites (rms_norm_quant 9); 3 skipped; 5 bare; provider triton; 6.1 ms``."""
+        """One line, e.g. ``replaced 9 of 12 sites (rms_norm_quant 9); 3 skipped; 5 bare; provider triton; 6.1 ms``; the
+        note alone where there was nothing to count."""
+        if self.note and not self.records:
+            return self.note
         replaced, skipped = self._with(REPLACED), self.skipped
         counts = ", ".join(f"{family} {count}" for family, count in self.replaced.items())
         parts = [
