@@ -148,6 +148,16 @@ class Buffer:
     number: int
 
 
+@dataclass(frozen=True)
+class View:
+    """A buffer as another tensor."""
+
+    buffer: int
+    sizes: list[int]
+    strides: list[int]
+    offset: int
+
+
 @dataclass
 class Plan:
     """What a generated wrapper does: buffers (the op's tensors first), launches, and views of buffers as outputs."""
@@ -155,20 +165,31 @@ class Plan:
     inputs: int
     buffers: list[tuple[list[int], list[int], str]] = field(default_factory=list)
     launches: list[tuple[str, list[Any]]] = field(default_factory=list)
-    outputs: list[tuple[int, list[int], list[int], int]] = field(default_factory=list)
+    outputs: list[View] = field(default_factory=list)
 
     def allocate(self, sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
         self.buffers.append((list(sizes), list(strides), str(dtype).removeprefix("torch.")))
         return Buffer(self.inputs + len(self.buffers) - 1)
 
-    def view(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Any:
-        return buffer.number, list(sizes), list(strides), offset
+    def view(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int], offset: int) -> View:
+        return View(buffer.number, list(sizes), list(strides), offset)
 
-    def output(self, result: Any) -> tuple[int, list[int], list[int], int]:
-        if isinstance(result, Buffer):
-            sizes, strides, _ = self.buffers[result.number - self.inputs]
-            return result.number, sizes, strides, 0
-        return result
+    def output(self, result: Buffer | View) -> View:
+        if isinstance(result, View):
+            return result
+        sizes, strides, _ = self.buffers[result.number - self.inputs]
+        return View(result.number, sizes, strides, 0)
+
+    def launch(self, kernel: str, arguments: Sequence[Buffer | View | int]) -> None:
+        """A kernel gets addresses and numbers."""
+        given: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, View):
+                assert argument.offset == 0, f"{kernel} is given {argument}"
+                argument = Buffer(argument.buffer)
+            assert isinstance(argument, (Buffer, int)), f"{kernel} is given {argument}"
+            given.append({"buffer": argument.number} if isinstance(argument, Buffer) else argument)
+        self.launches.append((kernel, given))
 
 
 @dataclass
@@ -180,9 +201,7 @@ class Kernel:
     plan: Plan
 
     def run(self, *arguments: Any, stream: int) -> None:
-        given = [{"buffer": a.number} if isinstance(a, Buffer) else a for a in arguments]
-        assert all(isinstance(a, (dict, int)) for a in given), f"{self.name} is given {arguments}"
-        self.plan.launches.append((self.name, given))
+        self.plan.launch(self.name, arguments)
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches that Inductor would measure to choose one, and what it would need to halve a block."""
@@ -228,14 +247,22 @@ class Writer:
         self.folder = folder
         self.kernels: dict[str, Any] = {}
         self.plans: list[dict[str, Any]] = []
-        (folder / "kernels").mkdir(parents=True)
+        (folder / "kernels").mkdir(parents=True, exist_ok=True)
         runtime = folder / "inductor_runtime"
-        runtime.mkdir()
+        runtime.mkdir(exist_ok=True)
         (runtime / "__init__.py").touch()
         for name in RUNTIME:
             shutil.copy(Path(triton_heuristics.__file__).parent / name, runtime)
+        if (folder / "plan.json").exists():
+            before = json.loads((folder / "plan.json").read_text())
+            if before["torch"] != torch.__version__:
+                raise SystemExit(f"{folder} was written by torch {before['torch']}: name another folder")
+            self.kernels, self.plans = before["kernels"], before["cases"]
 
     def add(self, case: Case) -> None:
+        name = [case.family, case.variant, case.hidden, case.rows]
+        if any(plan["case"] == name for plan in self.plans):
+            return
         with FakeTensorMode():
             arguments = case.arguments("cuda")
             _, reference = functions(case.op, arguments, "triton")
@@ -244,10 +271,10 @@ class Writer:
         plan = self._run(code, order, len(tensors))
         self.plans.append(
             {
-                "case": [case.family, case.variant, case.hidden, case.rows],
+                "case": name,
                 "buffers": plan.buffers,
                 "launches": plan.launches,
-                "outputs": plan.outputs,
+                "outputs": [[view.buffer, view.sizes, view.strides, view.offset] for view in plan.outputs],
             }
         )
 
@@ -307,12 +334,14 @@ class Writer:
             "kernels": self.kernels,
             "cases": self.plans,
         }
-        (self.folder / "plan.json").write_text(json.dumps(content, indent=1))
+        whole = self.folder / "plan.json.new"
+        whole.write_text(json.dumps(content, indent=1))
+        whole.replace(self.folder / "plan.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="must not exist yet")
+    parser.add_argument("folder", type=Path, help="if something is there, the cases that are missing are added")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN, help="in the order to measure them in")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--only", default="", help="of <op> <variant>")
@@ -329,7 +358,7 @@ def main() -> None:
         for number, case in enumerate(chosen, 1):
             writer.add(case)
             writer.save()
-            print(f"{number} of {len(chosen)}: {case}: {len(writer.plans[-1]['launches'])} launches", file=sys.stderr)
+            print(f"{number} of {len(chosen)}: {case}", file=sys.stderr)
 
 
 if __name__ == "__main__":
