@@ -180,6 +180,41 @@ def test_where_inductor_is_faster() -> None:
         assert (reason is not None) == faster
 
 
+@pytest.mark.parametrize(
+    ("version", "variant", "rows", "width", "block", "left"),
+    [
+        ("2.15.0+cu132", "add", 1, 4096, 128, True),
+        ("2.16.0a0+git0123456", "add", 8, 8192, 128, True),
+        ("2.14.1", "add", 1, 4096, 128, False),
+        ("2.17.0", "add", 1, 4096, 128, False),
+        ("2.15.0", "default", 1, 4096, 128, False),
+        ("2.15.0", "add", 1, 4096, 4096, False),
+        ("2.15.0", "add", 9, 4096, 128, False),
+        ("2.15.0", "add", 1, 2880, 64, False),
+    ],
+)
+def test_where_inductor_is_faster_depends_on_its_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, variant: str, rows: int, width: int, block: int, left: bool
+) -> None:
+    """Other versions generate other code, so a measurement holds for those that it names."""
+    measured = rules.InductorFaster(
+        why="one kernel of a norm and groups",
+        scales="group",
+        family="rms_norm_quant",
+        features=frozenset({"add"}),
+        widths=(4096, 8192),
+        rows=(1, 8),
+        since=(2, 15),
+        until=(2, 16),
+    )
+    monkeypatch.setattr(rules, "INDUCTOR_FASTER", (*rules.INDUCTOR_FASTER, measured))
+    monkeypatch.setattr(torch, "__version__", version)
+    (op,) = (op for op in EVERY_OP if op.family == "rms_norm_quant" and op.overload_name == variant)
+    known = {name: next(iter(op.samples()))[name] for name in op.arguments}
+    known |= {"x": torch.empty(rows, width, dtype=BF16), "block": block}
+    assert provider.slower(op, known) == (measured.why if left else None)
+
+
 @pytest.fixture
 def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's cache, on a machine with a GPU."""
