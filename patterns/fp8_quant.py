@@ -124,7 +124,7 @@ def _width(found: Found) -> int:
         widths += [size for size in shape(node)[-1:] if isinstance(size, int)]
         if node is found.inputs["x"]:
             return max(widths, default=1)
-        (node,) = node.all_input_nodes
+        node = node.args[0]  # of a view; its sizes may be nodes too
 
 
 def _start(found: Found) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def base(op: FusedOp, fp8: torch.dtype, device: str, width: int = 256) -> dict[s
         "other": None,
         "group": "0",
         "eps": 1e-6,
+        "eps_tensor": None,
         "offset": None,
         "act": "silu",
         "block": width,
