@@ -116,8 +116,8 @@ def test_the_activation_of_gpt_oss_itself() -> None:
 
 
 def test_what_is_left_alone_of_t5() -> None:
-    """Of four norms and two activations the norms are taken. ``gelu_new`` is no form: it computes in bf16, with ``pow``,
-    what the forms of tanh-GELU compute in float32."""
+    """Of four norms and two activations the norms are taken. ``gelu_new`` is no form: it computes in bf16, and with
+    ``pow``, what the forms of tanh-GELU compute in float32."""
     model = models.build("T5")
     assert type(model) is transformers.T5EncoderModel
     models.QUANTISATIONS["group128"](model)
