@@ -178,7 +178,10 @@ BAD = [
     ({"enable": ["act_mul_quant"], "disable": ["act_mul_quant"]}, "act_mul_quant in both 'enable' and 'disable'"),
     ({"expect": {"rms": 1}}, "expect: no fusion is called 'rms'"),
     ({"expect": {"rms_norm_quant": "4"}}, "counts are whole numbers"),
-    ({"expect": ["rms_norm_quant"]}, "expect=['rms_norm_quant']: must map families to counts, e.g. {'rms_norm_quant': 9}"),
+    (
+        {"expect": ["rms_norm_quant"]},
+        "expect=['rms_norm_quant']: must map families to counts, e.g. {'rms_norm_quant': 9}",
+    ),
     ({"expect": 5}, "expect=5: must map families to counts"),
     ({"disable": None}, "disable=None: must be the name of a fusion, or several. Valid: rms_norm_quant, "),
     ({"enable": 5}, "enable=5: must be the name of a fusion, or several. Valid: rms_norm_quant, "),
