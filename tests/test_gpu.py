@@ -530,43 +530,43 @@ class Normed(torch.nn.Module):
         super().__init__()
         self.eps, self.weight = eps, torch.nn.Parameter(weight, requires_grad=False)
 
-    def added(self) -> float | Tensor:
-        return self.eps
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return cases.q3(cases.llama(x, self.weight, self.added()))
+        return cases.q3(cases.llama(x, self.weight, self.eps))  # type: ignore[arg-type]
 
 
 class NormedByTwice(Normed):
-    """What is added is computed from the attribute: in the graph, on the CPU, if that is an input."""
+    """What is added is computed in the graph, where the attribute is."""
 
-    def added(self) -> float | Tensor:
-        return self.eps * 2
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x, self.weight, self.eps * 2))  # type: ignore[arg-type]
 
 
 EPSILONS = (1e-6, 0.25, 3.0)
 
 
 def outputs_by_eps(kind: type[Normed], x: Tensor, weight: Tensor) -> dict[float, Any]:
-    return {eps: original(kind(eps, weight), x) for eps in EPSILONS}
-
-
-@pytest.mark.parametrize("provider", ["triton", "reference"])
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("kind", [Normed, NormedByTwice])
-def test_a_module_s_eps(kind: type[Normed], dynamic: bool | None, mode: str | None, provider: str) -> None:
-    """Two modules of a class, and one whose eps changes: each call has the bits of its eps, and waits for nothing."""
-    x, _, weight, _ = inputs_of_block(64)
-    wants = outputs_by_eps(kind, x, weight)
+    wants = {eps: original(kind(eps, weight), x) for eps in EPSILONS}
     assert not same_bits(wants[0.25][1], wants[3.0][1])
     torch._dynamo.reset()
     aiter_fusion.reset()
+    return wants
+
+
+modes = pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+
+
+@pytest.mark.parametrize("provider", ["triton", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@modes
+def test_a_module_s_eps(mode: str | None, dynamic: bool | None, provider: str) -> None:
+    """Two modules of a class, and one whose eps changes: each call has the bits of its eps, and waits for nothing."""
+    x, _, weight, _ = inputs_of_block(64)
+    wants = outputs_by_eps(Normed, x, weight)
     options: Any = {"mode": mode} if mode else {}
     backend = aiter_fusion.Backend(provider=provider)
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
         for eps in EPSILONS[:2]:
-            module = kind(eps, weight)
+            module = Normed(eps, weight)
             compiled = torch.compile(module, backend=backend, options=options, dynamic=dynamic)
             for _ in range(4):  # with CUDA graphs: warm-up, capture, replay
                 have = [t.clone() for t in compiled(x)]
@@ -584,20 +584,21 @@ def test_a_module_s_eps(kind: type[Normed], dynamic: bool | None, mode: str | No
     assert [r.replaced for r in reports] == [{"rms_norm_quant": 1}] * len(reports)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_an_eps_on_the_gpu(mode: str | None, dtype: torch.dtype) -> None:
-    """Its value is read when the kernel runs, also when that is replayed."""
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", [Normed, NormedByTwice])
+@modes
+def test_an_eps_in_a_buffer(mode: str | None, kind: type[Normed], device: str, freezing: bool) -> None:
+    """Each call has what is in it then, also where CUDA graphs are replayed, or, frozen, what was in it at first."""
     x, _, weight, _ = inputs_of_block(64)
-    wants = outputs_by_eps(Normed, x, weight)
-    torch._dynamo.reset()
-    aiter_fusion.reset()
-    module = Normed(torch.nn.Buffer(torch.zeros((), dtype=dtype, device="cuda")), weight)
+    wants = outputs_by_eps(kind, x, weight)
+    buffer = torch.nn.Buffer(torch.full((), EPSILONS[0], dtype=torch.float64, device=device))
     options: Any = {"mode": mode} if mode else {}
+    module = kind(buffer, weight).eval()
     compiled = torch.compile(module, backend=aiter_fusion.Backend(provider="triton"), options=options)
-    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
-        for eps in (*EPSILONS, *EPSILONS):
-            module.eps.fill_(eps)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True, freezing=freezing):
+        for eps in EPSILONS[:1] * 4 if freezing else EPSILONS * 3:
+            buffer.fill_(eps)
             have = [t.clone() for t in compiled(x)]
             assert all(map(same_bits, wants[eps], have)), eps
     assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 1}]
