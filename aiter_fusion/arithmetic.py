@@ -11,8 +11,8 @@ it bit for bit::
     "float32 div_scale clamp_min=-448.0 clamp_max=448.0"      values divided by the scale, then saturated
 
 A step is a name with an optional number. Names of dtypes convert; ``div_scale``, ``mul_scale`` and ``scale_mul``
-combine the value with the scale; ``if_zero`` and ``unless_positive`` put their number in the place of a value that is 0,
-or that is not above 0 (so of NaN too, which ``if_zero`` keeps); every other name is the ATen operation called so.
+combine the value with the scale; ``if_zero`` puts its number in the place of 0, ``unless_positive`` in that of whatever
+is not above 0, so of NaN too, which ``if_zero`` keeps; every other name is the ATen operation called so.
 """
 
 from __future__ import annotations

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
 from torch import fx
+from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
-from . import config, families, ops, platform, report  # noqa: F401  (importing them registers ops)
-from .passes.manager import compose
-from .passes.oracle import Oracle
+from . import config, dynamo, families, ops, platform, report  # noqa: F401  (importing them registers ops)
+from .passes.manager import PassManager, compose, in_group
+from .passes.oracle import Oracle, graphs_anew
 from .patterns import fusions  # noqa: F401  (importing it registers forms and fusions)
 from .providers import PROVIDERS
 from .registry import REGISTRY
@@ -23,12 +25,21 @@ from .registry import REGISTRY
 SLOT = "post_grad_custom_pre_pass"
 
 
-class FusionError(RuntimeError):
-    """``strict`` or ``expect`` was not satisfied; the message has the report."""
+class FusionError(ShortenTraceback):
+    """``strict`` or ``expect`` was not satisfied; the message has the report. A ``RuntimeError``.
+
+    Its base is what Dynamo hands on to the caller of the compiled model as it is; all else that a backend raises
+    arrives as the ``inner_exception`` of a ``BackendCompilerFailed``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
 
 
 class Backend:
     """An object for ``torch.compile(backend=...)``.
+
+    Objects with equal options are equal, so that what Dynamo compiled by one of them serves the others.
 
     Args:
         level: 0 to 3, see ``aiter_fusion.config.LEVELS``; None: ``AITER_FUSION_LEVEL``, else 3.
@@ -78,6 +89,12 @@ class Backend:
                 raise RuntimeError(f"provider={self.options.provider!r} cannot run here: {missing}")
         self.__name__ = "aiter_fusion"
 
+    def __eq__(self, other: object) -> bool:
+        return self.options == other.options if isinstance(other, Backend) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.options)
+
     def __call__(
         self,
         gm: fx.GraphModule,
@@ -98,10 +115,29 @@ class Backend:
         """A backend with these options that interprets the original and the rewritten graphs and compares the bits."""
         return Oracle(self.options)
 
+    def graph_pass(self) -> GraphPass:
+        """The pass alone, with these options, for what compiles with Inductor but takes no backend.
+
+        ::
+
+            fusions = aiter_fusion.Backend(expect={"rms_norm_quant": 9}).graph_pass()
+            torch._inductor.aoti_compile_and_package(exported, inductor_configs={"post_grad_custom_pre_pass": fusions})
+            print(aiter_fusion.reports()[-1])
+
+        Each graph that it is called on gets a report, and has to satisfy ``strict`` and ``expect``: the graph of the
+        model, and before it those inside of it, such as the branches of ``torch.cond``. Where the host takes a compiled
+        graph from a cache (AOTInductor never does) no pass runs and no report is made.
+
+        Raises, when it is called:
+            FusionError: ``strict`` or ``expect`` was not satisfied. Inductor raises an error of its own from it.
+        """
+        return GraphPass(self.options)
+
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]
     ) -> Callable[..., Any]:
         report.configure_logging()
+        dynamo.notice_limits(_is_ours, report.logger)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a graph would be compiled while a CUDA graph is captured: call aiter_fusion.warmup(model, inputs) "
@@ -113,12 +149,11 @@ class Backend:
         manager.publish()
         if self.options.does_nothing:
             compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
-            self._check(report.keep(report.FusionReport(note="level 0: plain Inductor")))
+            check(self.options, report.keep(report.FusionReport(note=LEVEL_0)))
             return compiled  # type: ignore[return-value]
-        if report.is_recording():
-            patches["force_disable_caches"] = True
         report.begin(counters["inductor"])
-        compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
+        with graphs_anew() if report.is_recording() else nullcontext():
+            compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
         made = report.collect(counters["inductor"])
         jointly = frozenset(fusion.family for fusion in REGISTRY.fusions.values() if fusion.jointly)
         if made is not None and jointly & made.replaced.keys() and manager.why_unlike():
@@ -132,20 +167,46 @@ class Backend:
             compiled = compile_fx(gm, example_inputs, config_patches=patches)
             made = report.collect(counters["inductor"])
         if made is not None:
-            self._check(made)
+            check(self.options, made)
         return compiled  # type: ignore[return-value]
 
-    def _check(self, made: report.FusionReport) -> None:
-        if any(site.provider == "reference" for site in made.sites) and self.options.provider == "auto":
-            _warn_once(SLOW)
-        if self.options.strict and made.skipped:
-            raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
-        if self.options.expect is not None:
-            wrong = {f: n for f, n in self.options.expect if made.replaced.get(f, 0) != n}
-            if wrong:
-                raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
+
+class GraphPass(PassManager):
+    """What ``Backend.graph_pass`` returns: the pass without a backend around it, so it does what that does besides."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        report.configure_logging()
+        self.publish()
+        super().__call__(graph)
+
+    def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
+        if self.options.does_nothing:
+            return report.FusionReport(note=LEVEL_0)
+        return super().run(graph, is_inference)
+
+    def deliver(self, made: report.FusionReport) -> None:
+        check(self.options, report.keep(made))
+
+    def uuid(self) -> Any | None:
+        """As the manager's, and ``expect``, since nobody checks it where a graph comes from a cache. None (no caching)
+        in a group of processes, which find out that they compile alike by all running the pass."""
+        known = super().uuid()
+        return None if known is None or in_group() else (*known, "alone", self.options.expect)
 
 
+def check(options: config.Options, made: report.FusionReport) -> None:
+    """Raise FusionError if ``strict`` or ``expect`` was not satisfied; warn once that the reference is slow."""
+    if any(site.provider == "reference" for site in made.sites) and options.provider == "auto":
+        _warn_once(SLOW)
+    if options.strict and made.skipped:
+        raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
+    if options.expect is not None:
+        wrong = {f: n for f, n in options.expect if made.replaced.get(f, 0) != n}
+        if wrong:
+            raise FusionError(f"expected {wrong}, replaced {made.replaced}\n{made}")
+
+
+LEVEL_0 = "level 0: plain Inductor"
 SLOW = "on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than Inductor's own code"
 
 _warned: set[str] = set()
@@ -176,6 +237,10 @@ def aiter_fusion(
     return Backend(**ours)._compile(gm, example_inputs, option_mode or mode, inductor)
 
 
+def _is_ours(compiler: object) -> bool:
+    return isinstance(compiler, Backend) or compiler is aiter_fusion
+
+
 def explain(
     model: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> report.FusionReport:
@@ -184,16 +249,55 @@ def explain(
     Runs without gradients, as the fused ops do, unless the model is a module in training mode: then grad mode is the
     caller's, and under it the graphs are training graphs, which are left alone, and the report says so.
 
-    The report has the graphs too (``to_html`` shows them), so they are compiled anew, whatever is in Inductor's cache.
+    The report has the graphs too (``to_html`` shows them), so they are compiled anew, whatever is in Inductor's cache,
+    and whatever of the model is compiled already, by whichever backend. All this leaves Dynamo as it was: neither what
+    it has compiled nor how often it may compile changes. If Dynamo compiles nothing, the report's note says so.
 
     Args:
-        model: a module or function; args, kwargs: what to call it with; options: those of ``Backend``.
+        model: a module or function; args, kwargs: what to call it with, a tuple or list and a mapping; options: those
+            of ``Backend``.
+
+    Raises:
+        TypeError: args is neither a tuple nor a list (a tensor would be taken apart), or kwargs no mapping.
+        FusionError: ``strict`` or ``expect`` was not satisfied; also if Dynamo compiled nothing.
     """
+    _require_arguments("explain(model, (x,))", args, kwargs)
+    backend = Backend(**options)
+    compiled = 0
+
+    def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return backend(gm, example_inputs)
+
+    compiler.__name__ = backend.__name__
     known = len(report.reports())
     grad = torch.is_grad_enabled() and getattr(model, "training", False)
     with torch.set_grad_enabled(grad), report.recording():
-        torch.compile(model, backend=Backend(**options))(*args, **(kwargs or {}))
-    return report.merge(report.reports()[known:])
+        note = dynamo.call_once(model, args, kwargs or {}, compiler)
+    if not compiled:
+        note = NOTHING
+        if backend.options.strict or backend.options.expect is not None:
+            raise FusionError(f"strict or expect was asked for, but {note}")
+    made = report.merge(report.reports()[known:])
+    return replace(made, note="; ".join(filter(None, [made.note, note])))
+
+
+NOTHING = (
+    "Dynamo compiled nothing, so the model runs without torch.compile: all of it is excluded from that, has no tensor "
+    "operations, or was given up after a recompile limit (torch._dynamo.reset() takes that back); "
+    'TORCH_LOGS="graph_breaks" says more'
+)
+
+
+def _require_arguments(example: str, args: object, kwargs: object = None) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"arguments are given as a tuple or list, as in {example}, or by name as a mapping; this is a "
+            f"{type(args).__name__}"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must map names to arguments; this is a {type(kwargs).__name__}")
 
 
 # With mode="reduce-overhead" PyTorch warms up in the first call, captures in the second and replays in the third.
@@ -210,13 +314,19 @@ def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[s
 
     Args:
         model: what ``torch.compile`` returned.
-        inputs: for each shape to come, the arguments: a sequence of positional ones, or a mapping of keyword arguments.
+        inputs: for each shape to come, the arguments: a tuple or list of positional ones, or a mapping of keyword
+            arguments.
 
     Returns one report for all graphs that this compiled.
 
     Raises:
         RuntimeError: a CUDA graph is being captured already.
+        TypeError: arguments are neither (a tensor would be taken apart). Nothing has been called then.
     """
+    calls = [inputs] if isinstance(inputs, (torch.Tensor, Mapping)) else list(inputs)
+    for given in calls:
+        if given is inputs or not isinstance(given, Mapping):
+            _require_arguments("warmup(model, [(x,)])", given)
     known = len(report.reports())
     on_gpu = torch.cuda.is_available()
     if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -225,7 +335,7 @@ def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[s
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # type: ignore[arg-type]
-        for given in inputs:
+        for given in calls:
             for _ in range(WARMUP_CALLS):
                 model(**given) if isinstance(given, Mapping) else model(*given)
     if on_gpu:

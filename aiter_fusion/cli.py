@@ -46,11 +46,11 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **given: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **given})
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, *args: Any, **given: Any) -> Any:
         if self.fill is not None:
             self.fill(self)
             self.fill = None
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(*args, **given)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

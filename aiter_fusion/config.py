@@ -117,15 +117,15 @@ def options(
         ValueError: an option has no such value; the message names the valid ones.
     """
     level_source, provider_source = "level", "provider"
-    if level is None and (text := os.environ.get("AITER_FUSION_LEVEL")):
+    if level is None and (text := os.environ.get("AITER_FUSION_LEVEL", "").strip()):
         level_source = "AITER_FUSION_LEVEL"
-        level = int(text) if text.strip().isdigit() else text  # type: ignore[assignment]
+        level = int(text) if text.isdecimal() else text  # type: ignore[assignment]
     level = DEFAULT_LEVEL if level is None else level
     if type(level) is not int or level not in LEVELS:
         raise ValueError(f"{level_source}={level!r}: levels are " + ", ".join(f"{n} ({t})" for n, t in LEVELS.items()))
-    if provider is None and (text := os.environ.get("AITER_FUSION_PROVIDER")):
+    if provider is None and (text := os.environ.get("AITER_FUSION_PROVIDER", "").strip().lower()):
         provider_source, provider = "AITER_FUSION_PROVIDER", text
-    provider = provider or "auto"
+    provider = "auto" if provider is None else provider
     providers = ("auto", *REGISTRY.providers)
     if provider not in providers:
         raise ValueError(_unknown(f"{provider_source}={provider!r}: no such provider", provider, providers))
@@ -142,6 +142,8 @@ def options(
     disabled |= _families("AITER_FUSION_DISABLE", preferred) - enabled
     expected = None
     if expect is not None:
+        if not isinstance(expect, Mapping):
+            raise ValueError(f"expect={expect!r}: must map families to counts, e.g. {{'{FAMILIES[0]}': 9}}")
         _families("expect", expect)
         if not all(type(count) is int and count >= 0 for count in expect.values()):
             raise ValueError(f"expect={dict(expect)!r}: counts are whole numbers")
@@ -180,6 +182,8 @@ def split(given: Mapping[str, Any], inductor_keys: Iterable[str]) -> tuple[dict[
     known = set(inductor_keys)
     ours, inductor, mode = {}, {}, None
     for key, value in given.items():
+        if not isinstance(key, str):
+            raise ValueError(_unknown(f"unknown option {key!r}", key, NAMES))
         if key in NAMES:
             ours[key] = value
         elif key == "mode":
@@ -192,15 +196,18 @@ def split(given: Mapping[str, Any], inductor_keys: Iterable[str]) -> tuple[dict[
 
 
 def _families(option: str, names: str | Iterable[str]) -> frozenset[str]:
+    if not isinstance(names, Iterable):
+        valid = ", ".join(REGISTRY.family_names)
+        raise ValueError(f"{option}={names!r}: must be the name of a fusion, or several. Valid: {valid}.")
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
         if name not in REGISTRY.family_names:
-            raise ValueError(_unknown(f"{option}: no fusion is called {name!r}", str(name), REGISTRY.family_names))
+            raise ValueError(_unknown(f"{option}: no fusion is called {name!r}", name, REGISTRY.family_names))
     return frozenset(given)
 
 
-def _unknown(problem: str, name: str, valid: Iterable[str], show: Iterable[str] | None = None) -> str:
+def _unknown(problem: str, name: Any, valid: Iterable[str], show: Iterable[str] | None = None) -> str:
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name, valid, n=1) if isinstance(name, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{problem}{hint} Valid: {', '.join(show if show is not None else valid)}."

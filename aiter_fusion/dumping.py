@@ -56,7 +56,7 @@ def _write_index(path: Path, known: int) -> None:
     """List depyf's files: those named after a compiled function belong to its compilation, in the order of writing."""
     made = report.reports()[known:]
     compilations: dict[str, list[str]] = {}
-    for file in sorted(path.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+    for file in sorted(path.iterdir(), key=lambda file: (file.stat().st_mtime_ns, file.name)):
         function = file.name.partition(".")[0]
         title = function if function.startswith("__compiled_fn_") else "Python code around the graphs"
         compilations.setdefault(title, []).append(f"[{file.name}]({quote(file.name)})")

@@ -38,7 +38,7 @@ REASONS = {
     "provider": "the provider refuses this call",
     "preference": "the provider is to be used only if it is asked for by name",
     "slower": "by the provider's measurements, Inductor's own code is faster",
-    "overload": "no overload of the fused op returns these outputs",
+    "overload": "no overload of the fused op takes these inputs and returns these outputs",
     "layout": "an output of the fused op differs in shape, stride, dtype or device from the value it replaces",
     "order": "an output is read before the last input exists",
     "mutation": "an input is written to between the nodes that would become one",
@@ -114,7 +114,10 @@ class FusionReport:
         return tuple(site for site in self.sites if site.status == status)
 
     def summary(self) -> str:
-        """One line, e.g. ``replaced 9 of 12 sites (rms_norm_quant 9); 3 skipped; 5 bare; provider triton; 6.1 ms``."""
+        """One line, e.g. ``replaced 9 of 12 sites (rms_norm_quant 9); 3 skipped; 5 bare; provider triton; 6.1 ms``; the
+        note alone where there was nothing to count."""
+        if self.note and not self.records:
+            return self.note
         replaced, skipped = self._with(REPLACED), self.skipped
         counts = ", ".join(f"{family} {count}" for family, count in self.replaced.items())
         parts = [

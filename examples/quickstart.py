@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is made here, nothing 
 import depyf
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quant_api, quantize_
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -80,9 +81,13 @@ def main() -> None:
     tokens, eager = generate(model, model, prompt)
     print(f"eager: {tokens.tolist()}\n")
 
-    # The main job. A fresh cache, since depyf can only dump graphs that are really compiled.
+    # The main job. Without the caches of graphs, since depyf can only dump graphs that are really compiled.
     dump = Path(tempfile.mkdtemp(prefix="aiter_fusion_depyf_"))
-    with inductor_config.patch(force_disable_caches=True), depyf.prepare_debug(str(dump)):
+    with (
+        inductor_config.patch(fx_graph_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+        depyf.prepare_debug(str(dump)),
+    ):
         _, fused = generate(torch.compile(model, backend="aiter_fusion"), model, prompt, tokens)
     for name, report in zip(("prefill", "decode"), aiter_fusion.reports(), strict=True):
         print(f"\n{name}: {report}")

@@ -22,8 +22,6 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import aiter_fusion
-from aiter_fusion import report
-from aiter_fusion.passes.manager import PassManager
 
 if not TYPE_CHECKING and find_spec("vllm") is not None:
     from vllm.compilation.passes.inductor_pass import InductorPass  # what vLLM's pass manager accepts: see its add()
@@ -32,19 +30,17 @@ else:
 
 
 class FusionPass(InductorPass):
-    """What vLLM's pass manager calls. Options are those of ``aiter_fusion.Backend``; ``strict`` and ``expect`` are
-    checked by that backend and do nothing here."""
+    """What vLLM's pass manager calls: ``Backend.graph_pass``, as a pass of vLLM's. Options are those of ``Backend``."""
 
     def __init__(self, **options: Any) -> None:
-        self.manager = PassManager(aiter_fusion.Backend(**options).options)
+        self.fusions = aiter_fusion.Backend(**options).graph_pass()
 
     def __call__(self, graph: fx.Graph) -> None:
-        report.configure_logging()  # vLLM compiles in processes of its own
-        report.keep(self.manager.run(graph, is_inference=True))
+        self.fusions(graph)
 
     def uuid(self) -> str:
         """A text, since vLLM hashes its passes' uuids as JSON; a new one each time if the result must not be cached."""
-        known = self.manager.uuid()
+        known = self.fusions.uuid()
         return uuid.uuid4().hex if known is None else hashlib.sha256(repr(known).encode()).hexdigest()
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:

@@ -30,6 +30,7 @@ from ..patterns.language import (
     With,
     dtype,
     is_number,
+    readers,
     same_number,
     same_shape,
     shape,
@@ -277,7 +278,7 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
     while stack:
         node, last, steps, nodes = stack.pop()
         program = " ".join(steps)
-        if any(user not in inside for user in node.users) and branch.test(last, program):
+        if any(reader not in inside for reader in readers(node)) and branch.test(last, program):
             reached.append((last, program, nodes))
             continue
         for user in node.users:

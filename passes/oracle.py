@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx
+from torch._dynamo.utils import count_calls
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -15,6 +18,16 @@ from ..config import Options
 from ..report import FusionReport, merge
 from .manager import PassManager, compiling
 from .verify import same_bits
+
+
+@contextmanager
+def graphs_anew() -> Iterator[None]:
+    """Within, no cache answers for a graph, so that the passes run. Kernels compiled before are used nevertheless."""
+    with (
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+    ):
+        yield
 
 
 class _Captured(Exception):  # noqa: N818 (control flow: stops Inductor after the pass)
@@ -66,6 +79,8 @@ class Oracle:
         oracle.report           # as the backend would have reported
 
     No code is generated, so it takes seconds where Inductor takes minutes. The results are the rewritten graphs'.
+    What caches hold is not used: code from there has no graphs. A graph that calls nothing, such as one that returns
+    its inputs, has nothing to compare: it is not in ``graphs``.
     """
 
     def __init__(self, options: Options) -> None:
@@ -76,19 +91,22 @@ class Oracle:
         self._manager.publish()
 
         def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            if not count_calls(gm.graph):  # Inductor runs no pass on it
+                return compile_fx_inner(gm, example_inputs, **kwargs)  # type: ignore[return-value]
             capture = _Capture(self._manager, gm)
-            patches = {"post_grad_custom_pre_pass": capture, "fx_graph_cache": False}
             try:
-                with inductor_config.patch(patches):
+                with graphs_anew(), inductor_config.patch(post_grad_custom_pre_pass=capture):
                     compile_fx_inner(gm, example_inputs, **kwargs)
             except Exception as error:
                 if not _caused_by(error, _Captured):
                     raise
-            assert capture.comparison is not None
+            if capture.comparison is None:
+                raise RuntimeError("Inductor compiled a graph without running its passes: nothing to compare")
             self.graphs.append(capture.comparison)
             return capture.comparison
 
-        return compile_fx(gm, example_inputs, inner_compile=inner)  # type: ignore[arg-type,return-value]
+        with graphs_anew():  # AOTAutograd's cache would answer before ``inner`` is asked
+            return compile_fx(gm, example_inputs, inner_compile=inner)  # type: ignore[arg-type,return-value]
 
     @property
     def report(self) -> FusionReport:
@@ -97,8 +115,26 @@ class Oracle:
 
     @property
     def identical(self) -> bool:
-        """Whether every call of every graph gave the same bits both ways; False if nothing was called."""
-        return bool(self.graphs) and all(g.calls and g.identical for g in self.graphs)
+        """Whether every call of every graph gave the same bits both ways.
+
+        Raises:
+            RuntimeError: none of them differed, but a graph was never called, or there is none, so that this says
+                nothing.
+        """
+        if not all(graph.identical for graph in self.graphs):
+            return False
+        if not self.graphs:
+            raise RuntimeError(
+                "the oracle has compared nothing: it was given no graph that calls anything. Call what "
+                "torch.compile(model, backend=oracle) returned; where Dynamo no longer compiles the model, because it "
+                "hit a recompile limit, call torch._dynamo.reset() before"
+            )
+        if uncalled := sum(not graph.calls for graph in self.graphs):
+            raise RuntimeError(
+                f"the oracle has not compared {uncalled} of {len(self.graphs)} graphs: they were compiled, but not "
+                "called. Call the compiled model once more"
+            )
+        return True
 
 
 def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import Options
 from ..op import FusedOp, dense, is_contiguous
-from ..patterns.language import VIEWS, Fusion, same_shape, same_size, shape
+from ..patterns.language import VIEWS, Fusion, readers, same_shape, same_size, shape
 from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
 from ..registry import REGISTRY
@@ -206,6 +207,10 @@ class _Planner:
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._writes = list(_writes(graph))
+        self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
+        for record in recognised.records:
+            for name in record.shared:
+                self._shared[behind(record.inputs["x"]), record.kind, name].add(record.inputs[name])
         self.claimed: set[Record] = set()
 
     def decide(self, group: list[Record]) -> _Draft:
@@ -223,6 +228,7 @@ class _Planner:
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
+                self._share(tail)
                 taken = next((record for record in reversed(chain) if record in self.claimed), None)
                 if taken is not None:
                     raise Refused(f"starved: {taken.root.name} is already part of another site")
@@ -250,6 +256,17 @@ class _Planner:
             return refused
         reason = f"producer: {misfit}" if misfit is not None else self._where_from(tail.inputs["x"])
         return _Draft(list(group), tail.kind, tail.variant, BARE, reason, tail.root)
+
+    def _share(self, record: Record) -> None:
+        """Refuse what differs from other records of its kind in an input that all that read one value must share."""
+        for name in record.shared:
+            source = behind(record.inputs["x"])
+            found = len(self._shared[source, record.kind, name])
+            if found > 1:
+                raise Refused(
+                    f"overload: {source.name} is the input of {record.kind} with {found} different {name}s, of which a "
+                    "fused op takes one"
+                )
 
     def _agree(self, fusion: Fusion, arguments: Mapping[str, Any]) -> None:
         """Refuse what other sites of the graph, or other processes, do not go along with."""
@@ -343,9 +360,7 @@ def _attempt(
             return _attempt(fusion, chain, group, features, options, training, writes, agree)
     for record, way in selections.items():
         if not record.rows:
-            raise Refused(
-                f"rows: {way[-1].name} takes some of {record.root.name}, which {record.kind} gives as a whole"
-            )
+            raise Refused(f"rows: {way[-1].name} takes some of {record.root.name}, which {record.kind} gives whole")
         left = next((node for node in record.outputs.values() if node not in dead), None)
         if left is not None:
             raise Refused(f"rows: {left.name}, of which {way[-1].name} takes some, is read elsewhere too")
@@ -457,7 +472,7 @@ def _dead(nodes: frozenset[fx.Node], replaced: set[fx.Node]) -> set[fx.Node]:
     """The nodes that nothing reads any more once ``replaced`` have been replaced."""
     dead = set(replaced)
     for node in sorted(nodes, reverse=True):
-        if all(user in dead for user in node.users):
+        if all(reader in dead for reader in readers(node)):
             dead.add(node)
     return dead
 
@@ -478,9 +493,9 @@ def _check_order(inputs: set[fx.Node], replaced: Iterable[fx.Node], dead: set[fx
     """The op goes after its last input; nothing may read an output before that."""
     last = max(inputs)
     for node in replaced:
-        for user in node.users:
-            if user not in dead and not last < user:
-                raise Refused(f"order: {user.name} reads {node.name} before {last.name} exists")
+        for reader in readers(node):
+            if reader not in dead and not last < reader:
+                raise Refused(f"order: {reader.name} reads {node.name} before {last.name} exists")
 
 
 def _check_writes(
@@ -644,7 +659,7 @@ def _transposed_copies(node: fx.Node, dead: set[fx.Node]) -> dict[fx.Node, tuple
     paths: list[tuple[fx.Node, ...]] = [(node,)]
     while paths:
         *_, last = path = paths.pop()
-        for reader in last.users:
+        for reader in readers(last):
             if reader in dead:
                 continue
             if reader.target is torch.ops.aten.permute.default and path[-1].target is not reader.target:
@@ -707,10 +722,10 @@ def _fits(
     try:
         return [(node, _fit(node, name, have, order, sizes))]
     except Refused:
-        readers = [user for user in node.users if user not in dead]
-        if not readers or any(reader.target is not torch.ops.aten.clone.default for reader in readers):
+        copies = [reader for reader in readers(node) if reader not in dead]
+        if not copies or any(copy.target is not torch.ops.aten.clone.default for copy in copies):
             raise
-        return [(reader, _fit(reader, name, have, order, sizes)) for reader in readers]
+        return [(copy, _fit(copy, name, have, order, sizes)) for copy in copies]
 
 
 def _fit(node: fx.Node, name: str, have: Tensor, order: tuple[int, ...] | None, sizes: Sequence[fx.Node]) -> Fit:

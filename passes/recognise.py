@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, operator, same_shape, shape
+from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, operator, readers, same_shape, shape
 from .matcher import CONVERT, Matcher, arguments, follow
 
 logger = logging.getLogger("aiter_fusion")
@@ -26,10 +26,11 @@ class Record:
     branches: attributes that came with further outputs; they override ``attributes``.
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
-    rows:    the inputs that have a row for each row of the value, as in ``Form``.
+    rows, shared: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, with the reason's code; None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
+    listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
     """
 
     kind: str
@@ -42,8 +43,10 @@ class Record:
     nodes: frozenset[fx.Node]
     root: fx.Node
     rows: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = ""
+    listed: bool = True
     refusal: str | None = None
     rooted: Record | None = None
 
@@ -94,7 +97,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             record = _first(matcher, candidates, node)
             if record is None and is_fp8_cast(node):
                 found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)[0]}"))
-            return record
+            return record if record is None or record.listed else None
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
             if strict:
@@ -107,7 +110,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         candidates = [
             form
             for form in by_target.get(node.target, ())
-            if node not in inside[form.kind] or not inside[form.kind].issuperset(node.users)
+            if node not in inside[form.kind] or not inside[form.kind].issuperset(readers(node))
         ]
         record = first(candidates, node) if candidates else None
         if record is not None:
@@ -164,8 +167,10 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
                 root=node,
                 rows=form.rows,
+                shared=form.shared,
                 serves=form.serves,
                 alone=form.alone,
+                listed=form.listed,
                 refusal=completion.refusal,
             )
             for branch in form.branches:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 
-from ..patterns.language import VIEWS
+from ..patterns.language import ASSERTIONS, VIEWS, readers
 from .plan import Plan, Size, View
 
 aten = torch.ops.aten
@@ -21,7 +21,8 @@ INHERITED = ("nn_module_stack", "stack_trace", "original_aten", "source_fn_stack
 
 def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     """Insert every planned op after its last input, let its outputs take the place of what they replace, and erase
-    the nodes that nothing reads any more. Returns the nodes inserted for each plan."""
+    the nodes that nothing reads any more, with the assertions about them: what these say of a value, the plan has found
+    true of the output in its place. Returns the nodes inserted for each plan."""
     returned = _sharing(graph.output_node().all_input_nodes)
     written = _sharing([node for writer in graph.nodes if _writes(writer) for node in writer.all_input_nodes])
     moved: dict[fx.Node, fx.Node] = {}
@@ -63,10 +64,12 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
                 new = builder.reshape(new, fit.sizes, fit.shape)
             if fit.dims is not None:
                 new = builder.permute(new, fit.dims)
-            node.replace_all_uses_with(new)
+            node.replace_all_uses_with(new, lambda user: user.target not in ASSERTIONS)
             moved[node] = new
     for node in sorted({node for plan in plans for node in plan.nodes}, reverse=True):
-        if not node.users:
+        if not readers(node):
+            for assertion in list(node.users):
+                graph.erase_node(assertion)
             graph.erase_node(node)
     return inserted
 
@@ -111,7 +114,8 @@ class _Builder:
         val = node.meta["val"]
         if val.device == device:
             return node
-        return self.add(torch.ops.prims.device_put.default, (node, device, True), val.to(device))
+        copy = torch.ops.prims.device_put.default
+        return self.add(copy, (node, device, True), copy(val, device, True))
 
     def reshape(self, node: fx.Node, sizes: tuple[int | Size | fx.Node, ...], shape: torch.Size) -> fx.Node:
         """Reshape; symbolic sizes are read off the tensor, so that none is baked in."""

@@ -23,6 +23,7 @@ from .language import (
     anything,
     dtype,
     prims,
+    readers,
     same_size,
     shape,
 )
@@ -49,7 +50,7 @@ def is_reduced(node: fx.Node) -> bool:
 
 def _complete(root: fx.Node, found: Found) -> Completion | str:
     for node in found.nodes:  # an all-reduce that something else reads is not taken away by being computed again
-        if node is not root and any(user not in (*found.nodes, root) for user in node.users):
+        if node is not root and any(reader not in (*found.nodes, root) for reader in readers(node)):
             return f"{node.name} is read elsewhere too"
     for x in found.inputs.values():
         if dtype(x) not in FLOATS or dtype(x) is not dtype(root):

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..arithmetic import cast, is_inverse, parse
+from ..stages.quantise import Granularity
 from .language import (
     FLOATS,
     FP8,
@@ -109,6 +110,17 @@ def _aligned(found: Found, block: int) -> bool:
     return same_shape(multiplier, (*elements[:-1], 1)) and same_size(elements[-1], block)
 
 
+def _width(found: Found) -> int:
+    """The length of the rows that are quantised: the greatest that a view of them has before they are quantised, since
+    heads and groups are parts of rows."""
+    node, widths = found.named["elements"], []
+    while True:
+        widths += [size for size in shape(node)[-1:] if isinstance(size, int)]
+        if node is found.inputs["x"]:
+            return max(widths, default=1)
+        node = node.args[0]  # of a view; its sizes may be nodes too
+
+
 def _start(found: Found) -> tuple[str, ...]:
     """How programs of the maximum begin: with a conversion, if it was taken in another dtype than the values'."""
     converted = dtype(found.named["maximum"])
@@ -140,7 +152,7 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
             "value_steps": _value_steps(found),
             "quant_dtype": found.attributes["quant_dtype"],
         },
-        variant=f"block{block}" if block else "tensor",
+        variant=str(Granularity.of(block, _width(found))),
     )
 
 
@@ -171,7 +183,11 @@ def _is_scale(node: fx.Node, steps: str) -> bool:
     return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
 
 
+# A maximum that is itself kept in FP8, perhaps divided by a scale for all of them, as NVFP4 keeps its scales.
+SCALE = OneOf((MAXIMUM, Call((aten.div.Tensor,), (Steps("factor_steps", MAXIMUM), Var("outer")))))
+
 FORMS = (
+    Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(
         "fp8_quant",
         "dynamic",
@@ -186,5 +202,6 @@ FORMS = (
         _quantised(Named("factor", Steps("factor_steps", Var("scale")))),
         output="q",
         complete=_complete_static,
+        shared=("scale",),
     ),
 )

@@ -230,8 +230,11 @@ class Form:
     branches:  further outputs that leave the pattern on the way.
     rows:      the inputs that have a row for each row of the value, which is computed from these rows alone (and from
                all of the other inputs); none where the rows cannot be computed apart.
+    shared:    the inputs that must be the same in all records of the kind that read one value: of several, a fused op
+               could take only one, and the others would read the value from memory.
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
+    listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
     """
 
     kind: str
@@ -241,8 +244,10 @@ class Form:
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
     rows: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
+    listed: bool = True
     table: ClassVar[str] = "forms"
 
     @property
@@ -322,6 +327,12 @@ VIEWS: frozenset[Target] = frozenset(
 
 # Views of some of the rows, unless their argument ``dim`` is the last. (What takes rows by an index copies them.)
 SELECTIONS: frozenset[Target] = frozenset({aten.slice.Tensor, aten.select.int})
+# Calls that assert a tensor's dtype, device, layout, sizes or strides and return nothing. They held when the graph was
+# traced, and are no reason to compute a value. ``torch.export`` leaves one before each conversion; Inductor removes all
+# of them, but after our slot. What reads values is none (``_assert_async``), nor what returns a size, since others read
+# that: AOTAutograd takes a symbolic size from the tensor that brought it, an input or the result of a call such as
+# ``nonzero``, and these lie inside no form.
+ASSERTIONS: frozenset[Target] = frozenset({aten._assert_tensor_metadata.default})
 
 # Scalar operations that a program can hold, by ATen target; see aiter_fusion/arithmetic.py.
 STEPS: Mapping[Target, tuple[str, ...]] = {
@@ -354,6 +365,11 @@ def is_number(node: fx.Node, value: Any) -> bool:
 def same_number(a: float, b: float) -> bool:
     """Equal after rounding to float32."""
     return ctypes.c_float(a).value == ctypes.c_float(b).value
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The calls that need a node's value: its users but for assertions about it, which go where it goes."""
+    return [user for user in node.users if user.target not in ASSERTIONS]
 
 
 def shape(node: fx.Node) -> torch.Size:

@@ -469,6 +469,14 @@ ACT_FUSIONS = (
 )
 
 
+def variant(case: FusionCase, producer: NormForm | ActForm, quant: QuantForm) -> str:
+    """Family and variant of the one site that these make."""
+    offset = producer.name == "R3"
+    packed = isinstance(producer, ActForm) and producer.packed
+    parts = [case.before, "offset" * offset, "packed" * packed, quant.granularity, case.after]
+    return f"{case.family}:{'+'.join(filter(None, parts))}"
+
+
 def tensors(names: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, rows: str) -> list[Tensor]:
     """Inputs of a case. ``rows``: normal, tiny, huge, zero or nonfinite (one NaN and one infinity)."""
     generator = torch.Generator().manual_seed(len(sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 from aiter_double import Double
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 
 import aiter_fusion
 from aiter_fusion import config
-from aiter_fusion.passes.oracle import Oracle
+from aiter_fusion.passes.oracle import Oracle, copy_graph
+from aiter_fusion.patterns.language import ASSERTIONS
 from aiter_fusion.report import REPLACED, FusionReport
 
 
@@ -59,7 +62,52 @@ def fused(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Checked:
         result.call(*inputs)
     assert result.oracle.identical
     assert result.report.unaccounted == 0
+    ignores_assertions(result)
     return result
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Neither what hypothesis tries nor whether it is content depends on the clock, or on earlier runs."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings
+
+        slow = [HealthCheck.too_slow]
+        settings.register_profile("suite", deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+        settings.load_profile("suite")
+
+
+def ignores_assertions(result: Checked) -> None:
+    """An assertion about every tensor of the (inference) graphs, where ``torch.export`` leaves them about some, changes
+    neither what becomes of the graphs nor what is reported."""
+    for captured in result.oracle.graphs:
+        graph = copy_graph(captured.before.graph)
+        tensors = [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        computed = next(node for node in graph.nodes if node.op != "placeholder")
+        for node in tensors:
+            with graph.inserting_before(computed) if node.op == "placeholder" else graph.inserting_after(node):
+                for assertion in ASSERTIONS:
+                    graph.call_function(assertion, (node,))
+        with enable_python_dispatcher():  # as while compiling: without it no meta tensor of symbolic sizes is permuted
+            made = result.oracle._manager.run(graph, is_inference=True)
+        assert made.sites == captured.report.sites
+        graph.lint()
+        calls, expected = (
+            [str(n.target) for n in g.nodes if n.op == "call_function" and n.target not in ASSERTIONS]
+            for g in (graph, captured.after.graph)
+        )
+        assert calls == expected
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests marked ``slow`` out unless they are asked for: by a ``-m`` that names them, or in the environment.
+
+    (A ``-m "not slow"`` in ``addopts`` would be overridden by ``-m gpu``, which then ran the slow ones too.)
+    """
+    if "slow" in (config.option.markexpr or "") or os.environ.get("AITER_FUSION_SLOW") == "1":
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with AITER_FUSION_SLOW=1 or -m slow"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 128
 COMMON: dict[str, Any] = {
@@ -29,14 +30,28 @@ COMMON: dict[str, Any] = {
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 
-def _hugging_face(name: str, **changes: Any) -> Callable[[], nn.Module]:
+def _hugging_face(name: str, **changes: Any) -> Callable[..., nn.Module]:
     """``<name>ForCausalLM`` with its own ``<name>Config`` (or ``<name>TextConfig``)."""
 
-    def make() -> nn.Module:
+    def make(**more: Any) -> nn.Module:
         config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-        return getattr(transformers, f"{name}ForCausalLM")(config(**{**COMMON, **changes}))
+        return getattr(transformers, f"{name}ForCausalLM")(config(**{**COMMON, **changes, **more}))
 
     return make
+
+
+def _t5_encoder() -> nn.Module:
+    """The encoder of T5 1.1, as diffusion models use it for text: GELU by ``gelu_new``, gated."""
+    config = transformers.T5Config(
+        d_model=HIDDEN,
+        d_kv=64,
+        d_ff=512,
+        num_layers=LAYERS,
+        num_heads=4,
+        vocab_size=VOCABULARY,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5EncoderModel(config)
 
 
 # The next classes have these names so that the hooks below take them for norms.
@@ -111,7 +126,7 @@ class Engine(nn.Module):
 
 
 class TorchBlock(nn.Module):
-    """A pre-norm block of ``torch.nn`` modules, as in diffusion transformers; ``modulated`` shifts and scales."""
+    """A pre-norm block of ``torch.nn`` modules; ``modulated`` scales the first norm's value before it is read."""
 
     def __init__(self, modulated: bool) -> None:
         super().__init__()
@@ -143,35 +158,7 @@ class TorchModel(nn.Module):
         return self.blocks(self.embed(tokens))
 
 
-class T5RMSNorm(nn.Module):
-    """T5's layer norm: converts to the weight's dtype, whatever the input's."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-        x = x * torch.rsqrt(variance + 1e-6)
-        return self.weight * x.to(self.weight.dtype)
-
-
-class T5Model(nn.Module):
-    """T5's gated feed-forward over its norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(VOCABULARY, HIDDEN), T5RMSNorm(HIDDEN)
-        self.wi_0, self.wi_1 = nn.Linear(HIDDEN, 512, bias=False), nn.Linear(HIDDEN, 512, bias=False)
-        self.wo, self.act_fn = nn.Linear(512, HIDDEN, bias=False), nn.GELU(approximate="tanh")
-
-    def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
-        x = self.embed(tokens)
-        h = self.norm(x)
-        return x + self.wo(self.act_fn(self.wi_0(h)) * self.wi_1(h))
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "Llama": _hugging_face("Llama"),
     "Qwen3": _hugging_face("Qwen3", head_dim=64),
     "Mistral": _hugging_face("Mistral"),
@@ -214,17 +201,18 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "vLLM": lambda: Engine(RoundFirstRMSNorm),
     "SGLang": lambda: Engine(WeighFirstRMSNorm),
     "torch.nn": lambda: TorchModel(modulated=False),
-    "diffusion": lambda: TorchModel(modulated=True),
-    "T5": T5Model,
+    "modulated": lambda: TorchModel(modulated=True),
+    "T5": _t5_encoder,
 }
 
 
 ENGINES = ("vLLM", "SGLang")
 
 
-def build(family: str) -> nn.Module:
-    """A random bf16 model in eval mode; weights do not depend on global random state."""
-    model = FAMILIES[family]().to(torch.bfloat16).eval()
+def build(family: str, **changes: Any) -> nn.Module:
+    """A random bf16 model in eval mode; weights do not depend on global random state. ``changes`` are to a Hugging Face
+    model's configuration."""
+    model = FAMILIES[family](**changes).to(torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.05).to(parameter.dtype)
@@ -342,10 +330,22 @@ class StaticLinear(nn.Module):
         return nn.functional.linear((q.float() * self.scale).to(x.dtype), self.weight)
 
 
-def _by_hand(layer: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:
+def _loaded(linear: nn.Linear) -> nn.Module:
+    """As transformers loads FP8 checkpoints of compressed-tensors with ``use_optimized_inference=True``."""
+    need_scaled_rows()
+    weight = linear.weight.float()
+    scale = weight.abs().amax(1, keepdim=True) / 448.0
+    layer = CompressedTensorsFP8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    layer.weight = nn.Parameter((weight / scale).to(cases.FN), requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
+    layer.bias = linear.bias
+    return layer
+
+
+def _by_hand(layer: Callable[[nn.Linear], nn.Module], but: str = "") -> Callable[[nn.Module], None]:
     def quantise(module: nn.Module) -> None:
         for name, child in module.named_children():
-            if type(child) is nn.Linear:  # a router that inherits from it is something else
+            if type(child) is nn.Linear and name != but:  # a router that inherits from it is something else
                 setattr(module, name, layer(child))
             else:
                 quantise(child)
@@ -361,13 +361,14 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "group128": _by_hand(GroupLinear),
     "static": _by_hand(StaticLinear),
     "engine": _by_hand(EngineLinear),
+    "compressed-tensors": _by_hand(_loaded, but="lm_head"),  # which such checkpoints leave in bfloat16
 }
 
 
 def quantises(module: nn.Module) -> bool:
     """Whether a module is a linear layer that quantises its input."""
     by_torchao = isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter
-    return by_torchao or isinstance(module, (GroupLinear, StaticLinear))
+    return by_torchao or isinstance(module, (GroupLinear, StaticLinear, CompressedTensorsFP8Linear))
 
 
 def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Counter[str], int]:
@@ -376,7 +377,8 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
     Watched: which storage every norm returns, which modules call an activation, and what enters every quantised linear
     layer. A norm that such a layer reads is one site; so is the product that enters one beside an activation; every
     other such layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads, which its
-    reader sees joined to rows: only scales for the whole tensor fit both.
+    reader sees joined to rows: only scales for the whole tensor fit both. T5's activation, ``act``, is not watched: it
+    is no form (``test_what_is_left_alone_of_t5``).
     """
     read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
@@ -413,7 +415,7 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
 
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
             hooks.append(module.register_forward_hook(norm_hook(name)))
         elif type(module).__name__.endswith("RMSNormGated"):
             hooks.append(module.register_forward_hook(gated_hook(name)))

@@ -222,6 +222,9 @@ def test_samples(op: FusedOp, make: Callable[..., Double]) -> None:
 
 REFUSED = {
     "its norms have a weight": Drive(NORM, "", (3, 256), changes=(("weight", None),)),
+    "its norms take eps as a number, and here it is a torch.float64 tensor on cpu": Drive(
+        NORM, "", (3, 256), changes=(("eps", None), ("eps_tensor", torch.tensor(1e-6, dtype=torch.float64)))
+    ),
     "x is torch.float32": Drive(NORM, "", (3, 256), dtype=F32),
     "what is quantised is torch.float32": Drive(NORM, "", (3, 256), changes=(F32_WEIGHT,)),
     "the offset of the weight is 0.5": Drive(NORM, "", (3, 256), changes=(("offset", 0.5), ("cast_first", False))),

@@ -101,6 +101,26 @@ def test_other_reductions_stay(how: str, alone: None) -> None:
     assert gloo_ranks.all_reduces(graph.after) == gloo_ranks.all_reduces(graph.before) == 1
 
 
+def test_rows_are_taken_out_after_the_ranks_are_summed(alone: None) -> None:
+    """No rank sums other rows than the graph says; the norm and the addition are of the last row alone."""
+    (graph,) = run(lambda x, r, w: q3(cases.llama(r + reduce(x), w)[-1:])).oracle.graphs
+    (site,) = graph.report.sites
+    assert (site.family, site.variant) == ("rms_norm_quant", "add+token")
+    assert re.fullmatch(
+        r"without all_reduce: rows: slice_\d takes some of wait_tensor, which all_reduce gives whole", site.reason
+    )
+    (summed,) = (n for n in graph.after.graph.nodes if "all_reduce" in str(n.target))
+    assert summed.args[0].meta["val"].shape == (16, cases.H)
+    (fused_op,) = (n for n in graph.after.graph.nodes if "rms_norm_quant" in str(n.target))
+    assert fused_op.args[0].meta["val"].shape == (1, cases.H)
+
+
+def test_rows_of_a_sum_of_ranks_before_the_norm(alone: None) -> None:
+    result = run(lambda x, r, w: (cases.llama(reduce(x)[-4:], w),))
+    assert result.report.replaced == {}
+    assert [site.reason.split(":")[0] for site in result.report.skipped] == ["rows"]
+
+
 def test_a_second_group_stays(alone: None) -> None:
     """Ranks of two groups need not come to the ops of both in one order."""
     other = dist.new_group([0], backend="gloo")

@@ -149,8 +149,12 @@ def test_environment_is_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.options() == config.Options(1, "reference", disable=frozenset({"act_mul_quant", "rms_norm_quant"}))
     said = config.options(level=2, provider="auto", enable=["rms_norm_quant"])
     assert (said.level, said.provider, said.disable) == (2, "auto", frozenset({"act_mul_quant"}))
+    monkeypatch.setenv("AITER_FUSION_LEVEL", " 2 ")
+    monkeypatch.setenv("AITER_FUSION_PROVIDER", " Reference ")
+    assert (config.options().level, config.options().provider) == (2, "reference")
     for name, value, message in (
         ("LEVEL", "high", "AITER_FUSION_LEVEL='high': levels are 0 "),
+        ("LEVEL", "³", "AITER_FUSION_LEVEL='³': levels are 0 "),
         ("PROVIDER", "tritn", "AITER_FUSION_PROVIDER='tritn': no such provider; did you mean 'triton'?"),
         ("DISABLE", "rms_norm", "AITER_FUSION_DISABLE: no fusion is called 'rms_norm'; did you mean 'rms_norm_quant'?"),
     ):
@@ -174,6 +178,19 @@ BAD = [
     ({"enable": ["act_mul_quant"], "disable": ["act_mul_quant"]}, "act_mul_quant in both 'enable' and 'disable'"),
     ({"expect": {"rms": 1}}, "expect: no fusion is called 'rms'"),
     ({"expect": {"rms_norm_quant": "4"}}, "counts are whole numbers"),
+    (
+        {"expect": ["rms_norm_quant"]},
+        "expect=['rms_norm_quant']: must map families to counts, e.g. {'rms_norm_quant': 9}",
+    ),
+    ({"expect": 5}, "expect=5: must map families to counts"),
+    ({"disable": None}, "disable=None: must be the name of a fusion, or several. Valid: rms_norm_quant, "),
+    ({"enable": 5}, "enable=5: must be the name of a fusion, or several. Valid: rms_norm_quant, "),
+    ({"disable": [3]}, "disable: no fusion is called 3. Valid: rms_norm_quant, "),
+    ({"provider": 5}, "provider=5: no such provider. Valid: auto, aiter, triton, reference."),
+    ({"provider": ""}, "provider='': no such provider. Valid: auto, "),
+    ({"numerics": True}, "numerics=True: no such numerics. Valid: exact, kernel."),
+    ({3: 1}, "unknown option 3. Valid: level, provider, "),
+    ({"xyz": 1}, "unknown option 'xyz'. Valid: level, provider, "),
     ({"provider": "aiter"}, "provider='aiter' cannot run here: AITER needs a ROCm build of PyTorch, and this is "),
     ({"provider": "triton"}, "provider='triton' cannot run here: "),
 ]

@@ -329,10 +329,10 @@ def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -
     specs = case.op.shape(**arguments)
     for function in (fused, reference):
         given: Any = torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(*tensors)
-        outputs = ops._outputs(given)
+        outputs = ops.outputs(given)
         for name, output in zip(case.op.outputs, outputs, strict=True):
             assert (tuple(output.shape), output.dtype) == (tuple(specs[name][0]), specs[name][1])
-    ops._verify(case.op, ops._outputs(fused(*tensors)), ops._outputs(reference(*tensors)))
+    ops.verify(case.op, ops.outputs(fused(*tensors)), ops.outputs(reference(*tensors)))
 
 
 def test_different_results_are_not_compared() -> None:
@@ -341,11 +341,11 @@ def test_different_results_are_not_compared() -> None:
     codes, scale = result["q"], result["scale"]
     flipped = (codes.view(torch.uint8) ^ 128).view(codes.dtype)
     with pytest.raises(Refused, match="FP8 codes apart"):
-        ops._verify(case.op, (codes, scale), (flipped, scale))
+        ops.verify(case.op, (codes, scale), (flipped, scale))
     with pytest.raises(Refused, match="scale are more than"):
-        ops._verify(case.op, (codes, scale), (codes, scale * 2))
+        ops.verify(case.op, (codes, scale), (codes, scale * 2))
     with pytest.raises(Refused, match="scale is torch"):
-        ops._verify(case.op, (codes, scale), (codes, scale.double()))
+        ops.verify(case.op, (codes, scale), (codes, scale.double()))
 
 
 # ---- bench model -------------------------------------------------------------------------------------------------

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import cases
 import pytest
 import torch
 from conftest import Checked, checked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from aiter_fusion.report import REPLACED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = ((6,), (2, 3), (2, 2, 3))
-
-
-def variant(case: cases.FusionCase, quant: cases.QuantForm, *before: str) -> str:
-    parts = [*before, case.before, quant.granularity, case.after]
-    return f"{case.family}:{'+'.join(part for part in parts if part)}"
 
 
 def run(
@@ -43,8 +44,7 @@ def run(
 def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.QuantForm) -> None:
     case = cases.NORM_FUSIONS[0]
     result = run(case, norm, quant, (2, 3), torch.bfloat16)
-    before = ["offset"] if norm.name == "R3" else []
-    assert result.variants == [variant(case, quant, *before)]
+    assert result.variants == [cases.variant(case, norm, quant)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.Quan
 def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
     case = cases.ACT_FUSIONS[0]
     result = run(case, act, quant, (2, 3), torch.bfloat16)
-    assert result.variants == [variant(case, quant, *(["packed"] if act.packed else []))]
+    assert result.variants == [cases.variant(case, act, quant)]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,8 @@ def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
 )
 @pytest.mark.parametrize("case", cases.NORM_FUSIONS, ids=lambda c: c.name)
 def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    assert run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+    result = run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16)
+    assert result.variants == [cases.variant(case, cases.NORMS[0], quant)]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,8 @@ def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> No
 )
 @pytest.mark.parametrize("case", cases.ACT_FUSIONS, ids=lambda c: c.name)
 def test_every_activation_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    assert run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16).variants == [variant(case, quant)]
+    result = run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16)
+    assert result.variants == [cases.variant(case, cases.ACTS[0], quant)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,3 +220,41 @@ def test_no_mm_plus_residual_is_lost() -> None:
     assert result.oracle.identical
     assert result.variants == ["rms_norm_quant:add+token"]
     assert not any("addmm" in target for target in result.targets)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_scale_in_fp8_is_no_quantiser(levels: int) -> None:
+    """NVFP4's, of 16 values each, with and without one for the whole tensor."""
+    nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+
+    def quantise(x: Tensor, w: Tensor, outer: Tensor) -> tuple[Tensor, ...]:
+        y = cases.llama(x, w)
+        return (*nvfp4.nvfp4_quantize(y, per_tensor_scale=outer if levels == 2 else None), *cases.q3(y))
+
+    x, w = cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal")
+    result = checked(quantise)
+    with torch.no_grad():
+        result.call(x, w, torch.tensor(0.01))
+    assert result.oracle.identical
+    assert [(site.family, site.variant, site.status) for site in result.report.sites] == [
+        ("rms_norm_quant", "token+value", REPLACED)
+    ]
+    assert result.report.unaccounted == 0
+
+
+@pytest.mark.parametrize(
+    ("quant", "granularity"), [(cases.q3, "token"), (cases.q7(64), "group64"), (cases.q7(128), "group128")]
+)
+def test_a_quantiser_has_one_name(quant: Callable[[Tensor], tuple[Tensor, ...]], granularity: str) -> None:
+    """Fused or not, and whether or not its rows are made of heads, as after attention."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        heads = x.relu().view(4, 4, 64).transpose(0, 1).sin().transpose(0, 1)
+        return (*quant(cases.llama(x, w)), *quant(x.relu()), *quant(heads.reshape(4, 256)))
+
+    result = checked(fn)
+    with torch.no_grad():
+        result.call(*cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal"))
+    assert result.oracle.identical
+    found = [(site.family, site.variant) for site in result.report.sites]
+    assert found == [("rms_norm_quant", granularity), ("fp8_quant", granularity), ("fp8_quant", granularity)]

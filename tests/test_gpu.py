@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -17,6 +18,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import aiter_fusion
+from aiter_fusion.backend import SLOT
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
@@ -167,6 +169,25 @@ def test_norms_with_every_program(dtype: torch.dtype, program: str) -> None:
     for changes in ({}, {"offset": 1.0, "cast_first": False}, {"weight": None}, {"cast_first": False}):
         for block in (0, 64, 512):  # powers of two: the mean of a row of float32 is exact too
             same(op, **norm_arguments(512, 9, dtype, block=block, **changes, **PROGRAMS[program]))
+
+
+@pytest.mark.parametrize("steps", ["{} unless_positive=1.0 div=448.0 float32", "{} div=448.0 if_zero=1e-07 float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_number_for_zero(dtype: torch.dtype, steps: str) -> None:
+    """Rows of zeros and with NaN and infinity, the whole tensor of zeros, or NaN in it; and a given scale of zero."""
+    hostile = whole_numbers(9, 512, dtype=dtype)
+    hostile[3], hostile[5, 7], hostile[6, 8], hostile[7, 9:11] = 0, float("nan"), float("inf"), float("-inf")
+    for converted in ("", "float32"):
+        program = steps.format(converted).strip()
+        chosen = {"scale_steps": program, "factor_steps": program}
+        for x in (hostile, hostile[3:4].expand(2, 512).contiguous(), hostile[3:6]):
+            for block in (0, 64, 512):
+                changes = {"x": x, "block": block, **chosen}
+                same(OPS["rms_norm_quant"][frozenset()], **norm_arguments(512, len(x), dtype, **changes))
+    for scale in (0.0, -0.0, -1.0, float("nan"), 0.02):
+        for step in ("if_zero=0.125", "unless_positive=0.125"):
+            given = {"scale": torch.tensor(scale, device="cuda"), "factor_steps": step}
+            same(OPS["rms_norm_quant"][frozenset({"static"})], **norm_arguments(512, 9, dtype, **given))
 
 
 ACTIVATIONS = ("silu", "swish", "clamped_swiglu=1.702,7.0")
@@ -396,6 +417,61 @@ def test_compiled(mode: str | None, dynamic: bool) -> None:
     assert [r.replaced for r in made] == [{"rms_norm_quant": 3, "act_mul_quant": 2}] * (1 if dynamic else 2)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_taken_out_of_a_norm(dynamic: bool) -> None:
+    """The kernels read the last row of each batch where it lies, also of a sum that Inductor computes."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = r * 2 + x
+        return (
+            *cases.q1_row(cases.llama(r + x, w)[:, -1:]),
+            *cases.q3_one_for_zero(cases.olmo2(summed, w)[:, -1]),
+            summed,
+        )
+
+    weight = torch.randn(cases.H, generator=torch.Generator().manual_seed(2)).bfloat16().cuda()
+    made = []
+    for length in (5, 9):
+        inputs = [whole_numbers(3, length, cases.H, seed=seed) for seed in (0, 1)]
+        inputs[0][1, -1] = 0
+        inputs[1][1, -1] = 0
+        made.append([*inputs, weight])
+    wants = [original(fn, *inputs) for inputs in made]
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=aiter_fusion.Backend(provider="triton"))
+    aiter_fusion.reset()
+    with torch.no_grad():
+        for inputs, want in zip(made, wants, strict=True):
+            for tensor in inputs[:2] if dynamic else ():
+                torch._dynamo.mark_dynamic(tensor, 1)
+            assert all(map(same_bits, want, compiled(*inputs)))
+    assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 2}] * (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_package_of_aot_inductor(dynamic: bool, tmp_path: Path) -> None:
+    """The kernels are in the package, which calls no op, and the bits are the graph's."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, r: Tensor, w: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+            return block_of_model(x, r, w, x2)
+
+    numbers = (5, 64) if dynamic else (5,)
+    wants = [original(block_of_model, *inputs_of_block(number)) for number in numbers]
+    rows = {0: torch.export.Dim("rows", min=2, max=4096)} if dynamic else None
+    counts = {"rms_norm_quant": 3, "act_mul_quant": 2}
+    fusions = aiter_fusion.Backend(provider="triton", strict=True, expect=counts).graph_pass()
+    with torch.no_grad():
+        program = torch.export.export(Block(), tuple(inputs_of_block(5)), dynamic_shapes=(rows, rows, None, rows))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "block.pt2"), inductor_configs={SLOT: fusions}
+        )
+        call = torch._inductor.aoti_load_package(path)
+        for number, want in zip(numbers, wants, strict=True):
+            assert all(map(same_bits, want, call(*inputs_of_block(number))))
+    assert [made.replaced for made in aiter_fusion.reports()] == [counts]
+
+
 def test_one_graph_serves_any_number_of_rows() -> None:
     fn = cases.NORM_FUSIONS[1].call(cases.llama, cases.q1_row)
     compiled = torch.compile(fn, backend=aiter_fusion.Backend())
@@ -461,43 +537,43 @@ class Normed(torch.nn.Module):
         super().__init__()
         self.eps, self.weight = eps, torch.nn.Parameter(weight, requires_grad=False)
 
-    def added(self) -> float | Tensor:
-        return self.eps
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return cases.q3(cases.llama(x, self.weight, self.added()))
+        return cases.q3(cases.llama(x, self.weight, self.eps))  # type: ignore[arg-type]
 
 
 class NormedByTwice(Normed):
-    """What is added is computed from the attribute: in the graph, on the CPU, if that is an input."""
+    """What is added is computed in the graph, where the attribute is."""
 
-    def added(self) -> float | Tensor:
-        return self.eps * 2
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return cases.q3(cases.llama(x, self.weight, self.eps * 2))  # type: ignore[arg-type]
 
 
 EPSILONS = (1e-6, 0.25, 3.0)
 
 
 def outputs_by_eps(kind: type[Normed], x: Tensor, weight: Tensor) -> dict[float, Any]:
-    return {eps: original(kind(eps, weight), x) for eps in EPSILONS}
-
-
-@pytest.mark.parametrize("provider", ["triton", "reference"])
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("kind", [Normed, NormedByTwice])
-def test_a_module_s_eps(kind: type[Normed], dynamic: bool | None, mode: str | None, provider: str) -> None:
-    """Two modules of a class, and one whose eps changes: each call has the bits of its eps, and waits for nothing."""
-    x, _, weight, _ = inputs_of_block(64)
-    wants = outputs_by_eps(kind, x, weight)
+    wants = {eps: original(kind(eps, weight), x) for eps in EPSILONS}
     assert not same_bits(wants[0.25][1], wants[3.0][1])
     torch._dynamo.reset()
     aiter_fusion.reset()
+    return wants
+
+
+modes = pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+
+
+@pytest.mark.parametrize("provider", ["triton", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@modes
+def test_a_module_s_eps(mode: str | None, dynamic: bool | None, provider: str) -> None:
+    """Two modules of a class, and one whose eps changes: each call has the bits of its eps, and waits for nothing."""
+    x, _, weight, _ = inputs_of_block(64)
+    wants = outputs_by_eps(Normed, x, weight)
     options: Any = {"mode": mode} if mode else {}
     backend = aiter_fusion.Backend(provider=provider)
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
         for eps in EPSILONS[:2]:
-            module = kind(eps, weight)
+            module = Normed(eps, weight)
             compiled = torch.compile(module, backend=backend, options=options, dynamic=dynamic)
             for _ in range(4):  # with CUDA graphs: warm-up, capture, replay
                 have = [t.clone() for t in compiled(x)]
@@ -515,20 +591,21 @@ def test_a_module_s_eps(kind: type[Normed], dynamic: bool | None, mode: str | No
     assert [r.replaced for r in reports] == [{"rms_norm_quant": 1}] * len(reports)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_an_eps_on_the_gpu(mode: str | None, dtype: torch.dtype) -> None:
-    """Its value is read when the kernel runs, also when that is replayed."""
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", [Normed, NormedByTwice])
+@modes
+def test_an_eps_in_a_buffer(mode: str | None, kind: type[Normed], device: str, freezing: bool) -> None:
+    """Each call has what is in it then, also where CUDA graphs are replayed, or, frozen, what was in it at first."""
     x, _, weight, _ = inputs_of_block(64)
-    wants = outputs_by_eps(Normed, x, weight)
-    torch._dynamo.reset()
-    aiter_fusion.reset()
-    module = Normed(torch.nn.Buffer(torch.zeros((), dtype=dtype, device="cuda")), weight)
+    wants = outputs_by_eps(kind, x, weight)
+    buffer = torch.nn.Buffer(torch.full((), EPSILONS[0], dtype=torch.float64, device=device))
     options: Any = {"mode": mode} if mode else {}
+    module = kind(buffer, weight).eval()
     compiled = torch.compile(module, backend=aiter_fusion.Backend(provider="triton"), options=options)
-    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
-        for eps in (*EPSILONS, *EPSILONS):
-            module.eps.fill_(eps)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True, freezing=freezing):
+        for eps in EPSILONS[:1] * 4 if freezing else EPSILONS * 3:
+            buffer.fill_(eps)
             have = [t.clone() for t in compiled(x)]
             assert all(map(same_bits, wants[eps], have)), eps
     assert [r.replaced for r in aiter_fusion.reports()] == [{"rms_norm_quant": 1}]

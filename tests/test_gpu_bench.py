@@ -57,7 +57,7 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is written is one that can be read."""
-    monkeypatch.setattr(tune, "WARPS", (1, 2))
+    monkeypatch.setattr(tune, "THREADS", (64, 128))
     monkeypatch.setattr(tune, "FLAT_ELEMENTS", (512,))
     monkeypatch.setattr(tune, "MANY_ROWS", (300,))
     monkeypatch.setenv("AITER_FUSION_CACHE", str(tmp_path))

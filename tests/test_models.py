@@ -15,6 +15,7 @@ import cases
 import models
 import pytest
 import torch
+import transformers
 from conftest import checked
 
 import aiter_fusion
@@ -39,6 +40,7 @@ def chosen() -> Sequence[tuple[str, str, str]]:
         ("Llama", "PerBlock", "static"),
         ("Llama", "PerRow", "dynamic"),
         ("SGLang", "engine", "static"),
+        ("Llama", "compressed-tensors", "static"),
     ]
 
 
@@ -63,7 +65,30 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert not made.skipped
     assert made.unaccounted == 0
     assert all(site.reason.split(":")[0] in report.REASONS for site in made.bare)
-    assert all(site.where for site in made.sites) or family == "T5"  # whose activation is in the outermost module
+    assert all(site.where for site in made.sites)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["static", "marked"])
+def test_prefill_of_generate(marked: bool) -> None:
+    """Of the last norm only the last token is read: no more is normed, and no row of another is lost."""
+    model = models.build("Llama")
+    models.QUANTISATIONS["PerRow"](model)
+    tokens = models.tokens(2)
+    replaced, alone = models.expected(model, "PerRow", tokens)
+    result = checked(model, verify=True)
+    if marked:
+        torch._dynamo.mark_dynamic(tokens, 1)
+    with torch.no_grad():
+        result.call(tokens, use_cache=False, logits_to_keep=1)
+        if marked:
+            result.call(models.tokens(2, 7), use_cache=False, logits_to_keep=1)
+    assert result.oracle.identical
+    assert [made.replaced for made in result.reports] == [dict(replaced)]
+    assert [site.family for site in result.report.bare] == ["fp8_quant"] * alone
+    assert not result.report.skipped
+    (graph,) = result.oracle.graphs
+    last = [n for n in graph.after.graph.nodes if "rms_norm_quant" in str(n.target)][-1]
+    assert [n.meta["val"].shape for n in last.all_input_nodes] == [(2, 1, 256), (2, 1, 256), (256,)]
 
 
 def test_sums_in_float32_are_fused() -> None:
@@ -88,6 +113,38 @@ def test_the_activation_of_gpt_oss_itself() -> None:
             result.call(*cases.tensors(("x2",), (6,), torch.bfloat16, rows))
     assert result.oracle.identical
     assert result.variants == ["act_mul_quant:packed+token"]
+
+
+def test_what_is_left_alone_of_t5() -> None:
+    """Of four norms and two activations the norms are taken. ``gelu_new`` is no form: it computes in bf16, and with
+    ``pow``, what the forms of tanh-GELU compute in float32."""
+    model = models.build("T5")
+    assert type(model) is transformers.T5EncoderModel
+    models.QUANTISATIONS["group128"](model)
+    result = checked(model)
+    with torch.no_grad():
+        result.call(models.tokens(2))
+    made = result.report
+    assert made.replaced == {"rms_norm_quant": 2 * models.LAYERS}
+    left = [site for site in made.bare if site.where.endswith("DenseReluDense.wo")]
+    assert [site.reason for site in left] == ["producer: its input is aten.mul.Tensor"] * models.LAYERS
+    assert "aten.pow.Tensor_Scalar" in result.targets
+
+
+def test_a_draft_and_a_target_model() -> None:
+    """Of one family, with another eps, which Dynamo then makes an input: the second has every site of the first."""
+    torch._dynamo.reset()
+    oracle = aiter_fusion.Backend().oracle()
+    tokens = models.tokens(2)
+    with torch.no_grad():
+        for eps in (1e-6, 1e-5):
+            model = models.build("Llama", num_hidden_layers=1, rms_norm_eps=eps)
+            models.QUANTISATIONS["group128"](model)
+            replaced, _ = models.expected(model, "group128", tokens)
+            torch.compile(model, backend=oracle)(tokens, use_cache=False)
+    assert oracle.identical
+    assert [graph.report.replaced for graph in oracle.graphs] == [dict(+replaced)] * 2
+    assert not oracle.report.skipped
 
 
 @pytest.mark.parametrize("family", models.FAMILIES if ALL else ("torch.nn", "SGLang"))

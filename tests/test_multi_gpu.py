@@ -28,7 +28,7 @@ def test_the_same_bits_on_every_rank(world: int, tmp_path: Path) -> None:
 @worlds
 @pytest.mark.parametrize("way", ["one_shot", "two_shot"])
 def test_every_number_can_be_sent(world: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AITER_FUSION_TIMEOUT", "5")
+    monkeypatch.setenv("AITER_FUSION_TIMEOUT", "60")  # what cannot be sent is waited for
     for found in ranks.run(world, tmp_path, gpu_ranks.hostile, way, backend="nccl"):
         assert found["nan"] == [4096, 4096, 1, 2048, 0, 0]
         assert found["same"]
@@ -39,11 +39,10 @@ def test_every_number_can_be_sent(world: int, way: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("way", ["one_shot", "two_shot"])
 def test_a_rank_that_stops(world: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "2")
-    *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, 2.0, way, backend="nccl")
-    for found in others:
-        assert len(found["said"]) == 2
-        assert all(f"rank {world - 1} did not take part" in text for text in found["said"])
-        assert found["took"] < 8
+    *others, _ = ranks.run(world, tmp_path, gpu_ranks.stopped_rank, way, backend="nccl")
+    for said in others:
+        assert len(said) == 2
+        assert all(f"rank {world - 1} did not take part" in text for text in said)
 
 
 @worlds

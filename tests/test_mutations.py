@@ -148,6 +148,15 @@ def flat(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q3(cases.olmo2(x, w).flatten(0, 1))
 
 
+def last_rows(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Normed are the rows that are quantised."""
+    return cases.q1_row(cases.llama(r + x, w)[:, -1:])
+
+
+def one_for_zero(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return cases.q3_one_for_zero(cases.llama(x, w))
+
+
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
@@ -187,6 +196,8 @@ SOURCES = (
     Source("permuted", permuted, ("x", "r", "w"), sizes=(2, 3)),
     Source("permuted_and_copied", permuted_and_copied, ("x", "w"), sizes=(2, 3)),
     Source("two_quantisers", two_quantisers, ("x", "w", "scale")),
+    Source("last_rows", last_rows, ("x", "r", "w"), sizes=(2, 3)),
+    Source("one_for_zero", one_for_zero, ("x", "w")),
     combined("add_norm", "R1", "Q1r", dynamic=True),
     combined("norm_value", "R2", "Q1t", sizes=(3, 2), dynamic=True),
     combined("norm_thrice", "R3", "Q1b", sizes=(3, 2), dynamic=True),
@@ -194,6 +205,7 @@ SOURCES = (
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2, dynamic=True),
     Source("in_groups", in_groups, ("x", "w"), dynamic=True),
     Source("flat", flat, ("x", "w"), sizes=(3, 2), dynamic=True),
+    Source("last_rows", last_rows, ("x", "r", "w"), sizes=(3, 2), dynamic=True),
 )
 
 

@@ -161,6 +161,10 @@ def test_programs() -> None:
     x = torch.tensor([3.0, -5.0])
     assert run("float32 clamp_min=1.0 div=2.0", x).tolist() == [1.5, 0.5]
     assert run("div_scale clamp_max=1.0", x, torch.tensor(2.0)).tolist() == [1.0, -2.5]
+    zeros = torch.tensor([2.0, 0.0, -0.0, -1.0, float("nan")], dtype=torch.bfloat16)
+    assert repr(run("if_zero=0.5", zeros).tolist()) == "[2.0, 0.5, 0.5, -1.0, nan]"
+    assert repr(run("unless_positive=0.5", zeros).tolist()) == "[2.0, 0.5, 0.5, 0.5, 0.5]"
+    assert run("if_zero=1e-09", zeros[1]).dtype is torch.bfloat16  # without dimensions too
     assert is_inverse("clamp_min=1.0 reciprocal mul=448.0")
     assert not is_inverse("reciprocal mul=448.0 reciprocal")
     assert parse(f"mul={1 / (448.0 * 512.0)!r}")[0][1] == 1 / (448.0 * 512.0)

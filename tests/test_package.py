@@ -7,11 +7,15 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+
+import aiter_fusion
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"aiter_fusion": ROOT / "aiter_fusion", "passes": ROOT / "passes", "patterns": ROOT / "patterns"}
@@ -80,26 +84,32 @@ def test_vendor_imports_are_inside_bodies() -> None:
 
 
 IMPORT = """
-import json, sys, time, torch
-before, start = set(sys.modules), time.process_time()
+import contextlib, io, json, sys, time
+start = time.process_time()
+import torch
+torch_took, before, start = time.process_time() - start, set(sys.modules), time.process_time()
 import aiter_fusion
-seconds, new = time.process_time() - start, set(sys.modules) - before
-print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(new)]))
+took, new = time.process_time() - start, set(sys.modules) - before
+touched = torch.cuda.is_initialized()
+before, said = set(sys.modules), io.StringIO()
+with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    from aiter_fusion.cli import main
+    main(["--version"])
+print(json.dumps([took / torch_took, touched, sorted(new), said.getvalue(), sorted(set(sys.modules) - before)]))
 """
 
 
 def test_importing(record_property) -> None:
-    """It takes next to nothing on top of torch: no vendor library, no Inductor, no sympy, no GPU."""
-    done = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in "123"]
-    found = [json.loads(process.stdout) for process in done]
-    _, initialized, modules = found[0]
+    """It takes next to nothing on top of torch: no vendor library, no Inductor, no sympy, no GPU. So does a version."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    share, initialized, modules, version, of_command = json.loads(done.stdout)
     assert not initialized
-    unwanted = {"triton", "aiter", "transformers", "torchao", "depyf", "sympy", "jinja2"}
-    assert not {name.split(".")[0] for name in modules} & unwanted
-    assert not any(name.startswith("torch._inductor") for name in modules)
-    seconds = min(seconds for seconds, *_ in found)
-    record_property("row", f"import aiter_fusion: {seconds * 1e3:.0f} ms on top of torch")
-    assert seconds < 0.15
+    unwanted = {"triton", "aiter", "transformers", "torchao", "depyf", "sympy", "jinja2", "tabulate"}
+    assert not {name.split(".")[0] for name in modules + of_command} & unwanted
+    assert not any(name.startswith(("torch._inductor", "torch._dynamo")) for name in modules + of_command)
+    record_property("row", f"import aiter_fusion: {100 * share:.0f} % of importing torch")
+    assert share < 0.15
+    assert version == f"{aiter_fusion.__version__}\n"
 
 
 def test_torch_may_import_it_while_being_imported() -> None:
@@ -121,6 +131,49 @@ def test_every_package_is_installed() -> None:
                 assert f'"{name}",' in listed, name
 
 
+def test_without_symbolic_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As git checks them out with core.symlinks=false: files with the link's target as text."""
+    folder = tmp_path / "without_links"
+    folder.mkdir()
+    (folder / "__init__.py").write_text((ROOT / "aiter_fusion" / "__init__.py").read_text())
+    (folder / "passes").write_text("../passes")
+    (folder / "patterns").write_text("../patterns")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"symbolic links.* 'git config core.symlinks true && git checkout "):
+        importlib.import_module("without_links")
+
+
+BUILD = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
+# What the repository has and the package is not made from.
+DEVELOPMENT = (".*", "build", "dist", "dump", "*.egg-info", "__pycache__")
+
+
+def test_the_source_distribution_has_all_that_the_tests_need(tmp_path: Path) -> None:
+    """And in the place of links what they stand for."""
+    tree, target = tmp_path / "tree", tmp_path / "dist"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*DEVELOPMENT))
+    needed = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    needed |= {
+        f"aiter_fusion/{path.relative_to(tree)}" for name in ("passes", "patterns") for path in (tree / name).iterdir()
+    }
+    done = subprocess.run([sys.executable, "-c", BUILD, target], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = target.iterdir()
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    assert needed <= held, sorted(needed - held)
+    assert not any("__pycache__" in name for name in held)
+
+
+def test_what_builds_it() -> None:
+    """Setuptools takes the licence as an SPDX expression from 77.0.3 on, and would fail before."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^license = "', text, re.MULTILINE)
+    required = re.search(r'^requires = \["setuptools>=([\d.]+)"\]', text, re.MULTILINE)
+    assert required is not None
+    assert tuple(map(int, required[1].split("."))) >= (77, 0, 3)
+
+
 def test_dependencies() -> None:
     required = importlib.metadata.requires("aiter-fusion") or []
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in required}
@@ -131,8 +184,11 @@ def test_dependencies() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"]], ids=" ".join
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright", "--pythonpath", sys.executable]],
+    ids=["ruff check", "ruff format", "pyright"],
 )
 def test_clean(command: list[str]) -> None:
+    """Also where the environment of the tests is not the one that is activated."""
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

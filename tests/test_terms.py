@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def base(op: FusedOp, fp8: torch.dtype, device: str, width: int = 256) -> dict[s
         "other": None,
         "group": "0",
         "eps": 1e-6,
+        "eps_tensor": None,
         "offset": None,
         "act": "silu",
         "block": width,
@@ -131,8 +133,10 @@ def judge(
     return accepted
 
 
-EVERY_OP = list(REGISTRY.ops.values())
-every_op = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+# Of overloads that take the same arguments, and only return more, the last: that returns all.
+TAKING = {(op.family, *op.arguments): op for op in REGISTRY.ops.values()}
+LEAST = {(op.family, *op.arguments): op for op in reversed(REGISTRY.ops.values())}
+every_op = pytest.mark.parametrize("op", TAKING.values(), ids=lambda op: op.name.split("::")[1])
 
 
 @every_op
@@ -144,7 +148,7 @@ def test_the_reference(op: FusedOp, alone: None) -> None:
     assert accepted >= 15 or "quant_dtype" not in call
 
 
-@every_op
+@pytest.mark.parametrize("op", [*LEAST.values(), *TAKING.values()], ids=lambda op: op.name.split("::")[1])
 def test_aiter(op: FusedOp, make: Callable[..., Double], alone: None) -> None:
     """Through the double; its all-reduces refuse a group of one, which is what there is here."""
     double = make(arch="gfx950")
@@ -152,13 +156,16 @@ def test_aiter(op: FusedOp, make: Callable[..., Double], alone: None) -> None:
     terms = provider.terms(op)
     assert terms is not None
     call = base(op, double.fp8, "cpu")
+    if other := op.features - terms.features:
+        assert provider.why_not(op, call) == f"it declares no kernel for {op.family} with {', '.join(sorted(other))}"
+        return
     accepted = judge(provider, op, call, terms, lambda op, call: op.target(*call.values(), "aiter"))
     assert bool(accepted) == (provider.why_not(op, call) is None)
-    for width in (0, 65536):
-        if not op.features - terms.features:
-            assert f"hidden size {width} " in str(provider.why_not(op, base(op, double.fp8, "cpu", width)))
+    for width in (4, 65536):
+        assert f"hidden size {width} " in str(provider.why_not(op, base(op, double.fp8, "cpu", width)))
 
 
+@cache
 def spelled(file: str, variable: str) -> set[str]:
     """The texts that the kernels of a file compare a variable with."""
     found = set()
@@ -194,7 +201,7 @@ def test_triton(op: FusedOp, monkeypatch: pytest.MonkeyPatch) -> None:
     assert terms.hidden is not None
     with FakeTensorMode():
         accepted = judge(provider, op, base(op, cases.FN, "cuda"), terms, launched)
-        assert accepted >= 20
+        assert accepted >= 15
         for width in (terms.hidden.least, terms.hidden.most, 2880):
             call = base(op, cases.FN, "cuda", width)
             assert provider.why_not(op, call) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -400,6 +401,99 @@ def test_a_norm_whose_output_is_also_read_after_a_view() -> None:
         return (*cases.q3(flat), flat.reshape(y.shape) + 1)
 
     assert fused(fn, *inputs("x", "w", sizes=(2, 3))).variants == ["rms_norm_quant:token+value"]
+
+
+ROWS_TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "the last": lambda y: y[:, -1:],
+    "the last but one, without its dimension": lambda y: y[:, -2],
+    "every other": lambda y: y[:, ::2],
+    "of all batches": lambda y: y.reshape(-1, cases.H)[1:],
+    "twice": lambda y: y[1:][:, 1:],
+    "and viewed": lambda y: y[:, -1:].flatten(0, 1),
+}
+
+
+def test_rows_taken_out_of_a_norm() -> None:
+    """They are taken out of what is normed: the ops see no other row."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        results = []
+        for number, take in enumerate(ROWS_TAKEN.values()):
+            results += cases.q1_row(take(cases.llama(x, w, 1e-6 * (number + 1))))
+        # the sum is returned, so it is computed of all rows
+        summed = r + x
+        results += [*cases.q1_row(cases.llama(summed, w)[:, -1:]), summed]
+        return (*results, *cases.q3(cases.sliced(x2).flatten(0, 1)[2:]), *cases.q3_tensor(cases.gemma(x, w)[:, -1]))
+
+    result = fused(fn, *inputs("x", "r", "w", "x2", sizes=(2, 5)))
+    variants = ["rms_norm_quant:token"] * (len(ROWS_TAKEN) + 1)
+    assert sorted(result.variants) == ["act_mul_quant:packed+token", "rms_norm_quant:offset+tensor", *variants]
+    (reason,) = {site.reason for site in result.report.sites} - {""}
+    assert re.fullmatch(
+        r"without residual_add: rows: add\w*, of which slice_\d+ takes some, is read elsewhere too", reason
+    )
+    (graph,) = result.oracle.graphs
+    calls = [n for n in graph.after.graph.nodes if "aiter_fusion" in str(n.target)]
+    assert len(calls) == len(ROWS_TAKEN) + 3
+    assert all(call.args[0].meta["val"].shape[:-1].numel() < 10 for call in calls)
+
+
+def test_rows_taken_out_of_any_number() -> None:
+    """One graph serves them all, and nothing is assumed of their number."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        flat = cases.llama(x, w).reshape(-1, cases.H)
+        return (*cases.q3(flat[x.shape[1] :]), *cases.q1_row(cases.olmo2(r + x, w)[:, -1:]))
+
+    result = checked(fn, verify=True)
+    with torch.no_grad():
+        for size in (5, 2):
+            given = inputs("x", "r", "w", sizes=(2, size))
+            torch._dynamo.mark_dynamic(given[0], 1)
+            torch._dynamo.mark_dynamic(given[1], 1)
+            result.call(*given)
+    assert result.oracle.identical
+    assert [made.replaced for made in result.reports] == [{"rms_norm_quant": 2}]
+
+
+def test_rows_that_stay_with_the_others() -> None:
+    """Columns are no rows; what is read elsewhere needs all rows; a copy of all rows is no view of some."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        value = cases.llama(x, w)
+        return (
+            *cases.q1_row(cases.llama(x, w, 1e-5)[..., ::2]),
+            *cases.q1_row(cases.llama(x, w, 1e-4)[..., 0]),
+            *cases.q1_row(value[:, -1:]),
+            value,
+            *cases.q1_row(cases.llama(x.transpose(0, 1), w, 1e-3).reshape(-1, cases.H)[2:]),
+        )
+
+    result = fused(fn, *inputs("x", "w", sizes=(2, 5)))
+    assert result.report.replaced == {}
+    reasons = sorted(site.reason for site in result.report.sites if "quant" in site.family)
+    assert [reason.split(":")[0] for reason in reasons] == ["layout", "producer", "producer", "rows"]
+    assert "copied" in reasons[0]
+
+
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_several_static_scales_of_one_value(read: int) -> None:
+    """As AMD Quark gives q, k and v each their own: one fused op would leave the others to read its value."""
+
+    def fn(x: Tensor, w: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
+        value = cases.llama(x, w)
+        given = [*scales, *scales[: read % 2]]  # one of them maybe twice
+        return tuple(q for scale in given for q in cases.q2_static(value, scale)) + ((value,) if read == 2 else ())
+
+    scales = [torch.full((1, 1), 0.02 * n) for n in (1, 2, 3)]
+    result = fused(fn, *inputs("x", "w"), *scales)
+    assert result.report.replaced == {}
+    assert [(site.family, site.status) for site in result.report.sites] == [("rms_norm_quant", "skipped")] * 3
+    (reason,) = {site.reason for site in result.report.sites}
+    assert reason.startswith("overload: ")
+    assert "with 3 different scales" in reason
+    (graph,) = result.oracle.graphs
+    assert str(graph.after.graph) == str(graph.before.graph)
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3), (2, 2, 3)], ids=str)

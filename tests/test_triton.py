@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from aiter_fusion.arithmetic import WITH_NUMBER
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import FusedOp
@@ -178,6 +179,41 @@ def test_where_inductor_is_faster() -> None:
     ):
         reason = provider.slower(op, known | {"x": torch.empty(rows, width, dtype=BF16), "block": block})
         assert (reason is not None) == faster
+
+
+@pytest.mark.parametrize(
+    ("version", "variant", "rows", "width", "block", "left"),
+    [
+        ("2.15.0+cu132", "add", 1, 4096, 128, True),
+        ("2.16.0a0+git0123456", "add", 8, 8192, 128, True),
+        ("2.14.1", "add", 1, 4096, 128, False),
+        ("2.17.0", "add", 1, 4096, 128, False),
+        ("2.15.0", "default", 1, 4096, 128, False),
+        ("2.15.0", "add", 1, 4096, 4096, False),
+        ("2.15.0", "add", 9, 4096, 128, False),
+        ("2.15.0", "add", 1, 2880, 64, False),
+    ],
+)
+def test_where_inductor_is_faster_depends_on_its_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, variant: str, rows: int, width: int, block: int, left: bool
+) -> None:
+    """Other versions generate other code, so a measurement holds for those that it names."""
+    measured = rules.InductorFaster(
+        why="one kernel of a norm and groups",
+        scales="group",
+        family="rms_norm_quant",
+        features=frozenset({"add"}),
+        widths=(4096, 8192),
+        rows=(1, 8),
+        since=(2, 15),
+        until=(2, 16),
+    )
+    monkeypatch.setattr(rules, "INDUCTOR_FASTER", (*rules.INDUCTOR_FASTER, measured))
+    monkeypatch.setattr(torch, "__version__", version)
+    (op,) = (op for op in EVERY_OP if op.family == "rms_norm_quant" and op.overload_name == variant)
+    known = {name: next(iter(op.samples()))[name] for name in op.arguments}
+    known |= {"x": torch.empty(rows, width, dtype=BF16), "block": block}
+    assert provider.slower(op, known) == (measured.why if left else None)
 
 
 @pytest.fixture
@@ -382,9 +418,9 @@ def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
     return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
 
 
-def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) -> str:
+def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) -> Mapping[str, str]:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
-    types of its tensors. Returns its code before it becomes a machine's."""
+    types of its tensors. Returns its code by stage of compilation."""
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
@@ -407,15 +443,15 @@ def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) 
     if machine[0] == "hip":  # what the hardware holds a launch to
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
-    return made.asm["ttgir"]
+    return made.asm
 
 
-def compiled(op: FusedOp, known: dict[str, Any], target: str) -> None:
-    """Compile all kernels of a call for a GPU that need not be here."""
+def compiled(op: FusedOp, known: dict[str, Any], target: str) -> list[Mapping[str, str]]:
+    """The code of all kernels of a call, compiled for a GPU that need not be here."""
     machine, _, fp8, _ = TARGETS[target]
     tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)} | op.allocate(**known)
-    for launch in launches.of(op, known, machine[0] == "cuda").launches:
-        compile_for(target, launch, kinds_of(tensors, fp8))
+    kinds = kinds_of(tensors, fp8)
+    return [compile_for(target, launch, kinds) for launch in launches.of(op, known, machine[0] == "cuda").launches]
 
 
 @needs_triton
@@ -442,7 +478,7 @@ def test_the_largest_launches_of_amd(case: Case, target: str) -> None:
 def test_every_declared_step_compiles() -> None:
     """One program of all of them, a division by nothing too."""
     case = Case("rms_norm_quant", "token", 64, 1)
-    numbers = dict.fromkeys(("mul", "div", "clamp_min", "clamp_max"), "=0.5")
+    numbers = dict.fromkeys(WITH_NUMBER, "=0.5")
     steps = " ".join(f"{name}{numbers.get(name, '')}" for name in STEPS) + " div=0.0 float32"
     values = " ".join(("float32", *COMBINING, *steps.split()))
     programs = {"scale_steps": steps, "factor_steps": steps, "value_steps": values}
@@ -459,6 +495,17 @@ def test_every_declared_activation_compiles(act: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("step", "comparison"), [("unless_positive=0.5", "ogt"), ("if_zero=0.5", "oeq")])
+def test_numbers_for_zero_compile(step: str, comparison: str, target: str) -> None:
+    """Both are comparisons that do not hold for NaN, and a choice; one serves the factor and the scale."""
+    case = Case("rms_norm_quant", "token", 64, 1)
+    programs = dict.fromkeys(("scale_steps", "factor_steps"), f"{step} div=448.0 float32")
+    (code,) = compiled(case.op, case.arguments("meta", TARGETS[target][1]) | programs, target)
+    assert len(re.findall(rf"arith\.cmpf {comparison}, %\S+, %cst.*\n.*arith\.select", code["ttir"])) == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_an_eps_that_is_no_constant(target: str) -> None:
     """By value or in memory, of any dtype; it is read before the loop over rows, in whose arithmetic it is float32."""
     machine, quant_dtype, fp8, _ = TARGETS[target]
@@ -469,7 +516,7 @@ def test_an_eps_that_is_no_constant(target: str) -> None:
     (launch,) = launches.of(op, known, machine[0] == "cuda").launches
     assert launch.arguments["EPS"] is None
     for kind in ("fp32", "*fp64"):  # float64 by value is among what test_kernels_compile compiles
-        code = compile_for(target, launch, kinds_of(tensors, fp8) | {"eps_tensor": kind})
+        code = compile_for(target, launch, kinds_of(tensors, fp8) | {"eps_tensor": kind})["ttgir"]
         before_the_loop = code[: code.index("scf.for")]
         assert ("tt.load" in before_the_loop) == kind.startswith("*")
         assert "f64" not in code[len(before_the_loop) :]

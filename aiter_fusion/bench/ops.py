@@ -311,7 +311,7 @@ def _measure(case: Case, rate: float, max_autotune: bool, eager: bool) -> Row:
     if eager:
         runs["reference_us"] = reference
     tensors = [tuple(value for value in given.values() if isinstance(value, Tensor)) for given in sets]
-    _verify(case.op, *(_outputs(runs[name](*tensors[0])) for name in ("ours_us", "inductor_us")))
+    verify(case.op, *(outputs(runs[name](*tensors[0])) for name in ("ours_us", "inductor_us")))
     calls = case.calls(count, rate)
     graphs = [capture(run, tensors, calls) for run in runs.values()]
     times = alternate([graph.replay for graph in graphs], ROUNDS)
@@ -319,11 +319,11 @@ def _measure(case: Case, rate: float, max_autotune: bool, eager: bool) -> Row:
     return Row(case.family, case.variant, case.hidden, case.rows, case.bytes, **measured)
 
 
-def _outputs(result: Any) -> tuple[Tensor, ...]:
+def outputs(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _verify(op: FusedOp, ours: Sequence[Tensor], inductors: Sequence[Tensor]) -> None:
+def verify(op: FusedOp, ours: Sequence[Tensor], inductors: Sequence[Tensor]) -> None:
     """Refuse the comparison of results that differ by more than plain Inductor's missing roundings explain."""
     for name, have, want in zip(op.outputs, ours, inductors, strict=True):
         if have.dtype != want.dtype or have.shape != want.shape:

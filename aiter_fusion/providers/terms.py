@@ -31,14 +31,12 @@ class Terms:
             return f"it declares no kernel for {op.family} with {', '.join(sorted(unknown))}"
         first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
         width = width_of(op, first) if first is not None and first.dim() else 1
-        if self.hidden is not None and (why := self.hidden.why_not("hidden size", width, width)) is not None:
-            return why
         for name, value in arguments.items():
             if name not in self.arguments:
                 return f"it declares no values of {name}, and this call has {value!r}"
             if (why := self.arguments[name].why_not(name, value, width)) is not None:
                 return why
-        return None
+        return None if self.hidden is None else self.hidden.why_not("hidden size", width, width)
 
 
 def as_defined(op: FusedOp) -> Terms:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arithmetic import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
 from ..domains import Blocks, Domain, Steps, Tensors
 from ..formats import FORMATS
-from ..op import Spec
+from ..op import FusedOp, Spec
 from ..stage import Sample, Setting, Stage, Value
 
 
@@ -26,25 +26,27 @@ class Granularity(NamedTuple):
         return f"{self.name}{self.block}" if self.name == "group" else self.name
 
     @classmethod
+    def of(cls, block: int, width: Any) -> Granularity:
+        """The one of scales for ``block`` elements each, computed from them, of rows of ``width``."""
+        # not before: it loads sympy, which registering ops must not
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        if block == 0:
+            return cls("tensor", 0)
+        return cls("token" if statically_known_true(block == width) else "group", block)
+
+    @classmethod
     def parse(cls, text: str, width: int) -> Granularity:
         """The one that ``str`` gives for rows of ``width``, e.g. ``group128``."""
         name = text.rstrip("0123456789")
         return cls(name, width if name == "token" else int(text.removeprefix(name) or 0))
 
 
-def granularity(arguments: Mapping[str, Any], width: Any) -> Granularity | None:
-    """That of a quantiser with these arguments, of rows of ``width``; None if nothing is quantised."""
-    # not before: it loads sympy, which registering ops must not
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if "value_steps" not in arguments:
-        return None
-    block = arguments.get("block")
-    if block is None or arguments.get("scale") is not None:
+def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granularity | None:
+    """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
+    if STATIC in op.stages:
         return Granularity("static", 0)
-    if block == 0:
-        return Granularity("tensor", 0)
-    return Granularity("token" if statically_known_true(block == width) else "group", block)
+    return Granularity.of(arguments["block"], width) if DYNAMIC in op.stages else None
 
 
 def _compute(
@@ -184,7 +186,7 @@ DYNAMIC = Stage(
     _samples,
     _typical,
     outputs=("q", "scale"),
-    label=lambda attributes, sizes: str(granularity(attributes, sizes[-1])),
+    label=lambda attributes, sizes: str(Granularity.of(attributes["block"], sizes[-1])),
     fits=_fits,
     layouts=({"column_major": True}, {"column_major": False}),
     domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},

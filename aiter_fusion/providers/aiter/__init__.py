@@ -82,8 +82,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
-    if (eps := tensors.pop("eps_tensor", None)) is not None:
-        return f"its norms take eps as a number, and here it is a {eps.dtype} tensor on {eps.device}"
+    tensors.pop("eps_tensor", None)  # refused wherever it is
     for name, tensor in tensors.items():
         if tensor.device.type != DEVICE:
             return f"its kernels are for AMD's GPUs, and {name} is on {tensor.device.type}"

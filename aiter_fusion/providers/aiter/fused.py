@@ -353,6 +353,8 @@ def terms(candidates: Sequence[Candidate], op: FusedOp) -> Terms | None:
 
 def describe(op: FusedOp, arguments: Mapping[str, Any]) -> Call | str:
     """The call in AITER's terms, or why none of its kernels can take it, whichever it is."""
+    if (eps := arguments.get("eps_tensor")) is not None:
+        return f"its norms take eps as a number, and here it is a {eps.dtype} tensor on {eps.device}"
     tensors = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and name not in ("scale", "weight")}
     x = next(iter(tensors.values()))
     if x.dtype not in HALVES:

@@ -21,7 +21,7 @@ ALIKE = 2**-8
 
 
 # The steps of a maximum that can mean that, and those that combine a value with a factor.
-STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", *DTYPES)
+STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive", *DTYPES)
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
 

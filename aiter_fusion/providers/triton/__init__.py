@@ -71,9 +71,13 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if op.is_collective:
         return None
     width = width_of(op, first)
-    rows, _ = launches.rows_of(first) or (1, width)
-    if arguments.get("block", width) == 0 and launches.hint(rows, launches.rules.FEW) * width <= launches.rules.TENSOR:
-        return f"one scale for at most {launches.rules.TENSOR} elements is one kernel of Inductor's and two of ours"
+    rows = launches.hint((launches.rows_of(first) or (1, width))[0], launches.rules.FEW)
+    block = arguments.get("block")
+    scales = "given" if block is None else {0: "tensor", width: "row"}.get(block, "group")
+    major, minor = torch.__version__.split(".")[:2]
+    for calls in launches.rules.INDUCTOR_FASTER:
+        if calls.covers(op.family, op.features, scales, width, rows, (int(major), int(minor))):
+            return calls.why
     return None
 
 

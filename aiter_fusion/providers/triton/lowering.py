@@ -84,12 +84,15 @@ def _empty(spec: Spec, device: torch.device) -> ir.TensorBox:
 
 
 def _resident(value: Any, device: torch.device) -> Any:
-    """A tensor that a kernel can be given. A constant of one number is put on the device; other numbers on the CPU stay
-    there, since Inductor passes their values."""
-    if not isinstance(value, ir.Constant):
+    """A tensor that a kernel can be given. What freezing made a constant of one number has no memory: it gets some on
+    the device. Other numbers on the CPU stay there, since Inductor passes their values."""
+    constant = value
+    while isinstance(constant, ir.MutableBox):
+        constant = constant.data
+    if not isinstance(constant, ir.Constant):
         return value
     with _disable_current_modes():
-        return V.graph.add_tensor_constant(torch.tensor(value.value, dtype=value.get_dtype(), device=device))
+        return V.graph.add_tensor_constant(torch.tensor(constant.value, dtype=constant.dtype, device=device))
 
 
 def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> ir.TensorBox | tuple[ir.TensorBox, ...]:

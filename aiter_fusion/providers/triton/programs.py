@@ -42,7 +42,8 @@ def steps(program: str) -> Steps:
     for name, number in parse(program):
         if name == "div":
             assert number is not None
-            translated.append(("mul", _float32(1.0 / _float32(number))))
+            divisor = _float32(number)
+            translated.append(("mul", _float32(1.0 / divisor) if divisor else math.copysign(math.inf, divisor)))
         elif name == "scale_mul":  # the order of the factors only matters to PyTorch's CPU kernels
             translated.append(("mul_scale", None))
         else:

@@ -21,9 +21,63 @@ TILE = 16384
 PARTS = 512
 # Fewer rows than this leave processors idle: then only the time of one program counts.
 FEW = 256
-# Up to so many elements Inductor's code, one kernel, is faster than ours, two, where one scale is for the whole tensor:
-# 1.1 to 2.0 times for 1 row of 2880 to 8192. From 8 rows of 4096 on ours is, 1.1 to 1.6 times.
-TENSOR = 8192
+ANY = (0, 1 << 62)
+
+
+@dataclass(frozen=True)
+class InductorFaster:
+    """Calls for which Inductor's code was measured to be faster than the kernels, which therefore leave them to it.
+
+    why:             the reason that a report gives.
+    scales:          what a scale is for: "group", "row", "tensor", or "given" if it is an argument; None: all of these.
+    family:          of the op; None: all. features: which the op has, with others or without.
+    widths, rows, elements: from and to, both included.
+    since, until:    the first and the last version of torch with an Inductor for which that is so; None: unknown, or
+                     still so.
+    """
+
+    why: str
+    scales: str | None = None
+    family: str | None = None
+    features: frozenset[str] = frozenset()
+    widths: tuple[int, int] = ANY
+    rows: tuple[int, int] = ANY
+    elements: tuple[int, int] = ANY
+    since: tuple[int, int] | None = None
+    until: tuple[int, int] | None = None
+
+    def covers(
+        self, family: str, features: frozenset[str], scales: str, width: int, rows: int, torch: tuple[int, int]
+    ) -> bool:
+        """Whether a call of an op, under a version of torch, is one of them."""
+        return (
+            self.scales in (None, scales)
+            and self.family in (None, family)
+            and self.features <= features
+            and self.widths[0] <= width <= self.widths[1]
+            and self.rows[0] <= rows <= self.rows[1]
+            and self.elements[0] <= rows * width <= self.elements[1]
+            and (self.since is None or self.since <= torch)
+            and (self.until is None or torch <= self.until)
+        )
+
+
+# What BENCHMARKS.md's tables say. 1.1 to 2.0 times for 1 row of 2880 to 8192; from 8 rows of 4096 on ours are faster.
+INDUCTOR_FASTER = (
+    InductorFaster(
+        why="one scale for at most 8192 elements is one kernel of Inductor's and two of ours",
+        scales="tensor",
+        elements=(0, 8192),
+    ),
+    InductorFaster(  # 1.05 times for 16,384 rows of 14,336; for 4,096 rows it is not, nor are rows of 8,192
+        why="a given scale for many long rows is 5 % faster by the Inductor of torch 2.15",
+        scales="given",
+        family="rms_norm_quant",
+        widths=(8193, 16384),
+        rows=(4097, 1 << 62),
+        since=(2, 15),
+    ),
+)
 
 
 def lanes(nvidia: bool) -> int:

@@ -20,7 +20,7 @@ REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
 # The steps of ``kernels/steps.py``, of a block's maximum; and those that combine a value with its factor.
 STEPS = (
     *("float32", "bfloat16", "float16"),
-    *("mul", "div", "clamp_min", "clamp_max"),
+    *("mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive"),
     *("reciprocal", "log2", "exp2", "ceil", "floor"),
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
