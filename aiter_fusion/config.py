@@ -143,7 +143,7 @@ def options(
     expected = None
     if expect is not None:
         if not isinstance(expect, Mapping):
-            raise ValueError(f"expect={expect!r}: must map families to counts, e.g. {{'{FAMILIES[0]}': 9}}")
+            raise ValueError(f"expect={expect!r}: must map families to counts, e.g. {{'rms_norm_quant': 9}}")
         _families("expect", expect)
         if not all(type(count) is int and count >= 0 for count in expect.values()):
             raise ValueError(f"expect={dict(expect)!r}: counts are whole numbers")

@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import aiter_fusion
 from aiter_fusion.config import options
-from aiter_fusion.op import OPS
 from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.registry import REGISTRY
 
 EPSILONS = (1e-6, 0.25, 3.0)
 
@@ -118,7 +118,7 @@ def test_tensors_that_are_no_eps(name: str) -> None:
 def test_an_eps_that_is_not_given_once(
     family: str, eps: float | None, eps_tensor: Tensor | None, message: str, alone: None
 ) -> None:
-    op = OPS[family][frozenset()]
+    op = REGISTRY.ops[family, frozenset()]
     given = {**next(op.samples()), "eps": eps, "eps_tensor": eps_tensor}
     with pytest.raises(ValueError, match=message):
         op.target(*(given[name] for name in op.arguments))

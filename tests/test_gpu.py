@@ -183,11 +183,11 @@ def test_a_number_for_zero(dtype: torch.dtype, steps: str) -> None:
         for x in (hostile, hostile[3:4].expand(2, 512).contiguous(), hostile[3:6]):
             for block in (0, 64, 512):
                 changes = {"x": x, "block": block, **chosen}
-                same(OPS["rms_norm_quant"][frozenset()], **norm_arguments(512, len(x), dtype, **changes))
+                same(REGISTRY.ops["rms_norm_quant", frozenset()], **norm_arguments(512, len(x), dtype, **changes))
     for scale in (0.0, -0.0, -1.0, float("nan"), 0.02):
         for step in ("if_zero=0.125", "unless_positive=0.125"):
             given = {"scale": torch.tensor(scale, device="cuda"), "factor_steps": step}
-            same(OPS["rms_norm_quant"][frozenset({"static"})], **norm_arguments(512, 9, dtype, **given))
+            same(REGISTRY.ops["rms_norm_quant", frozenset({"static"})], **norm_arguments(512, 9, dtype, **given))
 
 
 ACTIVATIONS = ("silu", "swish", "clamped_swiglu=1.702,7.0")
