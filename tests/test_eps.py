@@ -30,7 +30,7 @@ class Layer(nn.Module):
     def __init__(self, norm: type[nn.Module], eps: float) -> None:
         super().__init__()
         self.norm = norm(cases.H).to(torch.bfloat16)
-        self.norm.eps = eps
+        setattr(self.norm, "eps", eps)  # noqa: B010 (a plain attribute, as the class has it)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         q, scale = cases.q3(self.norm(x)[0])

@@ -572,17 +572,17 @@ def test_a_module_s_eps(mode: str | None, dynamic: bool | None, provider: str) -
     options: Any = {"mode": mode} if mode else {}
     backend = aiter_fusion.Backend(provider=provider)
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
-        for eps in EPSILONS[:2]:
-            module = Normed(eps, weight)
-            compiled = torch.compile(module, backend=backend, options=options, dynamic=dynamic)
+        modules = [Normed(eps, weight) for eps in EPSILONS[:2]]
+        calls = [torch.compile(m, backend=backend, options=options, dynamic=dynamic) for m in modules]
+        for eps, call in zip(EPSILONS, calls, strict=False):
             for _ in range(4):  # with CUDA graphs: warm-up, capture, replay
-                have = [t.clone() for t in compiled(x)]
+                have = [t.clone() for t in call(x)]
                 assert all(map(same_bits, wants[eps], have))
         for eps in EPSILONS[::-1]:
-            module.eps = eps
+            modules[-1].eps = eps
             torch.cuda.set_sync_debug_mode("error")
             try:
-                have = [t.clone() for t in compiled(x)]
+                have = [t.clone() for t in calls[-1](x)]
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert all(map(same_bits, wants[eps], have)), eps

@@ -34,7 +34,7 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     x32 = x.to(F32)
-    added = eps if eps_tensor is None else eps_tensor.to(F32)
+    added: Any = eps if eps_tensor is None else eps_tensor.to(F32)
     y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + added)
     if cast_first:
         y = y.to(dtype)
