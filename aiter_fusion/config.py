@@ -21,18 +21,30 @@ LEVELS = {
 }
 DEFAULT_LEVEL = 3
 
-# What the environment may prefer of AITER, as AITER_FUSION_<name>=1 or 0, and what holds where it says nothing. A
-# preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
+
+@dataclass(frozen=True)
+class Preference:
+    """What the environment may prefer of AITER, as ``AITER_FUSION_<name>=1`` or ``0``.
+
+    default: what holds where the environment says nothing.
+    ops:     the ops that it is about, by their names in ``torch.ops.aiter_fusion``; none: all.
+    """
+
+    default: bool
+    ops: tuple[str, ...] = ()
+
+
+# A preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
 PREFERENCES = {
-    "AITER": True,  # all of it
-    "RMSNORM": True,
-    "ACT": True,
-    "ALLREDUCE": True,
-    "LINEAR": True,
-    "LINEAR_HIPBMM": False,  # by hipBLASLt: wants tuning, and prepared weights to be at its best
-    "MOE": True,
-    "MLA": True,
-    "TOPK": True,
+    "AITER": Preference(True),
+    "RMSNORM": Preference(True, ("rms_norm_quant", "rms_norm", "add_rms_norm")),
+    "ACT": Preference(True, ("act_mul_quant",)),
+    "ALLREDUCE": Preference(True, ("all_reduce_rms_norm", "all_reduce_rms_norm_quant")),
+    "LINEAR": Preference(True, ("gemm_a8w8", "gemm_a8w8_blockscale", "hipb_mm_fp8")),
+    "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
+    "MOE": Preference(True, ("fused_moe",)),
+    "MLA": Preference(True, ("mla_decode_fwd",)),
+    "TOPK": Preference(True, ("topk_softmax", "grouped_topk", "biased_grouped_topk")),
 }
 _WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 
@@ -47,7 +59,7 @@ def preference(name: str) -> bool:
     text = os.environ.get(variable, "").strip().lower()
     if text and text not in _WORDS:
         raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
-    return _WORDS[text] if text else PREFERENCES[name]
+    return _WORDS[text] if text else PREFERENCES[name].default
 
 
 def tuning() -> Path | None:
@@ -57,9 +69,10 @@ def tuning() -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
-def against(*names: str) -> list[str]:
-    """Which of these preferences are off, each as the setting that would turn it on."""
-    return [f"AITER_FUSION_{name} is off (set it to 1)" for name in names if not preference(name)]
+def against(op: str) -> list[str]:
+    """Which preferences that are about an op are off, each as the setting that would turn it on."""
+    about = [name for name, known in PREFERENCES.items() if not known.ops or op in known.ops]
+    return [f"AITER_FUSION_{name} is off (set it to 1)" for name in about if not preference(name)]
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,33 @@ R = TypeVar("R")
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 15)
 
-# Native FP8 by architecture (AITER's own table): gfx94x has e4m3fnuz, everything after it e4m3fn.
-SUPPORTED_ARCHITECTURES = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
-# AITER calls these experimental: it is used on them only if it is asked for by name.
-EXPERIMENTAL_ARCHITECTURES = dict.fromkeys(("gfx1100", "gfx1151", "gfx1201", "gfx1250"), torch.float8_e4m3fn)
+
+@dataclass(frozen=True)
+class Architecture:
+    """What AITER has for an architecture of AMD's (its own tables, and what its sources leave out).
+
+    fp8:            the native format.
+    experimental:   AITER calls it so: it is used there only if it is asked for by name.
+    hip_converts:   whether its HIP kernels' conversion to FP8 is written; where it is not, they write zeros.
+    all_reduces:    whether its fused all-reduces are written.
+    """
+
+    fp8: torch.dtype
+    experimental: bool = True
+    hip_converts: bool = True
+    all_reduces: bool = True
+
+
+# gfx942 has e4m3fnuz, everything after it e4m3fn.
+ARCHITECTURES = {
+    "gfx942": Architecture(torch.float8_e4m3fnuz, experimental=False),
+    "gfx950": Architecture(torch.float8_e4m3fn, experimental=False),
+    "gfx1100": Architecture(torch.float8_e4m3fn, hip_converts=False),
+    "gfx1151": Architecture(torch.float8_e4m3fn, hip_converts=False),
+    "gfx1201": Architecture(torch.float8_e4m3fn),
+    "gfx1250": Architecture(torch.float8_e4m3fn, all_reduces=False),
+}
+SUPPORTED = tuple(name for name, known in ARCHITECTURES.items() if not known.experimental)
 
 
 def require_torch(version: str = torch.__version__) -> None:
@@ -185,15 +208,16 @@ def why_no_aiter() -> str | None:
     arch = architecture()
     if arch is None:
         return "AITER needs an AMD GPU, and PyTorch sees none"
-    if arch not in SUPPORTED_ARCHITECTURES | EXPERIMENTAL_ARCHITECTURES:
-        return f"AITER is supported on {', '.join(SUPPORTED_ARCHITECTURES)}; this GPU is {arch}"
+    if arch not in ARCHITECTURES:
+        return f"AITER is supported on {', '.join(SUPPORTED)}; this GPU is {arch}"
     return None
 
 
 def why_experimental() -> str | None:
     """Why AITER is to be used here only if it is asked for by name, or None."""
     arch = architecture()
-    return f"AITER's kernels for {arch} are experimental" if arch in EXPERIMENTAL_ARCHITECTURES else None
+    known = ARCHITECTURES.get(arch or "")
+    return f"AITER's kernels for {arch} are experimental" if known is not None and known.experimental else None
 
 
 def aiter_version() -> str | None:

@@ -150,7 +150,7 @@ def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
         raise RuntimeError(f"provider='aiter' cannot run here: {missing}")
     general = [missing] if missing is not None else []
     if provider == "auto":
-        general += config.against("AITER", "LINEAR", "LINEAR_HIPBMM")
+        general += config.against("hipb_mm_fp8")
     readers: dict[int, list[tuple[str, nn.Linear]]] = {}  # by weight, which modules may share
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and (_is_fp8(module.weight) or _is_shuffled(module.weight)):

@@ -20,8 +20,9 @@ def linear_variant(features: frozenset[str], attributes: Mapping[str, Any], valu
     return "+".join(sorted(features))
 
 
-def _linear(kind: str, op: str, *preferences: str) -> Fusion:
-    """A matrix product, which alone is worth an opaque op only where AITER computes it."""
+def _linear(kind: str, op: str, unasked: bool = True) -> Fusion:
+    """A matrix product, which alone is worth an opaque op only where AITER computes it; ``unasked``: whatever the
+    environment prefers of the op, since no other product is there for the same records."""
     return Fusion(
         "fp8_linear",
         (kind,),
@@ -29,7 +30,7 @@ def _linear(kind: str, op: str, *preferences: str) -> Fusion:
         levels={"rowwise": 3, "blockwise": 3},
         op=op,
         only=frozenset({"aiter"}),
-        against=lambda: config.against(*preferences),
+        against=list if unasked else lambda: config.against(op),
     )
 
 
@@ -62,7 +63,7 @@ for _form in (  # earlier ones win where two explain the same node
     REGISTRY.register(_form)
 for _fusion in (
     *(row for family in FAMILIES for row in rows(family)),
-    _linear("scaled_mm", "hipb_mm_fp8", "AITER", "LINEAR", "LINEAR_HIPBMM"),
+    _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
 ):

@@ -93,7 +93,7 @@ class Double:
         self, version: str = NEWEST, arch: str = "gfx942", signatures: Mapping[str, str] | None = None
     ) -> None:
         self.version, self.arch = version, arch
-        self.fp8 = platform.SUPPORTED_ARCHITECTURES.get(arch, torch.float8_e4m3fn)
+        self.fp8 = platform.ARCHITECTURES[arch].fp8 if arch in platform.SUPPORTED else torch.float8_e4m3fn
         self.calls: list[tuple[str, SimpleNamespace]] = []
         self.computes = dict(COMPUTES)
         self.extensions = 0

@@ -152,7 +152,8 @@ def test_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, value in {"0": False, "off": False, "True": True, " 1 ": True, "": True}.items():
         monkeypatch.setenv("AITER_FUSION_RMSNORM", text)
         assert config.preference("RMSNORM") is value
-    assert config.against("RMSNORM", "LINEAR_HIPBMM") == ["AITER_FUSION_LINEAR_HIPBMM is off (set it to 1)"]
+    assert config.against("rms_norm_quant") == []
+    assert config.against("hipb_mm_fp8") == ["AITER_FUSION_LINEAR_HIPBMM is off (set it to 1)"]
     monkeypatch.setenv("AITER_FUSION_RMSNORM", "maybe")
     with pytest.raises(ValueError, match="AITER_FUSION_RMSNORM='maybe': must be one of 1, true"):
         config.preference("RMSNORM")

@@ -225,8 +225,10 @@ def test_an_op_that_a_provider_does_not_declare() -> None:
     op = REGISTRY.ops["rms_norm_quant", frozenset()]
     outside_op = replace(op, family="of_somebody")
     call = base(op, cases.FN, "cpu")
-    for name in ("aiter", "triton"):
-        assert PROVIDERS[name].why_not(outside_op, call) == "it declares no kernel for of_somebody"
+    assert PROVIDERS["aiter"].why_not(outside_op, call) == "it declares no kernel for of_somebody"
+    assert PROVIDERS["triton"].terms(outside_op) == PROVIDERS["triton"].terms(op)  # kernels are of stages, not of names
+    other_order = replace(op, stages=op.stages[::-1])
+    assert PROVIDERS["triton"].why_not(other_order, call) == "it declares no kernel for rms_norm_quant"
     nothing = Provider("nothing", missing=lambda: None, refuse=lambda *_: None, run=lambda op: op.reference, exact=True)
     assert nothing.why_not(op, call) == "it declares no kernel for rms_norm_quant"
     some = replace(nothing, terms=lambda op: Terms({"x": Anything()}))

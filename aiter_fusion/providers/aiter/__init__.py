@@ -21,29 +21,11 @@ from .all_reduce import state as state
 
 DEVICE = "cuda"  # what PyTorch calls an AMD GPU
 
-# The preferences that each op belongs to, besides that for all of AITER.
-FEATURES = {
-    "rms_norm_quant": ("RMSNORM",),
-    "act_mul_quant": ("ACT",),
-    "rms_norm": ("RMSNORM",),
-    "add_rms_norm": ("RMSNORM",),
-    "gemm_a8w8": ("LINEAR",),
-    "gemm_a8w8_blockscale": ("LINEAR",),
-    "hipb_mm_fp8": ("LINEAR", "LINEAR_HIPBMM"),
-    "topk_softmax": ("TOPK",),
-    "grouped_topk": ("TOPK",),
-    "biased_grouped_topk": ("TOPK",),
-    "fused_moe": ("MOE",),
-    "mla_decode_fwd": ("MLA",),
-    "all_reduce_rms_norm": ("ALLREDUCE",),
-    "all_reduce_rms_norm_quant": ("ALLREDUCE",),
-}
-
 
 def native_fp8(device: int = 0) -> torch.dtype | None:
     """The FP8 format of a GPU, by its live architecture; None if AITER does not know it."""
-    known = platform.SUPPORTED_ARCHITECTURES | platform.EXPERIMENTAL_ARCHITECTURES
-    return known.get(platform.architecture(device) or "")
+    known = platform.ARCHITECTURES.get(platform.architecture(device) or "")
+    return known.fp8 if known is not None else None
 
 
 @functools.cache
@@ -67,7 +49,7 @@ def unwanted(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     experimental = platform.why_experimental()
     if experimental is not None:
         return f"{experimental}: ask for provider='aiter' by name to use them"
-    off = config.against("AITER", *FEATURES.get(op.family, ()))
+    off = config.against(op.family)
     return "; ".join(off) or None
 
 

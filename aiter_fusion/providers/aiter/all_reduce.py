@@ -31,14 +31,12 @@ from .. import PROVIDERS
 from ..collective import MIB, ONE_STAGE, Turns, Window, kept, plainly, process_group, refuse_group, world_of
 from ..triton import capturing
 from .entry_points import EntryPoint, call, probe
-from .fused import ZEROS, Call, Candidate, Limits, first_of, presented
+from .fused import Call, Candidate, Limits, first_of, presented, why_zeros
 
 logger = logging.getLogger("aiter_fusion")
 
 # What AITER's communicator reads when it is made: which sizes it takes.
 ENVIRONMENT = ("AITER_CUSTOM_AR_MAX_SIZE", "AITER_CUSTOM_AR_MIN_SIZE")
-# Its fused kernels are of a module that this architecture's communicators are not made for.
-UNFUSED = ("gfx1250",)
 
 
 def state() -> str:
@@ -78,9 +76,7 @@ class Collective(Candidate):
     two_stages: TwoStages
 
     def why_not(self, given: Call) -> str | None:
-        if given.scales != "none" and (arch := platform.architecture(given.x.device.index or 0)) in ZEROS:
-            return f"writes zeros on {arch}: HIP's conversion to FP8 is not written for it yet"
-        if (why := super().why_not(given)) is not None:
+        if (why := (why_zeros(given) if given.scales != "none" else None) or super().why_not(given)) is not None:
             return why
         if given.scales == "group" and (given.block % 8 or given.block > 512):
             return f"takes groups of up to 512 elements, in eights, not of {given.block}"
@@ -155,7 +151,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if "add" not in op.features:  # one of zeros would cost as much memory traffic as the fusion saves
         return "its kernels add a residual, and this call has none"
     arch = platform.architecture(arguments["x"].device.index or 0)
-    if arch in UNFUSED:
+    if arch in platform.ARCHITECTURES and not platform.ARCHITECTURES[arch].all_reduces:
         return f"its fused all-reduces are not written for {arch}"
     if (why := refuse_group(arguments["group"])) is not None:
         return why

@@ -44,8 +44,6 @@ FLOATS = (*HALVES, torch.float32)
 # numbers of threads, a power of two of them. The quantising activation does not check, and is silently wrong.
 THREADS = ((2048, 8), (4096, 16), (6144, 24), (8192, 32))
 WAVE = 64
-# Architectures for which the HIP kernels' conversion to FP8 is a stub.
-ZEROS = ("gfx1100", "gfx1101", "gfx1102", "gfx1151")
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,15 @@ class Call:
         return (self.op.features & {"add", "value"}) | offset
 
 
+def why_zeros(given: Call) -> str | None:
+    """Why a HIP kernel that converts to FP8 writes zeros, or None if it does not."""
+    arch = platform.architecture(given.x.device.index or 0)
+    known = platform.ARCHITECTURES.get(arch or "")
+    if known is None or known.hip_converts:
+        return None
+    return f"writes zeros on {arch}: HIP's conversion to FP8 is not written for it yet"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to compute calls of a fused op: an entry point, and what it takes."""
@@ -119,8 +126,8 @@ class Candidate:
     def why_not(self, given: Call) -> str | None:
         """Why this path, which is for such calls, cannot take one, or None; ``probe`` asks the installed version."""
         limits = self.limits
-        if self.entry.homes == ("aiter",) and (arch := platform.architecture(given.x.device.index or 0)) in ZEROS:
-            return f"writes zeros on {arch}: HIP's conversion to FP8 is not written for it yet"
+        if self.entry.homes == ("aiter",) and (why := why_zeros(given)) is not None:
+            return why
         if given.width > limits.widest:
             return f"takes rows of up to {limits.widest}, not {given.width}"
         if limits.acts is not None and given.arguments["act"] not in limits.acts:

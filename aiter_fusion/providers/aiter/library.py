@@ -163,7 +163,7 @@ def _hipb_conditions(a: Arguments, native: torch.dtype) -> Iterator[tuple[bool, 
     x, b = a["a"], a["b"]
     (m, k), n = x.shape, b.shape[1]
     arch = platform.architecture(x.device.index or 0) or "unknown"
-    yield arch in platform.SUPPORTED_ARCHITECTURES, f"the GPU is {arch}, not an MI300 or MI350"
+    yield arch in platform.SUPPORTED, f"the GPU is {arch}, not an MI300 or MI350"
     yield a["dtype"] is torch.bfloat16, f"the result is {a['dtype']}, and with scales for rows it makes bfloat16"
     yield x.dtype == b.dtype == native, f"a and b are {x.dtype} and {b.dtype}, and this GPU's format is {native}"
     for name, size, what in (("a", m, "rows"), ("b", n, "columns")):

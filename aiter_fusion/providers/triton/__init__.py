@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import platform
 from ...op import FusedOp, Implementation, width_of
+from ...stages.quantise import granularity
 from . import all_reduce, launches
 from .terms import terms as terms
 from .tuned import state as state
@@ -36,7 +37,8 @@ def missing() -> str | None:
 def native_fp8(device: int) -> torch.dtype | None:
     """The FP8 format that a GPU converts to in hardware: what its cast saturates in, or None if it has none."""
     if torch.version.hip is not None:
-        return platform.SUPPORTED_ARCHITECTURES.get(platform.architecture(device) or "")
+        arch = platform.architecture(device)
+        return platform.ARCHITECTURES[arch].fp8 if arch in platform.SUPPORTED else None
     return torch.float8_e4m3fn if torch.cuda.get_device_capability(device) >= (8, 9) else None
 
 
@@ -72,11 +74,10 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return None
     width = width_of(op, first)
     rows = launches.hint((launches.rows_of(first) or (1, width))[0], launches.rules.FEW)
-    block = arguments.get("block")
-    scales = "given" if block is None else {0: "tensor", width: "row"}.get(block, "group")
+    scales = granularity(op, arguments, width)
     major, minor = torch.__version__.split(".")[:2]
     for calls in launches.rules.INDUCTOR_FASTER:
-        if calls.covers(op.family, op.features, scales, width, rows, (int(major), int(minor))):
+        if scales and calls.covers(op.family, op.features, scales.name, width, rows, (int(major), int(minor))):
             return calls.why
     return None
 
@@ -95,7 +96,7 @@ def _run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     scratch = {name: first.new_empty(sizes, dtype=dtype) for name, (sizes, dtype) in plan.scratch.items()}
     known = {**arguments, **scratch, **outputs}
     known["eps_tensor"] = launches.number_or_pointer(arguments.get("eps_tensor"))
-    if "static" in op.features:
+    if "scale" in arguments:
         known["scale"] = arguments["scale"]
     with torch.cuda.device(first.device), compiling_nothing() if capturing() else nullcontext():
         for launch in plan.launches:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ... import agreement, config
 from ...op import FusedOp
 from ...registry import REGISTRY
+from ...stages.quantise import granularity
 from ..collective import MIB, ONE_STAGE, Turns, kept, plainly, process_group, refuse_group
 from . import launches, rules
 
@@ -235,7 +236,7 @@ def constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: boo
 
 def _found_constants(op: FusedOp, arguments: Mapping[str, Any], width: int, nvidia: bool) -> dict[str, Any]:
     value = op.shape(**arguments)["value"][1]
-    if "quant_dtype" in op.arguments:
+    if op.stage("fp8_quant"):
         quantiser = launches.quantiser_arguments(op, arguments, width, value, nvidia)
     else:
         quantiser = {"WIDTH": width, "BLOCK": width, "VALUE": launches.dtype_name(value), "GROUPED": False}
@@ -265,14 +266,14 @@ def launch(constants: Mapping[str, Any], rows: int, cores: int) -> dict[str, int
 def run(op: FusedOp, nvidia: bool, **arguments: Any) -> dict[str, Tensor]:
     """A call: in two ops if one scale is for the whole tensor, whose maximum is known after all rows are."""
     x = arguments["x"]
-    if arguments.get("block") == 0 and "static" not in op.features:
+    scales = granularity(op, arguments, x.shape[-1])
+    if scales is not None and scales.name == "tensor":
         return _then_quantise(op, nvidia, arguments)
     width = x.shape[-1]
     outputs = op.allocate(**arguments)
-    scaled = "quant_dtype" in op.arguments and "static" not in op.features
     tensors = {
         "q": outputs.get("q"),
-        "scale_out": outputs["scale"] if scaled else None,
+        "scale_out": outputs.get("scale"),
         "value_out": outputs.get("value"),
         "residual_out": outputs.get("residual_out"),
         "reduced_out": outputs.get("reduced"),

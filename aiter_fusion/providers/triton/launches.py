@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...op import FusedOp, width_of
+from ...stages.quantise import granularity
 from . import programs, rules
 
 F32 = torch.float32
@@ -80,13 +81,15 @@ def _segment(width: int) -> int:
 
 def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
-    return (_rms_norm_quant if op.family == "rms_norm_quant" else _act_mul_quant)(op, dict(arguments), nvidia)
+    return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
 
 
 def quantiser_arguments(
     op: FusedOp, arguments: Mapping[str, Any], width: int, value: torch.dtype, nvidia: bool
 ) -> dict[str, Any]:
-    static, block = "static" in op.features, arguments.get("block", 0)
+    scales = granularity(op, arguments, width)
+    assert scales is not None
+    static = scales.name == "static"
     return {
         "scale": Ref("scale") if static else None,
         "maxima": None,
@@ -95,9 +98,9 @@ def quantiser_arguments(
         "value_out": Ref("value") if "value" in op.features else None,
         "maxima_out": None,
         "WIDTH": width,
-        "BLOCK": block or width,
+        "BLOCK": scales.block or width,
         "VALUE": dtype_name(value),
-        "GROUPED": 0 < block < width,
+        "GROUPED": scales.name == "group",
         "COLUMN_MAJOR": arguments.get("column_major", False),
         "SCALE_STEPS": programs.steps(arguments.get("scale_steps", "")),
         "FACTOR_STEPS": programs.steps(arguments["factor_steps"]),
@@ -106,12 +109,18 @@ def quantiser_arguments(
             arguments["factor_steps"],
             value,
             arguments["quant_dtype"],
-            not static and block > 0,
+            scales.name in ("token", "group"),
             nvidia,
         ),
         "PARTS": 1,
         "PTX": nvidia,
     }
+
+
+def _is_of_tensor(op: FusedOp, arguments: Mapping[str, Any], width: int) -> bool:
+    """Whether one scale is for the whole tensor, whose maximum is known after all rows are."""
+    scales = granularity(op, arguments, width)
+    return scales is not None and scales.name == "tensor"
 
 
 def _finding(common: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
-    if "static" in op.features or arguments["block"]:
+    if not _is_of_tensor(op, arguments, width):
         return Launches((Launch("rms_norm_quant", grid, common, shape.warps(nvidia)),))
     finding, using = _finding(common), _using(common)
     if residual is not None:
@@ -203,7 +212,8 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
     gate_first = arguments.get("gate_first", True)
     value = op.shape(**arguments)["value"][1]
     quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
-    by_row = "static" not in op.features and arguments["block"] == width
+    scales = granularity(op, arguments, width)
+    by_row = scales is not None and scales.name == "token"
     common = quantiser | {
         "gate": Ref("gate_up" if packed else "gate"),
         "up": Ref("gate_up" if packed else "up"),
@@ -229,7 +239,7 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         shape = rules.flat(common["BLOCK"], hint(segments, rules.FEW * 2048), common["GROUPED"], packed)
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
-    if "static" in op.features or arguments["block"]:
+    if not _is_of_tensor(op, arguments, width):
         return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (

@@ -29,7 +29,7 @@ class InductorFaster:
     """Calls for which Inductor's code was measured to be faster than the kernels, which therefore leave them to it.
 
     why:             the reason that a report gives.
-    scales:          what a scale is for: "group", "row", "tensor", or "given" if it is an argument; None: all of these.
+    scales:          the granularity (``stages/quantise.py``): group, token, tensor or static; None: all of these.
     family:          of the op; None: all. features: which the op has, with others or without.
     widths, rows, elements: from and to, both included.
     since, until:    the first and the last version of torch with an Inductor for which that is so; None: unknown, or
@@ -71,7 +71,7 @@ INDUCTOR_FASTER = (
     ),
     InductorFaster(  # 1.05 times for 16,384 rows of 14,336; for 4,096 rows it is not, nor are rows of 8,192
         why="a given scale for many long rows is 5 % faster by the Inductor of torch 2.15",
-        scales="given",
+        scales="static",
         family="rms_norm_quant",
         widths=(8193, 16384),
         rows=(4097, 1 << 62),
