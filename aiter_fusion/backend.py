@@ -337,7 +337,7 @@ def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[s
     with torch.cuda.stream(stream):  # type: ignore[arg-type]
         for given in calls:
             for _ in range(WARMUP_CALLS):
-                model(**given) if isinstance(given, Mapping) else model(*given)
+                model(**given) if isinstance(given, Mapping) else model(*given)  # type: ignore[arg-type]
     if on_gpu:
         torch.cuda.synchronize()
     return report.merge(report.reports()[known:])

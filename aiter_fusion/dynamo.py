@@ -36,7 +36,11 @@ def call_once(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
 
     call.__code__ = call.__code__.replace()
     frames: dict[int, CodeType] = {}  # equal codes are not the same
-    watching = convert_frame.register_bytecode_hook(lambda code, _: frames.update({id(code): code}))
+
+    def watch(code: CodeType, new_code: CodeType) -> None:
+        frames[id(code)] = code
+
+    watching = convert_frame.register_bytecode_hook(watch)
     learned = pgo.get_code_state()
     known = copy.deepcopy(dict(learned))
     limit = config.recompile_limit
@@ -80,7 +84,7 @@ def _forget(code: CodeType, compiler: Compiler) -> int:
         # that guard another object than the frame has; no local variable is called "".
         deleted = DeletedGuardManagerWrapper("it was compiled for aiter_fusion.explain")
         deleted.id_matched_objs = {"": weakref.ref(OptimizedModule)}
-        entry.guard_manager.extra_state.invalidate(entry, deleted)
+        entry.guard_manager.extra_state.invalidate(entry, deleted)  # type: ignore[union-attr]
     return len(theirs)
 
 

@@ -14,6 +14,8 @@ from .stages.residual import INPUT, RESIDUAL
 
 # Longer chains are tried first, and of equal ones the earlier.
 FAMILIES = (
+    Family("rms_norm_quant", (INPUT, maybe(RESIDUAL), RMS_NORM, QUANTISE)),
+    Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
     Family(
         "all_reduce_rms_norm",
         (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM, QUANTISE),
@@ -21,8 +23,6 @@ FAMILIES = (
         level=3,
     ),
     Family("all_reduce_rms_norm", (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM), level=3, ending="unquantised"),
-    Family("rms_norm_quant", (INPUT, maybe(RESIDUAL), RMS_NORM, QUANTISE)),
-    Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
 )
 
 

@@ -130,8 +130,10 @@ class Registry:
 
 
 def _spelled(key: Any) -> str:
-    parts = key if isinstance(key, tuple) else (key,)
-    return " ".join(part if isinstance(part, str) else "+".join(sorted(part)) for part in parts).strip()
+    if isinstance(key, str):
+        return key
+    texts = (" -> ".join(p) if isinstance(p, tuple) else p if isinstance(p, str) else "+".join(sorted(p)) for p in key)
+    return " ".join(filter(None, texts))
 
 
 class Anonymous(Exception):  # noqa: N818 (no error: what has no identity is not cached)

@@ -113,12 +113,13 @@ def _aligned(found: Found, block: int) -> bool:
 def _width(found: Found) -> int:
     """The length of the rows that are quantised: the greatest that a view of them has before they are quantised, since
     heads and groups are parts of rows."""
-    node, widths = found.named["elements"], []
+    node: fx.Node = found.named["elements"]
+    widths: list[int] = []
     while True:
         widths += [size for size in shape(node)[-1:] if isinstance(size, int)]
         if node is found.inputs["x"]:
             return max(widths, default=1)
-        node = node.args[0]  # of a view; its sizes may be nodes too
+        node = node.args[0]  # type: ignore[assignment]  # of a view; its sizes may be nodes too
 
 
 def _start(found: Found) -> tuple[str, ...]:

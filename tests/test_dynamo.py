@@ -148,6 +148,7 @@ def test_a_call_leaves_no_trace(compiled_before: bool) -> None:
     learned = dict(pgo.get_code_state())
     held = [entry.guard_manager for entry in entries(half, Broken.forward)]
     dead = []
+    ours = None
     for rows in [4, 5] * (ATTEMPTS // 2):
         ours = Counting()
         dead.append(weakref.ref(ours))
@@ -217,7 +218,7 @@ def test_explain_what_dynamo_does_not_compile() -> None:
     assert "0 of 0" not in str(made)
     for options in ({"strict": True}, {"expect": {"rms_norm_quant": 1}}):
         with pytest.raises(aiter_fusion.FusionError, match="asked for, but Dynamo compiled nothing"):
-            aiter_fusion.explain(excluded, (x(),), **options)
+            aiter_fusion.explain(excluded, (x(),), **options)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -242,8 +243,9 @@ def test_a_warning_where_dynamo_gives_up(backend: Any, caplog: pytest.LogCapture
 
 @torch.no_grad()
 def test_a_fusion_error_arrives_as_it_is() -> None:
+    expecting: Any = {"expect": {"rms_norm_quant": 4}}
     for call in (
-        lambda: torch.compile(Layer(), backend="aiter_fusion", options={"expect": {"rms_norm_quant": 4}})(x()),
+        lambda: torch.compile(Layer(), backend="aiter_fusion", options=expecting)(x()),
         lambda: aiter_fusion.explain(Layer(), (x(),), expect={"rms_norm_quant": 4}),
     ):
         with pytest.raises(

@@ -314,7 +314,7 @@ def test_the_key_is_the_same_in_every_process() -> None:
                 Fusion("rms_norm_int8", ("rms_norm", "int8_quant"), lambda *_: "")
             ),
             ValueError,
-            "fusions: rms_norm_int8 rms_norm int8_quant rms_norm_int8 is registered already",
+            "fusions: rms_norm_int8 rms_norm -> int8_quant rms_norm_int8 is registered already",
         ),
         (
             lambda own: aiter_fusion.fused_op(REGISTRY.ops["rms_norm_int8", frozenset()]),
@@ -331,7 +331,7 @@ def test_the_key_is_the_same_in_every_process() -> None:
         (
             lambda own: aiter_fusion.register_family(Family("norms", (INPUT, RMS_NORM, RMS_NORM))),
             ValueError,
-            "family norms: two of its stages have an argument cast_first, dtype, eps, offset, weight",
+            "family norms: two of its stages have an argument cast_first, dtype, eps, eps_tensor, offset, weight",
         ),
         (
             lambda own: aiter_fusion.register_family(Family("norms", (RMS_NORM, own.INT8))),

@@ -122,8 +122,14 @@ def judge(
     assert set(terms.arguments) >= set(call)
     for name, given in call.items():
         for value in inside(terms.arguments[name], given, width):
-            if provider.why_not(op, call | {name: value}) is None:
-                run(op, call | {name: value})
+            tried = call | {name: value}
+            if name.startswith("eps"):  # one of the two is given
+                other = {"eps": "eps_tensor", "eps_tensor": "eps"}[name]
+                tried[other] = call[other] if value is None and call[other] is not None else None
+                if tried["eps"] is tried["eps_tensor"]:
+                    continue
+            if provider.why_not(op, tried) is None:
+                run(op, tried)
                 accepted += 1
         for value, named in outside(terms.arguments[name], given, width):
             why = provider.why_not(op, call | {name: value})
