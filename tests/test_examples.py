@@ -35,6 +35,7 @@ def run(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # CI runs it itself, twice
 def test_quickstart(tmp_path: Path) -> None:
     models.need_scaled_rows()
     env = {**os.environ, "TMPDIR": str(tmp_path)}
