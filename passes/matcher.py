@@ -195,7 +195,7 @@ class Matcher:
     def _match_call(self, pattern: Call, value: Any, found: Found) -> Iterator[Found]:
         if (
             isinstance(value, fx.Node)
-            and pattern.calls(value.target)
+            and (value.target in pattern.targets or (pattern.by_name and str(value.target) in pattern.targets))
             and (pattern.dtype is None or dtype(value) is pattern.dtype)
         ):
             bound = self._arguments.get(value)

@@ -188,7 +188,6 @@ def _is_scale(node: fx.Node, steps: str) -> bool:
 SCALE = OneOf((MAXIMUM, Call((aten.div.Tensor,), (Steps("factor_steps", MAXIMUM), Var("outer")))))
 
 FORMS = (
-    Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(
         "fp8_quant",
         "dynamic",
@@ -197,6 +196,7 @@ FORMS = (
         complete=_complete_dynamic,
         branches=(Branch("scale", source="maximum", attribute="scale_steps", test=_is_scale, start=_start),),
     ),
+    Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(
         "fp8_quant",
         "static",

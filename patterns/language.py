@@ -78,10 +78,6 @@ class Call(Pattern):
         object.__setattr__(self, "heads", named)
         object.__setattr__(self, "by_name", any(isinstance(target, str) for target in self.targets))
 
-    def calls(self, target: Any) -> bool:
-        """Whether ``target`` is one of those that the pattern names."""
-        return target in self.targets or (self.by_name and str(target) in self.targets)
-
 
 @dataclass(frozen=True)
 class OneOf(Pattern):
