@@ -112,11 +112,12 @@ def mm_kernel(
     m, k, length, row_blocks, tiles, columns, x_stride, xs_row, xs_block, ws_row, ws_block, biased,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr, BLOCKED: tl.constexpr, BIAS: tl.constexpr, FIRST: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK_N rows of a weight and ``length`` of K.
 
-    FORM: fp8: the accumulator of the tensor cores; promoted: added up in float32 each BLOCK_K; half: of fp16 values.
+    FORM: fp8: the accumulator of the tensor cores; promoted: added up in float32 each BLOCK_K; half: of fp16 values;
+    sliced: each of SLICES warps takes its part of BLOCK_K (mma.sync, thus products of fp16).
     SPLIT: sums go unscaled to ``partial`` [splits, m, columns], where each weight begins at a multiple of BLOCK_N.
     """
     program = tl.program_id(0)
@@ -139,7 +140,16 @@ def mm_kernel(
     w_at = (c_row - tile * BLOCK_N)[:, None] * stride + at
     x_at = tl.arange(0, ROWS)[:, None] * x_stride + at
     given = (out < m)[:, None]
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    if FORM == "sliced":
+        # (slice of BLOCK_K, weight row or row of x, element): a warp takes a slice, and sums are added up at the end
+        slice_at = tl.arange(0, SLICES)[:, None, None] * (BLOCK_K // SLICES)
+        at = slice_at + tl.arange(0, BLOCK_K // SLICES)[None, None, :]
+        w_at = (c_row - tile * BLOCK_N)[None, :, None] * stride + at
+        x_at = tl.arange(0, ROWS)[None, :, None] * x_stride + at
+        given = (out < m)[None, :, None]
+        total = tl.zeros([SLICES, BLOCK_N, ROWS], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if EVEN:
             left = tl.load(w + w_at, eviction_policy=FIRST)
@@ -154,12 +164,16 @@ def mm_kernel(
             of_x = tl.load(x_scale + out * xs_row + block * xs_block, mask=out < m, other=0.0)
             of_w = tl.load(c + (c_row // 128) * ws_row + block * ws_block)
             total += tl.dot(left, tl.trans(right)) * (of_w[:, None] * of_x[None, :])
+        elif FORM == "sliced":
+            total = tl.dot(left, tl.permute(right, 0, 2, 1), total)
         elif FORM == "promoted":
             total += tl.dot(left, tl.trans(right))
         else:
             total = tl.dot(left, tl.trans(right), total)
         w += BLOCK_K
         x += BLOCK_K
+    if FORM == "sliced":
+        total = tl.sum(total, 0)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if SPLIT:
         to = partial + (split * m).to(tl.int64) * columns
@@ -214,7 +228,7 @@ def combine_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is launched. form: gemv, fp8, promoted or half; rows: that a program takes, padded."""
+    """How a product is launched. form: gemv, fp8, promoted, half or sliced; rows: that a program takes, padded."""
 
     form: str
     rows: int
@@ -283,7 +297,7 @@ def plan(
     arguments = {
         **common, **read, "partial": partial, "length": length, "row_blocks": row_blocks, "tiles": tiles,
         "columns": columns, "FORM": config.form, "SPLIT": splits > 1, "EVEN": k % config.block_k == 0,
-        "PDL": PDL,
+        "PDL": PDL, "SLICES": config.warps if config.form == "sliced" else 1,
     }  # fmt: skip
     pdl = {"launch_pdl": True} if config.pdl else {}
     steps = [Step(mm_kernel, row_blocks * tiles * splits, arguments, {"num_warps": config.warps})]
