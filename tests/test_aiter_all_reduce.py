@@ -14,7 +14,7 @@ from aiter_double import Double
 from test_aiter import AITER, Drive
 
 from aiter_fusion.providers import collective
-from aiter_fusion.providers.aiter import all_reduce, entry_points
+from aiter_fusion.providers.aiter import all_reduce, releases
 
 Found = tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any]]
 
@@ -302,7 +302,7 @@ def test_binding_table(record_property: Callable[[str, object], None]) -> None:
         bound = [v for v in aiter_double.VERSIONS if aiter_double.binds([path.entry, all_reduce.COMMUNICATOR], v)]
         assert bound == aiter_double.VERSIONS[aiter_double.VERSIONS.index(bound[0]) :], names(path)
         found[names(path)] = bound[0]
-        called = [v for v in bound if entry_points.known_bad(path.entry.name, v) is None]
+        called = [v for v in bound if releases.known_bad(path.entry.name, v) is None]
         assert called == aiter_double.VERSIONS[aiter_double.VERSIONS.index(CALLED) :], names(path)
     assert found == FIRST
     for path, version in FIRST.items():
@@ -317,7 +317,7 @@ def test_an_older_version(version: str, pair: Callable[..., Double]) -> None:
         why = AITER.refuse(op, arguments)
         if version == CALLED:
             assert why is None
-        elif aiter_double.at(path.entry.name, version) and entry_points.known_bad(path.entry.name, version):
+        elif aiter_double.at(path.entry.name, version) and releases.known_bad(path.entry.name, version):
             assert "lets a rank go on while others read its data" in str(why)
             assert str(why).endswith("upgrade AITER")
         else:

@@ -21,19 +21,30 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from ... import config, platform
+from ... import config
 from ...registry import REGISTRY
-from .. import BRIDGE_PROVIDERS, why_not
+from ..known import BRIDGE_PROVIDERS
+from ..provider import why_not
 from ..tiles import in_rows
-from .entry_points import EntryPoint, call
+from . import installation
+from .entry_points import EntryPoint, call, constant
 
 logger = logging.getLogger("aiter_fusion")
 
-CREATE = EntryPoint("hipb_create_extension", ("aiter",), ())
+CREATE = EntryPoint("hipb_create_extension", ("aiter",))
 MULTIPLY = EntryPoint(
     "hipb_mm",
     ("aiter",),
-    ("mat1", "mat2", "solution_index", "bias", "out_dtype", "scaleA", "scaleB", "bpreshuffle"),
+    {
+        "mat1": "a",
+        "mat2": "b",
+        "solution_index": constant(-1),
+        "bias": "bias",
+        "out_dtype": "dtype",
+        "scaleA": lambda a: a["a_scale"].reshape(-1, 1).contiguous(),
+        "scaleB": lambda a: a["b_scale"].reshape(1, -1).contiguous(),
+        "bpreshuffle": "b_is_shuffled",
+    },
 )
 
 TUNING, ON = "HIP_ONLINE_TUNING", ("1", "true")
@@ -91,14 +102,15 @@ known = Known()
 _lock = threading.RLock()  # of the handle, the environment and the current directory, which are the whole process's
 
 
-def run(entry: EntryPoint, a: Mapping[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A call of ``hipb_mm_fp8``; where hipBLASLt cannot compute it, the product that ``gemm_a8w8`` is."""
+def compute(a: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A call of ``hipb_mm_fp8``, by ``gemm_a8w8`` where hipBLASLt cannot compute it."""
     found = _product(a)
-    return {"y": found} if isinstance(found, Tensor) else _otherwise(a, found)
+    return {"y": found} if isinstance(found, Tensor) else _fallback(a, found)
 
 
 def why_unsolved(a: Mapping[str, Any]) -> str | None:
-    """Why hipBLASLt cannot compute a call of ``hipb_mm_fp8``, or None. Where it is not known it is tried, untuned."""
+    """Why hipBLASLt cannot compute a call of ``hipb_mm_fp8``, or None. A product that this process has not seen is
+    tried, without tuning."""
     product = Product.of(a)
     if product not in known.solved:
         with _tuning("0"):
@@ -119,7 +131,7 @@ def _product(a: Mapping[str, Any]) -> Tensor | str:
     with _tuning("1", folder):
         y = _called(a)
     if folder is not None and not (folder / RESULTS).is_file():
-        version = platform.aiter_version() or "of unknown version"
+        version = installation.aiter_version() or "of unknown version"
         _say_once(
             TUNING,
             f"AITER {version} has tuned nothing, there is no {folder / RESULTS}: it tunes from v{TUNES_FROM} on, with "
@@ -148,17 +160,7 @@ def _tried(a: Mapping[str, Any], product: Product) -> Tensor | str:
 
 
 def _called(a: Mapping[str, Any]) -> Tensor:
-    return call(
-        MULTIPLY,
-        mat1=a["a"],
-        mat2=a["b"],
-        solution_index=-1,
-        bias=a["bias"],
-        out_dtype=a["dtype"],
-        scaleA=a["a_scale"].reshape(-1, 1).contiguous(),
-        scaleB=a["b_scale"].reshape(1, -1).contiguous(),
-        bpreshuffle=a["b_is_shuffled"],
-    )
+    return call(MULTIPLY, **MULTIPLY.arguments(a))
 
 
 @contextmanager
@@ -181,9 +183,9 @@ def _tuning(value: str, folder: Path | None = None) -> Iterator[None]:
                 os.environ[TUNING] = variable
 
 
-def _otherwise(a: Mapping[str, Any], why: str) -> dict[str, Tensor]:
-    """The same product by the first that can compute ``gemm_a8w8``. A shuffled weight is copied back into rows, for
-    this call only: the tiles stay what other numbers of rows, and CUDA graphs, read."""
+def _fallback(a: Mapping[str, Any], why: str) -> dict[str, Tensor]:
+    """The same product by the first provider that computes ``gemm_a8w8``. A shuffled weight is copied back into rows
+    for this call alone, because calls with other numbers of rows, and CUDA graphs, read its tiles."""
     op, product = REGISTRY.bridge["gemm_a8w8", frozenset()], Product.of(a)
     arguments = {
         "x": a["a"],

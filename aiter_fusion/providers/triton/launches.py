@@ -13,10 +13,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...op import FusedOp, width_of
 from ...stages.quantise import granularity
+from ..shapes import Int, hint, rows_of
 from . import programs, rules
 
 F32 = torch.float32
-Int = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,6 @@ class Launches:
 
     launches: tuple[Launch, ...]
     scratch: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-
-
-def rows_of(x: Tensor) -> tuple[Int, Int] | None:
-    """How many rows a tensor has and how far apart they are; None if they are not evenly spaced."""
-    rows, stride, follows = 1, None, None
-    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if not statically_known_true(size == 1):
-            if stride is None:
-                stride = step
-            elif not statically_known_true(step == follows):
-                return None
-            follows = step * size
-        rows = rows * size
-    return rows, x.shape[-1] if stride is None else stride
-
-
-def hint(size: Int, default: int) -> int:
-    """The example of a symbolic size."""
-    if isinstance(size, int):
-        return size
-    return size.node.hint if size.node.has_hint() else default
 
 
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:

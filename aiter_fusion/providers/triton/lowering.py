@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
-from . import kernel, launches, nvidia
+from . import launches
+from .jit import kernel, nvidia
 
 NAME = "triton"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..shapes import power_of_two
 from . import tuned
 from .tuned import MOST_THREADS
 
@@ -83,11 +84,6 @@ INDUCTOR_FASTER = (
 def lanes(nvidia: bool) -> int:
     """Threads of a warp of the GPUs that the kernels are for: of NVIDIA's, or of AMD's gfx942 and gfx950."""
     return 32 if nvidia else 64
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ... import platform
+from ... import machine
 
 # What of a launch shape a measurement may choose.
 FREE = frozenset({"threads", "run", "segments"})
@@ -30,7 +30,7 @@ _tried: dict[str, Choice] = {}
 
 def path() -> Path | None:
     """The file for this process's first GPU, whether it exists or not; None without a GPU or without Triton."""
-    version = platform.triton_version()
+    version = machine.triton_version()
     if version is None or not torch.cuda.is_available():
         return None
     given, home = os.environ.get("AITER_FUSION_CACHE"), os.environ.get("XDG_CACHE_HOME")

@@ -19,8 +19,8 @@ from triton.language.extra.cuda import globaltimer
 from .rms_norm_quant import normalised, number_of, statistic_of
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
-# Of so many looks at what has come, one asks more than whether all are numbers.
-LOOKS = tl.constexpr(16)
+# Of so many polls at what has come, one asks more than whether all are numbers.
+POLLS = tl.constexpr(16)
 # Bytes before a channel's data: in the first word other ranks tell which rank is late.
 HEADER = tl.constexpr(128)
 # As bfloat16 and as float16 a NaN that no arithmetic gives; what has its bits is sent as another.
@@ -28,14 +28,14 @@ EMPTY, ANOTHER = tl.constexpr(-1), tl.constexpr(0x7FFF)
 
 
 @triton.jit
-def begin(turn):
+def begin(epoch):
     """The mark: how many blocks have started before, and in the 17th bit this turn's half of the channel.
 
     The last to start leaves the next turn's.
     """
-    mark = tl.atomic_add(turn, 1, sem="relaxed", scope="gpu")
+    mark = tl.atomic_add(epoch, 1, sem="relaxed", scope="gpu")
     if (mark & 0xFFFF) == tl.num_programs(0) - 1:
-        tl.store(turn, (mark & 0x10000) ^ 0x10000)
+        tl.store(epoch, (mark & 0x10000) ^ 0x10000)
     return mark
 
 
@@ -79,7 +79,7 @@ def total(
     begun = tl.full([], 0, tl.int64)
     sums = tl.zeros(columns.shape, tl.float32)
     told = rank * 0
-    looks = rank * 0
+    polls = rank * 0
     missing = rank * 0 + 1
     waiting = rank >= 0
     while waiting:
@@ -94,10 +94,10 @@ def total(
                 sums = part
             else:
                 sums = sums + part
-        looks += 1
+        polls += 1
         missing = any_of(sums != sums)  # something has not come, or was no number
         waiting = missing > 0
-        if waiting and looks % LOOKS == 0:
+        if waiting and polls % POLLS == 0:
             missing = 0
             for p in tl.static_range(SOURCES):
                 if (missing == 0) & (p != own):
@@ -169,8 +169,8 @@ def row_of(tensor, stride, row, columns, mask):
 @triton.jit(do_not_specialize=["rank", "rows", "all_rows", "limit"])
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit, eps,
-    WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
+    peers, epoch, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit, eps,
+    ALGORITHM: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
@@ -203,7 +203,7 @@ def all_reduce_rms_norm_kernel(
         factor = apply_steps(FACTOR_STEPS, whole, whole)
     number = number_of(eps)
 
-    if WAY == "plain":
+    if ALGORITHM == "fallback":
         row = tl.program_id(0).to(tl.int64)
         came = row >= 0
         addend = row_of(residual, residual_stride, row, columns, mask)
@@ -213,7 +213,7 @@ def all_reduce_rms_norm_kernel(
     else:
         # If not all blocks run at once, they are numbered as they start: those that others wait for have started.
         if TICKETS:
-            mark = begin(turn)
+            mark = begin(epoch)
             block = mark & 0xFFFF
         else:
             block = tl.program_id(0)
@@ -222,7 +222,7 @@ def all_reduce_rms_norm_kernel(
         row = block.to(tl.int64)
         owner = rank
         nth, count = row, rows
-        if WAY == "two_shot":
+        if ALGORITHM == "two_shot":
             owner = block % W
             nth, count = row // W, tl.cdiv(rows, W)
         mine = safe(row_of(x, x_stride, row, columns, mask))
@@ -235,7 +235,7 @@ def all_reduce_rms_norm_kernel(
         for i in tl.static_range(1, W):  # every rank begins with another
             others = others + (tl.load(peers + ((rank + i) & (W - 1))),)
         if not TICKETS:
-            mark = begin(turn)
+            mark = begin(epoch)
 
         slot = count.to(tl.int64) * ROW
         base = HEADER + (mark >> 16).to(tl.int64) * half
@@ -245,7 +245,7 @@ def all_reduce_rms_norm_kernel(
         came = given_up == 0
         reduced = tl.zeros(columns.shape, ELEMENT)
         if came:
-            if WAY == "one_shot":
+            if ALGORITHM == "one_shot":
                 for i in tl.static_range(W - 1):
                     send(others[i] + own_slot, mine, columns, mask)
                     if other is not None:
@@ -265,11 +265,11 @@ def all_reduce_rms_norm_kernel(
                         to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX,
                     )  # fmt: skip
                     reduced = (wide(reduced, PTX) + wide(second, PTX)).to(ELEMENT)
-                if WAY == "two_shot" and came:
+                if ALGORITHM == "two_shot" and came:
                     reduced = safe(reduced)
                     for i in tl.static_range(W - 1):
                         send(others[i] + sum_at, reduced, columns, mask)
-            elif WAY == "two_shot":
+            elif ALGORITHM == "two_shot":
                 # The owner, who hears from all, knows better who is late, if he is not.
                 reduced, came = total(
                     peers, failed, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot,
@@ -282,7 +282,7 @@ def all_reduce_rms_norm_kernel(
             DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT,
             NORM, PTX,
         )  # fmt: skip
-        if WAY != "plain":
+        if ALGORITHM != "fallback":
             # Empty what was read; last, because it takes as long as sending.
             tl.debug_barrier()  # all threads have read
             nothing = tl.full(columns.shape, EMPTY, tl.int16)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import platform
-from ..domains import OneOf, Tensors
-from ..op import FusedOp, Implementation
-from .terms import Terms
+from ... import machine
+from ...domains import OneOf, Tensors
+from ...op import FusedOp, Implementation
+from ..terms import Terms
 
 
 def _operands(op: FusedOp, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return "its scaled product wants rows of a and columns of b without gaps"
     if a.numel() == 0:
         return "there are no rows"
-    if a.device.type == "cpu" and platform.release(torch.__version__) < (2, 12):
+    if a.device.type == "cpu" and machine.release(torch.__version__) < (2, 12):
         return "before torch 2.12, on a CPU it takes one scale for the whole tensor"
     if a.device.type != "cpu":
         if arguments["dtype"] is not torch.bfloat16:
