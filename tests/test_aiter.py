@@ -250,7 +250,7 @@ REFUSED = {
     "does not divide by the scale that is given": Drive(
         NORM, "static", (3, 256), changes=(("factor_steps", "mul=2.0"),)
     ),
-    "rmsnorm_quant gives each thread 24 elements of a hidden size of 5120; groups of 128 are not 24": Drive(
+    "rmsnorm_quant gives each thread 24 elements of a hidden size of 5120, and groups of 128 are not 24": Drive(
         NORM, "", (3, 5120), 128, changes=(("offset", 1.0), ("cast_first", False))
     ),
     "takes groups of a power of two of elements, not of 96": Drive(NORM, "", (3, 192), 96),

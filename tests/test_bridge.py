@@ -385,39 +385,45 @@ def arguments_of(family: str, double: Double, index: int = 0, **changes: Any) ->
 
 E4 = torch.zeros(5, 64)
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "the weight is torch.float32; the kernel needs torch.bfloat16, like x": ("rms_norm", {"weight": torch.ones(64)}),
-    "the hidden size is 8200; the kernel takes up to 8192": ("rms_norm", {"x": torch.zeros(2, 8200, dtype=BF16)}),
-    "the hidden size is 12; the kernel loads 8 elements at once": ("rms_norm", {"x": torch.zeros(2, 12, dtype=BF16)}),
+    "the weight is torch.float32, and the kernel needs torch.bfloat16, like x": (
+        "rms_norm",
+        {"weight": torch.ones(64)},
+    ),
+    "the hidden size is 8200, and the kernel takes up to 8192": ("rms_norm", {"x": torch.zeros(2, 8200, dtype=BF16)}),
+    "the hidden size is 12, and the kernel loads 8 elements at once": (
+        "rms_norm",
+        {"x": torch.zeros(2, 12, dtype=BF16)},
+    ),
     "x is torch.float32": ("rms_norm", {"x": E4}),
     "x is not contiguous (strides (128, 1))": ("rms_norm", {"x": torch.zeros(5, 128, dtype=BF16)[:, :64]}),
-    "residual is torch.float32; the kernel needs torch.bfloat16, like x": ("add_rms_norm", {"residual": E4}),
+    "residual is torch.float32, and the kernel needs torch.bfloat16, like x": ("add_rms_norm", {"residual": E4}),
     "this GPU's formats are torch.float8_e4m3fnuz and torch.int8": ("gemm_a8w8", {"x": E4.to(FN), "w": E4.to(FN)}),
     "x is torch.int8, w torch.float8_e4m3fnuz": ("gemm_a8w8", {"x": E4.to(torch.int8)}),
     "the result is torch.float32": ("gemm_a8w8", {"dtype": F32}),
     "x_scale has 1 elements for 5 rows": ("gemm_a8w8", {"x_scale": torch.ones(1)}),
     "w_scale is torch.float64": ("gemm_a8w8", {"w_scale": torch.ones(48, 1).double()}),
-    "the bias is torch.float32; the kernel needs torch.bfloat16, like the result": (
+    "the bias is torch.float32, and the kernel needs torch.bfloat16, like the result": (
         "gemm_a8w8",
         {"bias": torch.ones(48)},
     ),
     "N is 192, not a multiple of 128": ("gemm_a8w8_blockscale", {"w": torch.zeros(192, 128).to(FNUZ)}),
     "K is 64, not a multiple of 128": ("gemm_a8w8_blockscale", {"w": torch.zeros(128, 64).to(FNUZ)}),
     "x_scale is [5, 2], not [5, 1]": ("gemm_a8w8_blockscale", {"x_scale": torch.ones(5, 2)}),
-    "x is torch.int8; the kernel with scales for blocks takes FP8": (
+    "x is torch.int8, and the kernel with scales for blocks takes FP8": (
         "gemm_a8w8_blockscale",
         {"x": torch.zeros(5, 128, dtype=torch.int8)},
     ),
     "topk is 9, and there are 8 experts": ("topk_softmax", {"topk": 9}),
     "32 experts cannot be divided into 5 groups": ("grouped_topk", {"num_expert_group": 5}),
     "always renormalises": ("biased_grouped_topk", {"renormalize": False}),
-    "correction_bias is torch.bfloat16; the kernel needs torch.float32, like gating": (
+    "correction_bias is torch.bfloat16, and the kernel needs torch.float32, like gating": (
         "biased_grouped_topk",
         {"correction_bias": torch.zeros(32, dtype=BF16)},
     ),
     "quantisation 'fp4' is none of": ("fused_moe", {"quantisation": "fp4"}),
     "activation 'relu' is none of": ("fused_moe", {"activation": "relu"}),
     "the weights are quantised and have no scales": ("fused_moe", {"quantisation": "per_token"}),
-    "the weights are torch.float32; without quantisation they must be torch.bfloat16, like hidden": (
+    "the weights are torch.float32, and without quantisation they must be torch.bfloat16, like hidden": (
         "fused_moe",
         {"w1": torch.zeros(4, 64, 64), "w2": torch.zeros(4, 64, 32)},
     ),
@@ -457,7 +463,7 @@ def test_hipb_mm_says_all_that_stands_against_it(
     wrong |= {"b_is_shuffled": True, "a_scale": torch.ones(1, 1)}
     found = str(AITER.refuse(op, arguments | wrong)).split("; ")
     assert found == [
-        "the result is torch.float16; with scales for rows hipBLASLt makes bfloat16",
+        "the result is torch.float16, and with scales for rows hipBLASLt makes bfloat16",
         "a has 1 scales, not one for each of its 5 rows",
         "b has 48 scales, not one for each of its 8 columns",
         "N is 8, below 16",
@@ -474,7 +480,7 @@ def test_hipb_mm_says_all_that_stands_against_it(
     assert len(double.calls) == called
     double.arch = "gfx1201"
     assert str(AITER.refuse(op, arguments)).startswith(
-        "the GPU is gfx1201; hipBLASLt is called on MI300 and MI350 (gfx942, gfx950); a and b are"
+        "the GPU is gfx1201, and hipBLASLt is called on MI300 and MI350 (gfx942, gfx950); a and b are"
     )
 
 

@@ -202,11 +202,11 @@ FAMILIES = frozenset(path.family for path in PATHS)
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why AITER cannot compute a call, or None; from facts that are the same on all ranks."""
     if arguments["other"] is not None:
-        return "the call sums two tensors over the ranks; its kernels sum one"
+        return "the call sums two tensors over the ranks, and its kernels sum one"
     if "reduced" in op.features:
-        return "the all-reduced value is read elsewhere; its kernels do not return it"
+        return "the all-reduced value is read elsewhere, and its kernels do not return it"
     if "add" not in op.features:  # a residual of zeros would cost as much memory traffic as the fusion saves
-        return "the call has no residual; its kernels add one"
+        return "the call has no residual, and its kernels add one"
     arch = machine.architecture(arguments["x"].device.index or 0)
     if arch in ARCHITECTURES and not ARCHITECTURES[arch].all_reduces:
         return f"AITER has no fused all-reduces for {arch}"
@@ -276,7 +276,7 @@ def _agreed(group: str, found: Any, device: torch.device) -> Any:
         if not hasattr(handle, "_IS_CAPTURING"):
             problem = "this version of AITER has no _IS_CAPTURING, which says when it returns zeros"
         elif handle.disabled:
-            problem = "AITER has disabled it; its log says why"
+            problem = "AITER has disabled it, its log says why"
     except (AssertionError, OSError, RuntimeError, ValueError) as error:  # all ranks are told, and go without
         problem = (str(error) or repr(error)).splitlines()[0]
     why = agreement.joint(f"{group}/aiter", ranks, problem)

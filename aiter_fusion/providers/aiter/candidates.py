@@ -87,11 +87,11 @@ class Candidate:
         if limits.acts is not None and call["act"] not in limits.acts:
             return f"has no activation {call['act']}"
         if limits.dense and call.gaps:
-            return f"needs rows without gaps; {', '.join(call.gaps)} has gaps"
+            return f"needs rows without gaps, and {', '.join(call.gaps)} has gaps"
         if limits.dense and call.width % 8:
-            return f"loads 8 elements at once; the hidden size is {call.width}"
+            return f"loads 8 elements at once, and the hidden size is {call.width}"
         if limits.alike and call["weight"].dtype != call.x.dtype:
-            return f"needs a weight of {call.x.dtype}, like x; the weight is {call['weight'].dtype}"
+            return f"needs a weight of {call.x.dtype}, like x, and the weight is {call['weight'].dtype}"
         if limits.by_wave and call.scales == "group" and (why := _why_no_threads(call)) is not None:
             return why
         if call.scales in limits.powers and call.block & (call.block - 1):
@@ -104,7 +104,7 @@ def _why_no_threads(call: KernelCall) -> str | None:
     threads = call.block // each
     if call.block % each or threads & (threads - 1) or threads > WAVE:
         return (
-            f"gives each thread {each} elements of a hidden size of {call.width}; groups of {call.block} are not "
+            f"gives each thread {each} elements of a hidden size of {call.width}, and groups of {call.block} are not "
             f"{each} times a power of two up to {WAVE}"
         )
     return None

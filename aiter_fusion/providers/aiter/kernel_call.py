@@ -85,11 +85,11 @@ def describe(op: FusedOp, arguments: Mapping[str, Any]) -> KernelCall | str:
     tensors = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and name not in ("scale", "weight")}
     x = next(iter(tensors.values()))
     if x.dtype not in HALVES:
-        return f"{next(iter(tensors))} is {x.dtype}; its kernels take bfloat16 and float16"
+        return f"{next(iter(tensors))} is {x.dtype}, and its kernels take bfloat16 and float16"
     gaps = []
     for name, tensor in tensors.items():
         if tensor.dtype != x.dtype:
-            return f"{name} is {tensor.dtype}; its kernels need {x.dtype}, like {next(iter(tensors))}"
+            return f"{name} is {tensor.dtype}, and its kernels need {x.dtype}, like {next(iter(tensors))}"
         if not isinstance(tensor.shape[-1], int):
             return f"the hidden size of {name} is known only at run time"
         found = rows_of(tensor) if statically_known_true(tensor.stride(-1) == 1) else None
@@ -101,7 +101,7 @@ def describe(op: FusedOp, arguments: Mapping[str, Any]) -> KernelCall | str:
         return why
     width = width_of(op, x)
     if width < 8:
-        return f"the hidden size is {width}; its kernels load 8 elements at once"
+        return f"the hidden size is {width}, and its kernels load 8 elements at once"
     return KernelCall(op, arguments, x, tuple(gaps), width, arguments.get("block", 0))
 
 
@@ -110,7 +110,7 @@ def _why_other_arithmetic(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) 
     value = op.shape(**arguments)["value"][1]
     if value != x.dtype:
         what = "quantised" if "quant_dtype" in op.arguments else "normalised"
-        return f"the {what} value is {value}; its kernels compute it in {x.dtype}, like x"
+        return f"the {what} value is {value}, and its kernels compute it in {x.dtype}, like x"
     why = (_why_other_norm if "weight" in op.arguments else _why_other_activation)(op, arguments, x)
     if why is not None or "quant_dtype" not in op.arguments:
         return why
@@ -124,17 +124,19 @@ def _why_other_norm(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) -> str
     if arguments["weight"] is None:
         return "its norms need a weight, and this call has none"
     if not statically_known_true(arguments["weight"].stride(0) == 1):
-        return f"the elements of the weight are {arguments['weight'].stride(0)} apart; its kernels need 1"
+        return f"the elements of the weight are {arguments['weight'].stride(0)} apart, and its kernels need 1"
     if arguments["offset"] not in (None, 1.0):
-        return f"the offset of the weight is {arguments['offset']}; its kernels add 1 or nothing"
+        return f"the offset of the weight is {arguments['offset']}, and its kernels add 1 or nothing"
     if "add" in op.features and arguments["residual_dtype"] != x.dtype:
-        return f"the residual stream is {arguments['residual_dtype']}; its kernels round the sum to {x.dtype}, like x"
+        return (
+            f"the residual stream is {arguments['residual_dtype']}, and its kernels round the sum to {x.dtype}, like x"
+        )
     return None
 
 
 def _why_other_activation(op: FusedOp, arguments: Mapping[str, Any], x: Tensor) -> str | None:
     if "packed" not in op.features:
-        return "gate and up are two tensors; its activations take them as halves of one"
+        return "gate and up are two tensors, and its activations take them as halves of one"
     if arguments["interleaved"] or not arguments["gate_first"]:
         return "its activations take gate in the first half of the columns and up in the second"
     return None

@@ -73,7 +73,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     tensors.pop("eps_tensor", None)  # refused wherever it is
     for name, tensor in tensors.items():
         if tensor.device.type != DEVICE:
-            return f"{name} is on {tensor.device.type}; its kernels are for AMD GPUs"
+            return f"{name} is on {tensor.device.type}, and its kernels are for AMD GPUs"
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
     native = native_fp8(first.device.index or 0)
@@ -82,7 +82,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if op.family in ADAPTERS:
         return ADAPTERS[op.family].why_not(arguments, native)
     if arguments.get("quant_dtype", native) != native:
-        return f"the quantiser's format is {arguments['quant_dtype']}; this GPU's FP8 format is {native}"
+        return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU's FP8 format is {native}"
     if op.family in all_reduce.FAMILIES:
         return all_reduce.refuse(op, arguments)
     chosen = fused.choose(op, arguments)

@@ -75,7 +75,7 @@ def why_not_dynamic(
         if not _is_alike(found.multiplier, 1 / top):
             return f"its {what} is the maximum times {found.multiplier:g}, not over {top:g}"
         if found.floor > NEGLIGIBLE:
-            return f"its {what} has a floor of {found.floor:g} for the maximum; AITER's is 1e-10"
+            return f"its {what} has a floor of {found.floor:g} for the maximum, and AITER's is 1e-10"
         if what == "scale" and (found.inverse or result_dtype(program, value) is not torch.float32):
             return f"its scale is not a dequantisation scale in float32: {program!r}"
     inverse = scale_of(factor_steps, value)

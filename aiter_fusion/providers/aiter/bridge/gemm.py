@@ -18,9 +18,9 @@ BLOCK = 128
 
 def _operands(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     x, w = a["x"], a["w"]
-    yield x.dtype == w.dtype, f"x is {x.dtype}, w {w.dtype}; both must have one dtype"
+    yield x.dtype == w.dtype, f"x is {x.dtype}, w {w.dtype}, but both must have one dtype"
     yield x.dtype in (native, torch.int8), f"x is {x.dtype}, and this GPU's formats are {native} and torch.int8"
-    yield a["dtype"] in HALVES, f"the result is {a['dtype']}; the kernel makes bfloat16 and float16"
+    yield a["dtype"] in HALVES, f"the result is {a['dtype']}, and the kernel makes bfloat16 and float16"
     yield contiguous("x", x)
     yield contiguous("w", w)
 
@@ -28,7 +28,7 @@ def _operands(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
 def _bias(a: Arguments) -> Condition:
     bias, dtype = a["bias"], a["dtype"]
     found = None if bias is None else bias.dtype
-    return found in (None, dtype), f"the bias is {found}; the kernel needs {dtype}, like the result"
+    return found in (None, dtype), f"the bias is {found}, and the kernel needs {dtype}, like the result"
 
 
 def _per_row(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
@@ -43,7 +43,7 @@ def _per_row(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
 def _per_block(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     yield from _operands(a, native)
     n, k = a["w"].shape
-    yield a["x"].dtype != torch.int8, f"x is torch.int8; the kernel with scales for blocks takes FP8, here {native}"
+    yield a["x"].dtype != torch.int8, f"x is torch.int8, and the kernel with scales for blocks takes FP8, here {native}"
     yield n % BLOCK == 0, f"N is {n}, not a multiple of {BLOCK}"
     yield k % BLOCK == 0, f"K is {k}, not a multiple of {BLOCK}"
     for name, rows in (("x_scale", a["x"].shape[0]), ("w_scale", n // BLOCK)):
@@ -56,8 +56,8 @@ def _hipblaslt(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     x, b = a["a"], a["b"]
     (m, k), n = x.shape, b.shape[1]
     arch = machine.architecture(x.device.index or 0) or "unknown"
-    yield arch in SUPPORTED, f"the GPU is {arch}; hipBLASLt is called on MI300 and MI350 ({', '.join(SUPPORTED)})"
-    yield a["dtype"] is torch.bfloat16, f"the result is {a['dtype']}; with scales for rows hipBLASLt makes bfloat16"
+    yield arch in SUPPORTED, f"the GPU is {arch}, and hipBLASLt is called on MI300 and MI350 ({', '.join(SUPPORTED)})"
+    yield a["dtype"] is torch.bfloat16, f"the result is {a['dtype']}, and with scales for rows hipBLASLt makes bfloat16"
     yield x.dtype == b.dtype == native, f"a and b are {x.dtype} and {b.dtype}, and this GPU's format is {native}"
     for name, size, what in (("a", m, "rows"), ("b", n, "columns")):
         count = a[f"{name}_scale"].numel()

@@ -20,7 +20,7 @@ def _experts(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     hidden, quantisation = a["hidden"], a["quantisation"]
     yield a["activation"] in ACTIVATIONS, f"activation {a['activation']!r} is none of {', '.join(ACTIVATIONS)}"
     yield quantisation in QUANTISATIONS, f"quantisation {quantisation!r} is none of {', '.join(QUANTISATIONS)}"
-    yield hidden.dtype in HALVES, f"hidden is {hidden.dtype}; the kernel takes bfloat16 and float16"
+    yield hidden.dtype in HALVES, f"hidden is {hidden.dtype}, and the kernel takes bfloat16 and float16"
     yield from _weights(a, native)
     yield of_dtype("topk_ids", a["topk_ids"], torch.int32)
     yield of_dtype("topk_weights", a["topk_weights"], F32)
@@ -32,10 +32,13 @@ def _experts(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
 
 def _weights(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     w1, w2, hidden, quantisation = a["w1"], a["w2"], a["hidden"], a["quantisation"]
-    yield w1.dtype == w2.dtype, f"w1 is {w1.dtype}, w2 {w2.dtype}; both must have one dtype"
+    yield w1.dtype == w2.dtype, f"w1 is {w1.dtype}, w2 {w2.dtype}, but both must have one dtype"
     if quantisation == "none":
         same_dtype = w1.dtype == hidden.dtype
-        yield same_dtype, f"the weights are {w1.dtype}; without quantisation they must be {hidden.dtype}, like hidden"
+        yield (
+            same_dtype,
+            f"the weights are {w1.dtype}, and without quantisation they must be {hidden.dtype}, like hidden",
+        )
     else:
         allowed = (native, torch.int8) if quantisation == "per_token" else (native,)
         yield w1.dtype in allowed, f"the weights are {w1.dtype}, not one of {', '.join(map(str, allowed))}"

@@ -14,14 +14,17 @@ WIDEST, PACK = 8192, 8
 
 def _conditions(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     x, weight, width = a["x"], a["weight"], a["x"].shape[-1]
-    yield x.dtype in HALVES, f"x is {x.dtype}; the kernel takes bfloat16 and float16"
-    yield weight.dtype == x.dtype, f"the weight is {weight.dtype}; the kernel needs {x.dtype}, like x"
-    yield width <= WIDEST, f"the hidden size is {width}; the kernel takes up to {WIDEST}"
-    yield width % PACK == 0, f"the hidden size is {width}; the kernel loads {PACK} elements at once"
+    yield x.dtype in HALVES, f"x is {x.dtype}, and the kernel takes bfloat16 and float16"
+    yield weight.dtype == x.dtype, f"the weight is {weight.dtype}, and the kernel needs {x.dtype}, like x"
+    yield width <= WIDEST, f"the hidden size is {width}, and the kernel takes up to {WIDEST}"
+    yield width % PACK == 0, f"the hidden size is {width}, and the kernel loads {PACK} elements at once"
     yield contiguous("x", x)
     yield contiguous("weight", weight)
     if "residual" in a:
-        yield a["residual"].dtype == x.dtype, f"residual is {a['residual'].dtype}; the kernel needs {x.dtype}, like x"
+        yield (
+            a["residual"].dtype == x.dtype,
+            f"residual is {a['residual'].dtype}, and the kernel needs {x.dtype}, like x",
+        )
         yield contiguous("residual", a["residual"])
 
 

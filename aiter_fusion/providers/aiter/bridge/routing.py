@@ -11,7 +11,10 @@ from .adapter import F32, HALVES, Adapter, Arguments, Condition, Value, contiguo
 
 def _topk(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     gating, experts = a["gating"], a["gating"].shape[1]
-    yield gating.dtype in (*HALVES, F32), f"gating is {gating.dtype}; the kernel takes bfloat16, float16 and float32"
+    yield (
+        gating.dtype in (*HALVES, F32),
+        f"gating is {gating.dtype}, and the kernel takes bfloat16, float16 and float32",
+    )
     yield contiguous("gating", gating)
     yield a["topk"] <= experts, f"topk is {a['topk']}, and there are {experts} experts"
 
@@ -25,7 +28,7 @@ def _grouped(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
 def _biased(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     yield from _grouped(a, native)
     bias, gating = a["correction_bias"].dtype, a["gating"].dtype
-    yield bias == gating, f"correction_bias is {bias}; the kernel needs {gating}, like gating"
+    yield bias == gating, f"correction_bias is {bias}, and the kernel needs {gating}, like gating"
     # for many tokens AITER takes another kernel, which renormalises in any case
     yield a["renormalize"], "renormalize is False, and its kernel for many tokens always renormalises"
 
