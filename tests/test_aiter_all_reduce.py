@@ -90,7 +90,7 @@ def test_one_communicator_for_a_group(both: Found) -> None:
 @pytest.mark.parametrize(
     ("scene", "said"),
     [
-        ("disabled", "rank 1: AITER has disabled it; its log says why"),
+        ("disabled", "rank 1: AITER has disabled it, its log says why"),
         ("failing", "rank 1: no memory"),
         ("silent", "rank 1: this version of AITER has no _IS_CAPTURING, which says when it returns zeros"),
     ],
@@ -158,9 +158,7 @@ def test_without_a_residual(both: Found) -> None:
     """What AITER has no kernel for goes without the all-reduce, and says so."""
     (site,), called, *_ = scenes(both, "graphs")["no residual"]
     assert site[:4] == ("replaced", "rms_norm_quant", "token", "aiter")
-    assert (
-        site[4] == "without all_reduce: provider: aiter: its kernels the call has no residual, and its kernels add one"
-    )
+    assert site[4] == "without all_reduce: provider: aiter: the call has no residual, and its kernels add one"
     assert called == ["rmsnorm_quant"]
 
 
@@ -256,8 +254,9 @@ def test_groups(world: int, one_host: bool, make: Callable[..., Double], monkeyp
     monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: list(range(world)))
     monkeypatch.setattr(collective.agreement, "on_one_host", lambda ranks: one_host)
     op, arguments = drive().arguments(double.fp8)
-    why = f"a group of {world}; its all-reduces are for 2, 4, 8 ranks"
-    assert AITER.refuse(op, arguments) == (why if one_host else "the ranks of the group are on several hosts")
+    why = f"the group's size is {world}, and its all-reduces are for 2, 4, 8 ranks"
+    hosts = "the ranks of the group are on several hosts, and its all-reduces share memory within one"
+    assert AITER.refuse(op, arguments) == (why if one_host else hosts)
 
 
 def test_what_is_refused_is_not_run(double: Double) -> None:

@@ -61,7 +61,7 @@ def refuse_group(name: str) -> str | None:
 
     ranks = dist.get_process_group_ranks(process_group(name))
     if len(ranks) not in WORLDS:
-        return f"the group has {len(ranks)} ranks, and its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
+        return f"the group's size is {len(ranks)}, and its all-reduces are for {', '.join(map(str, WORLDS))} ranks"
     if not agreement.on_one_host(ranks):
         return "the ranks of the group are on several hosts, and its all-reduces share memory within one"
     return None
