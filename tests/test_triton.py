@@ -119,7 +119,10 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
     "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
-    "format": ({"quant_dtype": FNUZ}, "this GPU converts to torch.float8_e4m3fn, not to torch.float8_e4m3fnuz"),
+    "format": (
+        {"quant_dtype": FNUZ},
+        "the quantiser's format is torch.float8_e4m3fnuz, and this GPU converts to torch.float8_e4m3fn",
+    ),
     "columns": ({"x": (4, 256, torch.bfloat16, "columns")}, "the columns of x are 2 elements apart"),
     "rows": ({"x": (8, 256, torch.bfloat16, "rows")}, "the rows of x are not evenly spaced"),
     "wide": ({"x": (1, 262144, torch.bfloat16), "block": 262144}, "hidden size 262144 exceeds 65536"),
@@ -161,7 +164,7 @@ def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypat
                 if isinstance(value, Tensor):
                     known[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
             answer = PROVIDERS["triton"].why_not(op, {name: known[name] for name in op.arguments})
-            assert answer is None or ("group" in op.arguments and answer.startswith("a group of 1"))
+            assert answer is None or ("group" in op.arguments and answer.startswith("the group's size is 1"))
             outside = replace(op, family="of_somebody", stages=())
             known = {name: known[name] for name in op.arguments}
             assert PROVIDERS["triton"].why_not(outside, known) == "it declares no kernel for of_somebody"

@@ -1,9 +1,9 @@
-"""hipBLASLt's product by AITER: its one handle, what it has no kernel for, its tuning.
+"""hipBLASLt's product by AITER: its one handle, the products that it has no kernel for, its tuning.
 
-Facts (ROCm/aiter, gradlib/csrc/hipbsolgemm.cu, v0.1.12 to v0.1.20.post1). The handle and its workspace are the
-process's, made on the device that is current. There are sizes for which hipBLASLt has no kernel, of few rows above all:
-AITER then raises before anything is launched, but ends the process if such a product is to be tuned.
-``HIP_ONLINE_TUNING`` is read at every call, and results are kept in the current directory.
+Source: ROCm/aiter, gradlib/csrc/hipbsolgemm.cu, v0.1.12 to v0.1.20.post1. A process has one handle with one workspace,
+created on the current GPU. hipBLASLt has no kernel for some products, mostly of few rows: then AITER raises before it
+launches anything, but if it was to tune such a product, it ends the process. It reads ``HIP_ONLINE_TUNING`` at every
+call, and keeps results in the current directory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TUNES_FROM = Version("0.1.10.post2")  # releases before do not know the variable
 TUNED_ROWS = 512
 RESULTS = "hip_online_tuning_res.csv"
 
-# Parts of what AITER raises where the hipBLASLt that it was built with cannot compute a product.
+# Parts of the errors that AITER raises where the hipBLASLt that it was built with cannot compute a product.
 CANNOT = (
     "found 0 valid solutions",
     "Rowwise scaling requires hipBLASLt",
@@ -62,7 +62,7 @@ CANNOT = (
 
 
 class Product(NamedTuple):
-    """What hipBLASLt chooses a kernel by."""
+    """The properties of a product by which hipBLASLt chooses a kernel."""
 
     device: int
     rows: int
@@ -84,12 +84,12 @@ class Product(NamedTuple):
 
 @dataclass
 class Known:
-    """What this process has learned.
+    """What this process has learned about hipBLASLt.
 
-    device:   on which the handle was made; None before it is.
-    solved:   products that were asked for and have a kernel.
-    unsolved: products that have none -> what AITER said.
-    said:     of what the user has been told.
+    device:   of the handle; None before it is created.
+    solved:   products that were tried and have a kernel.
+    unsolved: products that have none -> AITER's error.
+    said:     keys of the warnings that the log has already.
     """
 
     device: int | None = None
@@ -99,7 +99,8 @@ class Known:
 
 
 known = Known()
-_lock = threading.RLock()  # of the handle, the environment and the current directory, which are the whole process's
+# Guards the handle, the environment and the current directory, which the whole process shares.
+_lock = threading.RLock()
 
 
 def compute(a: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -165,7 +166,12 @@ def _called(a: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _tuning(value: str, folder: Path | None = None) -> Iterator[None]:
-    """Have calls tune ("1") or not, and keep their results in a folder."""
+    """Set whether calls tune, and where they keep the results.
+
+    Args:
+        value: of ``HIP_ONLINE_TUNING``, ``"1"`` or ``"0"``.
+        folder: the current directory of the calls; None: as it is.
+    """
     with _lock:
         variable, here = os.environ.get(TUNING), None if folder is None else Path.cwd()
         os.environ[TUNING] = value

@@ -36,10 +36,10 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     if first.device.type != "cuda":
-        return f"its kernels are for GPUs, and the tensors are on {first.device.type}"
+        return f"the tensors are on {first.device.type}, and its kernels are for GPUs"
     native = native_fp8(first.device.index or 0)
     if arguments.get("quant_dtype", native) != native:
-        return f"this GPU converts to {native}, not to {arguments['quant_dtype']}"
+        return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU converts to {native}"
     for name, tensor in tensors.items():
         if name == "eps_tensor" and tensor.device.type == "cpu":
             continue
@@ -48,16 +48,17 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         if name in ("scale", "eps_tensor"):
             continue
         if not isinstance(tensor.shape[-1], int):
-            return f"the width of {name} is known only at run time"
+            return f"the hidden size of {name} is known only at run time"
         if not statically_known_true(tensor.stride(-1) == 1):
-            return f"the columns of {name} are {tensor.stride(-1)} elements apart"
+            return f"the columns of {name} are {tensor.stride(-1)} elements apart, and its kernels need 1"
         if rows_of(tensor) is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
     return calls.refuse(op, arguments) if op.is_collective else None
 
 
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why Inductor's own code is faster for a call, as measured; of a symbolic number of rows its example counts."""
+    """Why Inductor's code is faster for a call, by recorded measurements, or None. A symbolic number of rows counts as
+    the number that the graph was captured with."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
         return None
