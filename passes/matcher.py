@@ -149,8 +149,8 @@ class Matcher:
             case Call():
                 yield from self._match_call(pattern, value, found)
             case OneOf():
-                target = value.target if isinstance(value, fx.Node) else None
-                options = pattern.by_head.get(target, pattern.others)
+                known = pattern.by_head.get(value.target) if isinstance(value, fx.Node) else None
+                options = pattern.others if known is None else known
                 for option in options:
                     yield from self._match(option, value, consumer, found)
                 if self._trace and len(options) < len(pattern.options):

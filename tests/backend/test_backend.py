@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
 
 import aiter_fusion
-from aiter_fusion import backend, config, platform
+from aiter_fusion import backend, config, machine
 from aiter_fusion.passes import manager, recognise
 from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.passes.verify import MismatchError
@@ -208,13 +208,13 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
     with pytest.raises(RuntimeError, match=r"needs torch >= 2.11, found 2.10.1\+cpu: pip install --upgrade"):
         aiter_fusion.Backend()
-    platform.require_torch("2.11.0a0+git123")
+    machine.require_torch("2.11.0a0+git123")
 
 
 def test_newer_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """One warning a process, and everything works."""
-    assert platform.why_untested("2.15.3+rocm7") is None
-    assert platform.why_untested("2.9.1") is None
+    assert machine.why_untested("2.15.3+rocm7") is None
+    assert machine.why_untested("2.9.1") is None
     monkeypatch.setattr(backend, "_warned", {backend.SLOW})
     monkeypatch.setattr(torch, "__version__", "2.16.0.dev20261121+cpu")
     with caplog.at_level(logging.INFO, logger="aiter_fusion"):

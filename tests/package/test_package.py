@@ -22,7 +22,7 @@ PACKAGES = {"aiter_fusion": ROOT / "aiter_fusion", "passes": ROOT / "passes", "p
 
 # Everything may import what stands to its left, nothing to its right.
 ORDER = (
-    {"registry", "formats", "arithmetic", "domains", "platform", "record", "page"},
+    {"registry", "formats", "arithmetic", "domains", "machine", "record", "page"},
     {"agreement", "config", "report", "op", "dynamo"},
     {"stage"},
     {"stages"},

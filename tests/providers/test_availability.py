@@ -13,7 +13,8 @@ import torch
 import torch._dynamo
 
 import aiter_fusion
-from aiter_fusion import config, platform
+from aiter_fusion import config
+from aiter_fusion.providers.aiter import installation
 
 Install = Callable[..., Path]
 
@@ -21,7 +22,7 @@ Install = Callable[..., Path]
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Make a package called aiter importable, with the given files; forget it and its failure afterwards."""
-    monkeypatch.setattr(platform, "_failure", {})
+    monkeypatch.setattr(installation, "_failure", {})
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(**files: str) -> Path:
@@ -40,16 +41,16 @@ AMD = {"jit__in__core": "", "ops__in__rmsnorm": ""}
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: None)
-    assert platform.aiter().answer == platform.ABSENT
+    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
+    assert installation.aiter().answer == installation.ABSENT
     assert not aiter_fusion.is_aiter_found()
     monkeypatch.setattr(torch.version, "hip", None)
-    assert platform.why_no_aiter() == (  # not that AITER be installed, which would not help
+    assert installation.why_no_aiter() == (  # not that AITER be installed, which would not help
         f"AITER needs a ROCm build of PyTorch, and this is {torch.__version__}: "
         "https://pytorch.org/get-started/locally says how to install one"
     )
     monkeypatch.setattr(torch.version, "hip", "7.2")
-    assert platform.why_no_aiter() == (
+    assert installation.why_no_aiter() == (
         "AMD's AITER is not installed: install a wheel from https://github.com/ROCm/aiter/releases, or build it from "
         "https://github.com/ROCm/aiter"
     )
@@ -59,8 +60,8 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_unrelated_library(install: Install, amd_too: bool) -> None:
     """The one on PyPI, of asynchronous iterators; installed beside AMD's both lie in one folder."""
     install(azip="", join_aiters="", **(AMD if amd_too else {}))
-    found = platform.aiter()
-    assert found.answer == platform.UNRELATED
+    found = installation.aiter()
+    assert found.answer == installation.UNRELATED
     assert "pip uninstall aiter; then install a wheel from https://github.com/ROCm/aiter/releases" in found.detail
     assert not aiter_fusion.is_aiter_found()
     assert "aiter" not in sys.modules
@@ -69,12 +70,12 @@ def test_the_unrelated_library(install: Install, amd_too: bool) -> None:
 def test_import_failed(install: Install) -> None:
     """Off ROCm its import raises RuntimeError: known once it has been tried, with the cause, and tried once."""
     install(__init__="raise RuntimeError('no hipconfig')", **AMD)
-    assert platform.aiter().answer == platform.READY
+    assert installation.aiter().answer == installation.READY
     for _ in range(2):
         with pytest.raises(RuntimeError, match="its import failed: RuntimeError: no hipconfig") as raised:
-            platform.load_aiter()
+            installation.load_aiter()
         assert str(raised.value.__cause__) == "no hipconfig"
-    assert platform.aiter().answer == platform.BROKEN
+    assert installation.aiter().answer == installation.BROKEN
     assert aiter_fusion.is_aiter_found()
     assert not aiter_fusion.is_aiter_found_and_supported()
 
@@ -83,9 +84,9 @@ def test_import_failed(install: Install) -> None:
 def test_ready(install: Install, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     written = f"TYPE_CHECKING = False\n__version__ = version = '{version}'\n"
     install(**AMD, **({"_version": written} if version else {}))
-    assert platform.aiter() == platform.Aiter(platform.READY, "", version)
+    assert installation.aiter() == installation.Aiter(installation.READY, "", version)
     assert "aiter" not in sys.modules, "looking must not import"
-    assert "ROCm build of PyTorch" in str(platform.why_no_aiter())
+    assert "ROCm build of PyTorch" in str(installation.why_no_aiter())
     assert not aiter_fusion.is_aiter_found_and_supported()
 
 
@@ -101,8 +102,8 @@ logging.getLogger("aiter").addHandler(logging.NullHandler())
         **AMD,
     )
     path, ignored = sys.path[:], torch._dynamo.config.ignore_logger_methods
-    module = platform.load_aiter()
-    assert platform.load_aiter() is module
+    module = installation.load_aiter()
+    assert installation.load_aiter() is module
     assert sys.path == [*path, "/nowhere/aiter/jit/utils"]
     sys.path.remove("/nowhere/aiter/jit/utils")
     assert torch._dynamo.config.ignore_logger_methods is ignored
@@ -133,16 +134,16 @@ def test_supported(install: Install, architecture: str, monkeypatch: pytest.Monk
 def test_experimental(install: Install, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(**AMD)
     on(architecture, monkeypatch)
-    assert platform.why_no_aiter() is None
+    assert installation.why_no_aiter() is None
     assert not aiter_fusion.is_aiter_found_and_supported()
-    assert "experimental" in str(platform.why_experimental())
+    assert "experimental" in str(installation.why_experimental())
 
 
 @pytest.mark.parametrize("architecture", ["gfx90a", "gfx1030"])
 def test_refused_architecture(install: Install, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(**AMD)
     on(architecture, monkeypatch)
-    assert platform.why_no_aiter() == f"AITER is supported on gfx942, gfx950; this GPU is {architecture}"
+    assert installation.why_no_aiter() == f"AITER is supported on gfx942, gfx950; this GPU is {architecture}"
     assert aiter_fusion.if_aiter_supported(lambda: 1)() is None
 
 

@@ -22,8 +22,9 @@ from aiter_fusion.op import FusedOp
 from aiter_fusion.passes import plan
 from aiter_fusion.patterns.language import Call, Completion, Form, Var, aten, mul
 from aiter_fusion.providers import PROVIDERS, Provider, Terms
-from aiter_fusion.providers import triton as kernels
-from aiter_fusion.providers.triton import all_reduce, launches
+from aiter_fusion.providers.triton import launches
+from aiter_fusion.providers.triton import provider as kernels
+from aiter_fusion.providers.triton.all_reduce import calls
 from aiter_fusion.registry import REGISTRY
 from support import cases
 from support.aiter_double import Double
@@ -184,8 +185,8 @@ def spelled(file: str, variable: str) -> set[str]:
 def launched(op: FusedOp, call: Mapping[str, Any]) -> None:
     """As ``triton.run`` does, up to the launch: kernels and constants, of which the kernels know every one."""
     if "group" in call:
-        constants = [all_reduce._found_constants(op, call, 256, nvidia) for nvidia in (True, False)]
-        assert all(all_reduce.launch(of, rows, 132)["num_warps"] for of in constants for rows in (1, 999))
+        constants = [calls._found_constants(op, call, 256, nvidia) for nvidia in (True, False)]
+        assert all(calls.launch(of, rows, 132)["num_warps"] for of in constants for rows in (1, 999))
     else:
         plans = [launches.of(op, call, nvidia) for nvidia in (True, False)]
         constants = [launch.arguments for plan in plans for launch in plan.launches]
@@ -200,7 +201,7 @@ def launched(op: FusedOp, call: Mapping[str, Any]) -> None:
 @every_op
 def test_triton(op: FusedOp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "native_fp8", lambda device: cases.FN)
-    monkeypatch.setattr(all_reduce, "refuse_group", lambda group: None)
+    monkeypatch.setattr(calls, "refuse_group", lambda group: None)
     provider = PROVIDERS["triton"]
     terms = provider.terms(op)
     assert terms is not None

@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aiter_fusion import platform
-from aiter_fusion.providers import aiter as adapter
-from aiter_fusion.providers.aiter import all_reduce, entry_points, hipblaslt
+from aiter_fusion import machine
+from aiter_fusion.providers.aiter import all_reduce, entry_points, hipblaslt, installation, releases
+from aiter_fusion.providers.aiter import provider as adapter
+from aiter_fusion.providers.architectures import ARCHITECTURES, SUPPORTED
 
 DATA = json.loads((Path(__file__).parent / "data" / "aiter_api.json").read_text())
 VERSIONS: list[str] = DATA["tags"]
@@ -93,7 +94,7 @@ class Double:
         self, version: str = NEWEST, arch: str = "gfx942", signatures: Mapping[str, str] | None = None
     ) -> None:
         self.version, self.arch = version, arch
-        self.fp8 = platform.ARCHITECTURES[arch].fp8 if arch in platform.SUPPORTED else torch.float8_e4m3fn
+        self.fp8 = ARCHITECTURES[arch].fp8 if arch in SUPPORTED else torch.float8_e4m3fn
         self.calls: list[tuple[str, SimpleNamespace]] = []
         self.computes = dict(COMPUTES)
         self.extensions = 0
@@ -122,9 +123,9 @@ class Double:
                 self._add(name, *found)
         for name, module in self._modules.items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr(platform, "_failure", {})
-        monkeypatch.setattr(platform, "why_no_aiter", lambda: None)
-        monkeypatch.setattr(platform, "architecture", lambda device=0: self.arch)
+        monkeypatch.setattr(installation, "_failure", {})
+        monkeypatch.setattr(installation, "why_no_aiter", lambda: None)
+        monkeypatch.setattr(machine, "architecture", lambda device=0: self.arch)
         monkeypatch.setattr(adapter, "DEVICE", "cpu")
         monkeypatch.setattr(hipblaslt, "known", hipblaslt.Known())
         monkeypatch.setattr(all_reduce, "_communicators", {})
@@ -135,7 +136,7 @@ class Double:
     def _forget_answers() -> None:
         adapter.missing.cache_clear()
         entry_points.probe.cache_clear()
-        entry_points.installed.cache_clear()
+        releases.installed.cache_clear()
 
     def forget(self) -> None:
         """Take its operators back."""
@@ -681,4 +682,4 @@ def why_unbound(entry: entry_points.EntryPoint, version: str) -> str | None:
     if found is None or not set(homes(entry.name, found[0])) & set(entry.homes):
         return "is not there"
     known = parameters(found[1])
-    return entry_points.unbound(known, [name for name, default in known.items() if not default], entry.keywords)
+    return entry_points.unbound(known, [name for name, default in known.items() if not default], entry.takes)

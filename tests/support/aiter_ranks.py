@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from aiter_fusion import Backend, agreement
+from aiter_fusion import Backend, agreement, machine
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers.aiter import all_reduce, entry_points
 from support import cases
@@ -179,7 +179,7 @@ def _unguarded(scene: Scene) -> None:
 def _none_taken_for_a_result(scene: Scene) -> None:
     scene.changed(METHOD + "_quant", lambda a, result: None)
     scene.patch.setattr(
-        all_reduce, "_plainly", lambda op, arguments: {n: t.zero_() for n, t in op.allocate(**arguments).items()}
+        all_reduce, "_fallback", lambda op, arguments: {n: t.zero_() for n, t in op.allocate(**arguments).items()}
     )
 
 
@@ -334,7 +334,7 @@ def _of_nccl(scene: Scene) -> Any:
 def _captured(scene: Scene) -> Any:
     """While a graph is captured none is made, and one that was made goes on."""
     capturing = [True]
-    scene.patch.setattr(all_reduce, "capturing", lambda: capturing[0])
+    scene.patch.setattr(machine, "is_capturing", lambda: capturing[0])
     op, arguments = given(CASES["token"], scene.double)
     said = scene.caught("token")
     capturing[0] = False

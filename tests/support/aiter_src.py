@@ -94,13 +94,13 @@ def moved(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def through_the_provider() -> Iterator[tuple[str, str | None]]:
     """Every path of the fused ops that is a Triton kernel, by the cases that drive the double."""
-    from aiter_fusion import platform
-    from aiter_fusion.providers import aiter as adapter
-    from aiter_fusion.providers.aiter import fused
+    from aiter_fusion import machine
+    from aiter_fusion.providers.aiter import fused, installation
+    from aiter_fusion.providers.aiter import provider as adapter
     from support.aiter_drives import DRIVES, compare
 
-    platform.why_no_aiter = lambda: None  # what the machine is does not matter here
-    platform.architecture = lambda device=0: "gfx950"
+    installation.why_no_aiter = lambda: None  # what the machine is does not matter here
+    machine.architecture = lambda device=0: "gfx950"
     adapter.DEVICE = DEVICE
     for drives in DRIVES.values():
         for drive in drives:
@@ -119,7 +119,7 @@ def through_the_provider() -> Iterator[tuple[str, str | None]]:
             if not ON_GPU and chosen[0].entry.name == "fused_silu_mul_fp8_per_tensor_static_quant":
                 yield what, "not run: uses libdevice, so needs a GPU"
                 continue
-            outputs = fused.run(op, arguments)
+            outputs = fused.compute(op, arguments)
             yield what, compare(op, arguments, outputs)
 
 

@@ -15,7 +15,7 @@ import aiter_fusion
 from aiter_fusion import ops  # noqa: F401  (importing ops registers them)
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes
-from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.providers.triton.all_reduce import algorithms
 from aiter_fusion.registry import REGISTRY
 from support import cases
 
@@ -104,15 +104,15 @@ def random_calls(count: int, seed: int = 0) -> dict[str, Any]:
     digests, ways, wrong_sums, wrong_codes, codes = [], {}, 0, 0, 0
     for number in range(count):
         (op, width, block, pair), rows = choice.choice(kinds), choice.choice(ROWS)
-        way = choice.choice([None, None, "one_shot", "two_shot", "plain"])
-        way = way or all_reduce.choose(dist.get_world_size(), rows, width, 2)
+        way = choice.choice([None, None, "one_shot", "two_shot", "fallback"])
+        way = way or algorithms.choose(dist.get_world_size(), rows, width, 2)
         given = arguments(op, rows, width, block, number, pair)
-        with all_reduce.forced(way):
+        with algorithms.forced(way):
             have = call(op, given)
         ways[way] = ways.get(way, 0) + 1
-        if way != "plain":  # whose order of summation is the library's
+        if way != "fallback":  # whose order of summation is the library's
             digests.append(digest(have))
-        if number % 10 == 0 and way != "plain":
+        if number % 10 == 0 and way != "fallback":
             sums = reduced(dist.get_world_size(), rows, width, number, pair)
             want = without_reduction(op, given, sums)
             for name in {"reduced", "residual_out"} & have.keys():
@@ -142,7 +142,7 @@ def hostile(way: str) -> dict[str, Any]:
         given["x"][4] = float("inf")
     parts = [torch.empty_like(given["x"]) for _ in range(world)]
     dist.all_gather(parts, given["x"])
-    with all_reduce.forced(way):
+    with algorithms.forced(way):
         have = [call(op, given) for _ in range(8)]
     aiter_fusion.check()
     total = torch.zeros_like(parts[0], dtype=torch.float32)
@@ -171,7 +171,7 @@ def without_reduction(op: FusedOp, given: dict[str, Any], sums: Tensor) -> dict[
 
 def stopped_rank(way: str) -> list[str]:
     """The last rank does not come to the third call: what the others' errors say, which they get while it waits."""
-    with all_reduce.forced(way):
+    with algorithms.forced(way):
         return _stopped_rank()
 
 

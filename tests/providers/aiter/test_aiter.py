@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiter_fusion import Backend, platform
+from aiter_fusion import Backend
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import difference
-from aiter_fusion.providers import aiter as adapter
-from aiter_fusion.providers.aiter import entry_points, fused
+from aiter_fusion.providers.aiter import entry_points, fused, installation, releases
+from aiter_fusion.providers.aiter import provider as adapter
 from aiter_fusion.providers.aiter.quantiser import scale_of
 from aiter_fusion.registry import REGISTRY
 from support import aiter_double, cases
@@ -98,16 +98,16 @@ def test_samples(op: FusedOp, make: Callable[..., Double]) -> None:
 
 
 REFUSED = {
-    "its norms have a weight": Drive(NORM, "", (3, 256), changes=(("weight", None),)),
-    "its norms take eps as a number, and here it is a torch.float64 tensor on cpu": Drive(
+    "its norms need a weight": Drive(NORM, "", (3, 256), changes=(("weight", None),)),
+    "its norms take eps as a number, and here eps is a torch.float64 tensor on cpu": Drive(
         NORM, "", (3, 256), changes=(("eps", None), ("eps_tensor", torch.tensor(1e-6, dtype=torch.float64)))
     ),
     "x is torch.float32": Drive(NORM, "", (3, 256), dtype=F32),
-    "what is quantised is torch.float32": Drive(NORM, "", (3, 256), changes=(F32_WEIGHT,)),
+    "the quantised value is torch.float32": Drive(NORM, "", (3, 256), changes=(F32_WEIGHT,)),
     "the offset of the weight is 0.5": Drive(NORM, "", (3, 256), changes=(("offset", 0.5), ("cast_first", False))),
     "with a scale per tensor": Drive(NORM, "", (3, 256), changes=(("block", 0),)),
     "residual is torch.float32": Drive(NORM, "add", (3, 256), changes=(("residual", torch.zeros(3, 256)),)),
-    "the sum leaves as torch.float32": Drive(NORM, "add", (3, 256), changes=(("residual_dtype", F32),)),
+    "the residual stream is torch.float32": Drive(NORM, "add", (3, 256), changes=(("residual_dtype", F32),)),
     "not the maximum over 240": Drive(
         NORM, "", (3, 256), changes=(("scale_steps", "div=240.0 float32 log2 ceil exp2"),)
     ),
@@ -127,15 +127,15 @@ REFUSED = {
     "does not divide by the scale that is given": Drive(
         NORM, "static", (3, 256), changes=(("factor_steps", "mul=2.0"),)
     ),
-    "rmsnorm_quant gives each thread 24 elements of rows of 5120, and groups are of 128": Drive(
+    "rmsnorm_quant gives each thread 24 elements of a hidden size of 5120, and groups of 128 are not 24": Drive(
         NORM, "", (3, 5120), 128, changes=(("offset", 1.0), ("cast_first", False))
     ),
-    "takes blocks of a power of two of elements, not of 96": Drive(NORM, "", (3, 192), 96),
+    "takes groups of a power of two of elements, not of 96": Drive(NORM, "", (3, 192), 96),
     "has no activation clamped_swiglu": Drive(
         ACT, "packed", (3, 256), 64, changes=(("act", "clamped_swiglu=1.702,7.0"),)
     ),
     "gate in the first half": Drive(ACT, "packed", (3, 256), 64, changes=(("gate_first", False),)),
-    "takes blocks of a power of two of elements, not of 200": Drive(ACT, "packed", (3, 200)),
+    "takes groups of a power of two of elements, not of 200": Drive(ACT, "packed", (3, 200)),
 }
 
 
@@ -178,7 +178,7 @@ def test_what_the_gpu_refuses(make: Callable[..., Double]) -> None:
 def test_aiter_and_this_project_must_agree_on_fp8(make: Callable[..., Double]) -> None:
     double = make()
     assert AITER.missing() is None
-    platform.load_aiter().dtypes.fp8 = torch.float8_e4m3fn
+    installation.load_aiter().dtypes.fp8 = torch.float8_e4m3fn
     adapter.missing.cache_clear()  # type: ignore[attr-defined]
     assert "AITER takes this GPU's FP8 format for torch.float8_e4m3fn" in str(AITER.missing())
     assert double.called == []
@@ -293,13 +293,13 @@ def test_a_release_that_is_known_to_be_wrong(version: str, make: Callable[..., D
 
 def test_known_bad_releases() -> None:
     known = {version.removeprefix("v") for version in aiter_double.VERSIONS}
-    for name, faults in entry_points.KNOWN_BAD.items():
+    for name, faults in releases.KNOWN_BAD.items():
         assert name in aiter_double.DATA["functions"]
-        assert all({str(fault.first), str(fault.mended)} <= known for fault in faults)
+        assert all({bound.version for bound in fault.releases} <= known for fault in faults)
     for bad in ("0.1.10.post1+rocm7.2.manylinux_2_28", "v0.1.10.post2", "0.1.10.post3.dev7+g1234567"):
-        assert entry_points.known_bad("add_rmsnorm_quant", bad) is not None
+        assert releases.known_bad("add_rmsnorm_quant", bad) is not None
     for good in ("0.1.10", "0.1.10.post3+rocm7.2", "0.1.20.post2.dev4", "", "unknown", None):
-        assert entry_points.known_bad("add_rmsnorm_quant", good) is None
+        assert releases.known_bad("add_rmsnorm_quant", good) is None
 
 
 # ---- faults, seeded: each must be caught ---------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_faulty_adapter_is_caught(fault: str, double: Double, monkeypatch: pyt
 
 def test_what_the_double_knows_of_layouts(double: Double) -> None:
     """The three presentations of a transposed scale: only one of them is true."""
-    module = platform.load_aiter()
+    module = installation.load_aiter()
     x, w = torch.randn(6, 256).to(BF16), torch.ones(256, dtype=BF16)
     quant = module.ops.triton.quant.fused_fp8_quant.fused_rms_fp8_group_quant
     rows = quant(x, w, 1e-5, group_size=64)[0][1]

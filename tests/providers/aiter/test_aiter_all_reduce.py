@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aiter_fusion.providers import collective
-from aiter_fusion.providers.aiter import all_reduce, entry_points
+from aiter_fusion.providers.aiter import all_reduce, releases
 from support import aiter_double, aiter_ranks, processes
 from support.aiter_double import Double
 from support.aiter_drives import AITER, Drive
@@ -88,9 +88,9 @@ def test_one_communicator_for_a_group(both: Found) -> None:
 @pytest.mark.parametrize(
     ("scene", "said"),
     [
-        ("disabled", "rank 1: AITER has disabled it; its log says why"),
+        ("disabled", "rank 1: AITER has disabled it, its log says why"),
         ("failing", "rank 1: no memory"),
-        ("silent", "rank 1: this version of AITER does not say when it returns zeros"),
+        ("silent", "rank 1: this version of AITER has no _IS_CAPTURING, which says when it returns zeros"),
     ],
 )
 def test_all_ranks_go_without(scene: str, said: str, both: Found) -> None:
@@ -107,7 +107,7 @@ def test_a_group_of_nccl(both: Found) -> None:
 
 def test_a_capture_makes_none_and_uses_one(both: Found) -> None:
     said, *problems = scenes(both, "captured")
-    assert "would be made while a CUDA graph is captured: call aiter_fusion.warmup" in said
+    assert "would be created while a CUDA graph is captured: call aiter_fusion.warmup" in said
     assert problems == [None, None]
 
 
@@ -156,7 +156,7 @@ def test_without_a_residual(both: Found) -> None:
     """What AITER has no kernel for goes without the all-reduce, and says so."""
     (site,), called, *_ = scenes(both, "graphs")["no residual"]
     assert site[:4] == ("replaced", "rms_norm_quant", "token", "aiter")
-    assert site[4] == "without all_reduce: provider: aiter: its kernels add a residual, and this call has none"
+    assert site[4] == "without all_reduce: provider: aiter: the call has no residual, and its kernels add one"
     assert called == ["rmsnorm_quant"]
 
 
@@ -191,29 +191,31 @@ def drive(features: str = "add", sizes: tuple[int, ...] = (3, 256), block: int =
 F32 = torch.float32
 OFFSET = {"offset": 1.0, "cast_first": False}
 REFUSED = {
-    "this call sums two": drive(other=torch.zeros(3, 256)),
-    "do not return the sum of the ranks by itself": drive("add reduced"),
-    "add a residual, and this call has none": drive(""),
+    "the call sums two tensors over the ranks, and its kernels sum one": drive(other=torch.zeros(3, 256)),
+    "the all-reduced value is read elsewhere, and its kernels do not return it": drive("add reduced"),
+    "the call has no residual, and its kernels add one": drive(""),
     "x is torch.float32": Drive(aiter_ranks.PLAIN, "add", (3, 256), dtype=F32),
     "residual is torch.float32": drive(residual=torch.zeros(3, 256)),
-    "the sum leaves as torch.float32": drive(residual_dtype=F32),
-    "its norms have a weight": drive(weight=None),
-    "what is normalised is torch.float32": drive(quant=False, weight=torch.ones(256)),
-    "reads the weight as torch.bfloat16, and it is torch.float32": drive(
+    "the residual stream is torch.float32": drive(residual_dtype=F32),
+    "its norms need a weight": drive(weight=None),
+    "the normalised value is torch.float32": drive(quant=False, weight=torch.ones(256)),
+    "needs a weight of torch.bfloat16, like x, and the weight is torch.float32": drive(
         quant=False, weight=torch.ones(256), cast_first=False
     ),
     "the offset of the weight is 0.5": drive(offset=0.5, cast_first=False),
     "no kernel for it with a scale per static": drive("add static"),
     "no kernel for it with a scale per group with add, offset": drive(block=64, **OFFSET),
-    "takes groups of up to 512 elements, in eights, not of 1024": drive(sizes=(3, 2048), block=1024),
-    "takes groups of up to 512 elements, in eights, not of 4": drive(block=4),
-    "takes blocks of a power of two of elements, not of 96": drive(sizes=(3, 192), block=96),
-    "takes rows of up to 16384, not 16640": drive(sizes=(3, 16640), quant=False),
-    "takes rows of up to 8192, not 8208": drive(sizes=(3, 8208)),
-    "takes rows in packs of 8 elements, more than 1024 if 2 ranks share them, not 8200": drive(
+    "takes groups of up to 512 elements, in multiples of 8, not of 1024": drive(sizes=(3, 2048), block=1024),
+    "takes groups of up to 512 elements, in multiples of 8, not of 4": drive(block=4),
+    "takes groups of a power of two of elements, not of 96": drive(sizes=(3, 192), block=96),
+    "takes hidden sizes up to 16384, not 16640": drive(sizes=(3, 16640), quant=False),
+    "takes hidden sizes up to 8192, not 8208": drive(sizes=(3, 8208)),
+    "takes hidden sizes in packs of 8 elements, above 8192 only if 2 ranks can share them, not 8200": drive(
         sizes=(3, 8200), quant=False
     ),
-    "takes rows in packs of 8 elements, more than 1024 if 2 ranks share them, not 260": drive(sizes=(3, 260)),
+    "takes hidden sizes in packs of 8 elements, above 8192 only if 2 ranks can share them, not 260": drive(
+        sizes=(3, 260)
+    ),
     "not the maximum over 240": drive(scale_steps="div=240.0 float32 log2 ceil exp2"),
 }
 
@@ -233,7 +235,7 @@ def test_one_scale_for_the_tensor(double: Double) -> None:
 @pytest.mark.parametrize(
     ("arch", "why"),
     [
-        ("gfx1250", "its fused all-reduces are not written for gfx1250"),
+        ("gfx1250", "AITER has no fused all-reduces for gfx1250"),
         ("gfx1100", "CustomAllreduce.custom_fused_ar_rms_quant writes zeros on gfx1100"),
     ],
 )
@@ -250,8 +252,9 @@ def test_groups(world: int, one_host: bool, make: Callable[..., Double], monkeyp
     monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: list(range(world)))
     monkeypatch.setattr(collective.agreement, "on_one_host", lambda ranks: one_host)
     op, arguments = drive().arguments(double.fp8)
-    why = f"a group of {world}; its all-reduces are for 2, 4, 8 ranks"
-    assert AITER.refuse(op, arguments) == (why if one_host else "the ranks of the group are on several hosts")
+    why = f"the group's size is {world}, and its all-reduces are for 2, 4, 8 ranks"
+    hosts = "the ranks of the group are on several hosts, and its all-reduces share memory within one"
+    assert AITER.refuse(op, arguments) == (why if one_host else hosts)
 
 
 def test_what_is_refused_is_not_run(double: Double) -> None:
@@ -300,7 +303,7 @@ def test_binding_table(record_property: Callable[[str, object], None]) -> None:
         bound = [v for v in aiter_double.VERSIONS if aiter_double.binds([path.entry, all_reduce.COMMUNICATOR], v)]
         assert bound == aiter_double.VERSIONS[aiter_double.VERSIONS.index(bound[0]) :], names(path)
         found[names(path)] = bound[0]
-        called = [v for v in bound if entry_points.known_bad(path.entry.name, v) is None]
+        called = [v for v in bound if releases.known_bad(path.entry.name, v) is None]
         assert called == aiter_double.VERSIONS[aiter_double.VERSIONS.index(CALLED) :], names(path)
     assert found == FIRST
     for path, version in FIRST.items():
@@ -315,7 +318,7 @@ def test_an_older_version(version: str, pair: Callable[..., Double]) -> None:
         why = AITER.refuse(op, arguments)
         if version == CALLED:
             assert why is None
-        elif aiter_double.at(path.entry.name, version) and entry_points.known_bad(path.entry.name, version):
+        elif aiter_double.at(path.entry.name, version) and releases.known_bad(path.entry.name, version):
             assert "lets a rank go on while others read its data" in str(why)
             assert str(why).endswith("upgrade AITER")
         else:

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion import bridge, platform
+from aiter_fusion import bridge
 from aiter_fusion.op import FusedOp
 from aiter_fusion.ops import mla, moe
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import BRIDGE_PROVIDERS
-from aiter_fusion.providers.aiter import entry_points, hipblaslt, library
+from aiter_fusion.providers.aiter import entry_points, hipblaslt, installation, releases
+from aiter_fusion.providers.aiter.bridge import ADAPTERS, adapter
 from aiter_fusion.providers.tiles import shuffled, unshuffled
 from aiter_fusion.registry import REGISTRY
 from support import aiter_double, models
@@ -348,7 +349,7 @@ def test_aiter(op: FusedOp, make: Callable[..., Double]) -> None:
                 quantised = op.family == "fused_moe" and arguments["quantisation"] != "none"
                 assert alike(want[name], have[name], APART_QUANTISED if quantised else 0.0), name
         if want[op.outputs[0]].numel():
-            assert library.BRIDGES[op.family].entry.name in double.called[called:]
+            assert ADAPTERS[op.family].entry.name in double.called[called:]
         assert all(map(same_bits, before, tensors)), "an argument was written to"
         count += 1
     assert count >= 2
@@ -360,42 +361,60 @@ def arguments_of(family: str, double: Double, index: int = 0, **changes: Any) ->
 
 E4 = torch.zeros(5, 64)
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "the weight is torch.float32, and would be read as torch.bfloat16": ("rms_norm", {"weight": torch.ones(64)}),
-    "rows of 8200, and its kernel takes up to 8192": ("rms_norm", {"x": torch.zeros(2, 8200, dtype=BF16)}),
-    "rows of 12, and its kernel loads 8": ("rms_norm", {"x": torch.zeros(2, 12, dtype=BF16)}),
+    "the weight is torch.float32, and the kernel needs torch.bfloat16, like x": (
+        "rms_norm",
+        {"weight": torch.ones(64)},
+    ),
+    "the hidden size is 8200, and the kernel takes up to 8192": ("rms_norm", {"x": torch.zeros(2, 8200, dtype=BF16)}),
+    "the hidden size is 12, and the kernel loads 8 elements at once": (
+        "rms_norm",
+        {"x": torch.zeros(2, 12, dtype=BF16)},
+    ),
     "x is torch.float32": ("rms_norm", {"x": E4}),
     "x is not contiguous (strides (128, 1))": ("rms_norm", {"x": torch.zeros(5, 128, dtype=BF16)[:, :64]}),
-    "residual is torch.float32, x torch.bfloat16": ("add_rms_norm", {"residual": E4}),
+    "residual is torch.float32, and the kernel needs torch.bfloat16, like x": ("add_rms_norm", {"residual": E4}),
     "this GPU's formats are torch.float8_e4m3fnuz and torch.int8": ("gemm_a8w8", {"x": E4.to(FN), "w": E4.to(FN)}),
     "x is torch.int8, w torch.float8_e4m3fnuz": ("gemm_a8w8", {"x": E4.to(torch.int8)}),
     "the result is torch.float32": ("gemm_a8w8", {"dtype": F32}),
     "x_scale has 1 elements for 5 rows": ("gemm_a8w8", {"x_scale": torch.ones(1)}),
     "w_scale is torch.float64": ("gemm_a8w8", {"w_scale": torch.ones(48, 1).double()}),
-    "the bias is of another dtype": ("gemm_a8w8", {"bias": torch.ones(48)}),
+    "the bias is torch.float32, and the kernel needs torch.bfloat16, like the result": (
+        "gemm_a8w8",
+        {"bias": torch.ones(48)},
+    ),
     "N is 192, not a multiple of 128": ("gemm_a8w8_blockscale", {"w": torch.zeros(192, 128).to(FNUZ)}),
     "K is 64, not a multiple of 128": ("gemm_a8w8_blockscale", {"w": torch.zeros(128, 64).to(FNUZ)}),
     "x_scale is [5, 2], not [5, 1]": ("gemm_a8w8_blockscale", {"x_scale": torch.ones(5, 2)}),
-    "blocks with scales are of FP8": ("gemm_a8w8_blockscale", {"x": torch.zeros(5, 128, dtype=torch.int8)}),
-    "9 of 8 experts": ("topk_softmax", {"topk": 9}),
-    "32 experts in 5 groups": ("grouped_topk", {"num_expert_group": 5}),
+    "x is torch.int8, and the kernel with scales for blocks takes FP8": (
+        "gemm_a8w8_blockscale",
+        {"x": torch.zeros(5, 128, dtype=torch.int8)},
+    ),
+    "topk is 9, and there are 8 experts": ("topk_softmax", {"topk": 9}),
+    "32 experts cannot be divided into 5 groups": ("grouped_topk", {"num_expert_group": 5}),
     "always renormalises": ("biased_grouped_topk", {"renormalize": False}),
-    "gating and its bias differ in dtype": ("biased_grouped_topk", {"correction_bias": torch.zeros(32, dtype=BF16)}),
+    "correction_bias is torch.bfloat16, and the kernel needs torch.float32, like gating": (
+        "biased_grouped_topk",
+        {"correction_bias": torch.zeros(32, dtype=BF16)},
+    ),
     "quantisation 'fp4' is none of": ("fused_moe", {"quantisation": "fp4"}),
     "activation 'relu' is none of": ("fused_moe", {"activation": "relu"}),
-    "the weights have no scales": ("fused_moe", {"quantisation": "per_token"}),
-    "the weights are torch.float32, and hidden torch.bfloat16": (
+    "the weights are quantised and have no scales": ("fused_moe", {"quantisation": "per_token"}),
+    "the weights are torch.float32, and without quantisation they must be torch.bfloat16, like hidden": (
         "fused_moe",
         {"w1": torch.zeros(4, 64, 64), "w2": torch.zeros(4, 64, 32)},
     ),
     "not in blocks of 128": ("fused_moe", {"quantisation": "block_128"}),
-    "topk_ids are torch.int64": ("fused_moe", {"topk_ids": torch.zeros(5, 2, dtype=torch.int64)}),
-    "topk_weights are torch.bfloat16": ("fused_moe", {"topk_weights": torch.zeros(5, 2, dtype=BF16)}),
+    "topk_ids is torch.int64, not torch.int32": ("fused_moe", {"topk_ids": torch.zeros(5, 2, dtype=torch.int64)}),
+    "topk_weights is torch.bfloat16, not torch.float32": ("fused_moe", {"topk_weights": torch.zeros(5, 2, dtype=BF16)}),
     "doweight_stage1 is for one expert a token": ("fused_moe", {"doweight_stage1": True}),
-    "heads of 576 and 256, not of 576 and 512": ("mla_decode_fwd", {"value_dim": 256}),
-    "it has no cap of logits, and 5.0 is asked for": ("mla_decode_fwd", {"logit_cap": 5.0}),
+    "the heads have 576 and 256 elements, not 576 and 512": ("mla_decode_fwd", {"value_dim": 256}),
+    "logit_cap is 5.0, and the kernel has no cap": ("mla_decode_fwd", {"logit_cap": 5.0}),
     "q is FP8 without a scale": ("mla_decode_fwd", {"q": torch.zeros(3, 4, 576).to(FNUZ)}),
     "the cache is torch.float16": ("mla_decode_fwd", {"kv_buffer": torch.zeros(17, 1, 1, 576, dtype=torch.float16)}),
-    "kv_indices is torch.int64, not int32": ("mla_decode_fwd", {"kv_indices": torch.zeros(15, dtype=torch.int64)}),
+    "kv_indices is torch.int64, not torch.int32": (
+        "mla_decode_fwd",
+        {"kv_indices": torch.zeros(15, dtype=torch.int64)},
+    ),
 }
 
 
@@ -420,13 +439,13 @@ def test_hipb_mm_says_all_that_stands_against_it(
     wrong |= {"b_is_shuffled": True, "a_scale": torch.ones(1, 1)}
     found = str(AITER.refuse(op, arguments | wrong)).split("; ")
     assert found == [
-        "the result is torch.float16, and with scales for rows it makes bfloat16",
+        "the result is torch.float16, and with scales for rows hipBLASLt makes bfloat16",
         "a has 1 scales, not one for each of its 5 rows",
         "b has 48 scales, not one for each of its 8 columns",
         "N is 8, below 16",
         "N is 8, not a multiple of 16",
         "K is 40, not a multiple of 16",
-        "K is 40, not a multiple of 32, and b is shuffled",
+        "K is 40, not a multiple of 32, which a shuffled b needs",
     ]
     monkeypatch.setenv(f"AITER_FUSION_{off}", "0")
     assert AITER.unwanted(op, arguments) == f"AITER_FUSION_{off} is off (set it to 1)"
@@ -436,7 +455,9 @@ def test_hipb_mm_says_all_that_stands_against_it(
     assert alike(op.reference(**arguments)["y"], op.target(*arguments.values(), "auto"))
     assert len(double.calls) == called
     double.arch = "gfx1201"
-    assert str(AITER.refuse(op, arguments)).startswith("the GPU is gfx1201, not an MI300 or MI350; a and b are")
+    assert str(AITER.refuse(op, arguments)).startswith(
+        "the GPU is gfx1201, and hipBLASLt is called on MI300 and MI350 (gfx942, gfx950); a and b are"
+    )
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -593,7 +614,7 @@ def test_tuning_by_releases_that_cannot(
 ) -> None:
     double = make("v0.1.10.post1")
     arguments = arguments_of("hipb_mm_fp8", double)
-    said = "AITER_FUSION_TUNING is set, and AITER 0.1.10.post1 tunes nothing: it does from v0.1.10.post2 on"
+    said = "AITER_FUSION_TUNING is set, and AITER 0.1.10.post1 cannot tune: it can from v0.1.10.post2 on"
     assert said not in str(AITER.refuse(OPS["hipb_mm_fp8"], arguments))
     monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
     assert said in str(AITER.refuse(OPS["hipb_mm_fp8"], arguments)).split("; ")
@@ -606,7 +627,7 @@ def test_tuning_that_has_no_effect(
     double = make()
     monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
     double.computes["hipb_mm"] = lambda double, a: torch.zeros(a.mat1.shape[0], a.mat2.shape[1], dtype=BF16)
-    monkeypatch.setattr(platform, "aiter_version", lambda: None)
+    monkeypatch.setattr(installation, "aiter_version", lambda: None)
     for m in (5, 6):
         by_hipb(hipb(m))
     (warning,) = warnings_of(caplog)
@@ -669,17 +690,17 @@ def spans(good: list[bool]) -> str:
 
 
 def is_bound(family: str, version: str) -> bool:
-    bridge = library.BRIDGES[family]
+    bridge = ADAPTERS[family]
     return aiter_double.binds([bridge.entry, *bridge.others], version)
 
 
 def is_called(family: str, version: str) -> bool:
-    return is_bound(family, version) and entry_points.known_bad(library.BRIDGES[family].entry.name, version) is None
+    return is_bound(family, version) and releases.known_bad(ADAPTERS[family].entry.name, version) is None
 
 
 def test_binding_table(record_property: Callable[[str, object], None]) -> None:
     found, called = {}, {}
-    for family in library.BRIDGES:
+    for family in ADAPTERS:
         found[family] = spans([is_bound(family, version) for version in aiter_double.VERSIONS])
         called[family] = spans([is_called(family, version) for version in aiter_double.VERSIONS])
         unlike = f" (called from {called[family]} on)" if called[family] != found[family] else ""
@@ -739,7 +760,7 @@ def test_a_faulty_adapter_is_caught(fault: str, make: Callable[..., Double], mon
         x, scale = torch.randn(3, 384).to(FNUZ), torch.rand(3, 3) + 0.5
         arguments |= {"x": x, "x_scale": scale, "w": torch.randn(128, 384).to(FNUZ), "w_scale": torch.rand(1, 3)}
     real = entry_points.call
-    faulty = library.BRIDGES[family].entry
+    faulty = ADAPTERS[family].entry
 
     def call(entry: entry_points.EntryPoint, **given: Any) -> Any:
         return real(entry, **(given | {argument: change(given)} if entry is faulty else given))
@@ -756,7 +777,7 @@ def test_a_faulty_adapter_is_caught(fault: str, make: Callable[..., Double], mon
         return next((name for name in op.outputs if not alike(want[name], have[name])), None)
 
     assert problem() is None
-    for module in (library, hipblaslt):
+    for module in (adapter, hipblaslt):
         monkeypatch.setattr(module, "call", call)
     assert problem() is not None
 

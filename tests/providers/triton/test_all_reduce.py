@@ -17,7 +17,7 @@ from aiter_fusion.bench import allreduce
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import collective
-from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.providers.triton.all_reduce import algorithms, symmetric
 from aiter_fusion.registry import REGISTRY
 from support import cases, gloo_ranks, gpu_ranks, models, processes
 from support.checked import Checked, fused
@@ -194,20 +194,20 @@ def test_what_is_timed_is_what_follows_the_sum(alone: None) -> None:
 @pytest.mark.parametrize("way", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("world", collective.WORLDS)
 def test_pieces_fit_into_their_memory(world: int, way: str) -> None:
-    for tensors, memory in itertools.product((1, 2), (all_reduce.CLASSES[-1] // (2 * 16384), 8192, 1 << 24)):
-        most = all_reduce.at_once(way, world, tensors, memory)
-        assert 0 < most <= all_reduce.ROWS
-        assert all_reduce.needed(way, world, most, tensors) <= memory
-        if most < all_reduce.ROWS:
-            assert all_reduce.needed(way, world, most + world, tensors) > memory
+    for tensors, memory in itertools.product((1, 2), (symmetric.CLASSES[-1] // (2 * 16384), 8192, 1 << 24)):
+        most = algorithms.at_once(way, world, tensors, memory)
+        assert 0 < most <= algorithms.ROWS
+        assert algorithms.needed(way, world, most, tensors) <= memory
+        if most < algorithms.ROWS:
+            assert algorithms.needed(way, world, most + world, tensors) > memory
 
 
 def test_the_way_is_what_was_measured() -> None:
-    assert [all_reduce.choose(2, rows, 8192, 2) for rows in (1, 8192)] == ["one_shot", "one_shot"]
-    assert [all_reduce.choose(4, rows, 8192, 2) for rows in (1, 16, 32)] == ["one_shot", "one_shot", "two_shot"]
+    assert [algorithms.choose(2, rows, 8192, 2) for rows in (1, 8192)] == ["one_shot", "one_shot"]
+    assert [algorithms.choose(4, rows, 8192, 2) for rows in (1, 16, 32)] == ["one_shot", "one_shot", "two_shot"]
     # of 8 ranks AITER's rule: rows, bytes over ranks, and any multiple of eight elements up to 8192
     rows = {2880: 39, 8192: 14, 16384: 0}
     for width, most in rows.items():
-        assert all_reduce.choose(8, max(most, 1), width, 2) == ("one_shot" if most else "two_shot")
-        assert all_reduce.choose(8, most + 1, width, 2) == "two_shot"
-    assert all_reduce.choose(8, 81, 256, 2) == "two_shot"
+        assert algorithms.choose(8, max(most, 1), width, 2) == ("one_shot" if most else "two_shot")
+        assert algorithms.choose(8, most + 1, width, 2) == "two_shot"
+    assert algorithms.choose(8, 81, 256, 2) == "two_shot"

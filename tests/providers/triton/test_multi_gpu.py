@@ -22,7 +22,7 @@ def test_the_same_bits_on_every_rank(world: int, tmp_path: Path) -> None:
     for found in processes.run(world, tmp_path, gpu_ranks.random_calls, 1000, backend="nccl"):
         assert found["differing"] == found["wrong"] == 0
         assert found["moved_codes"] <= 1e-5 * found["codes"]
-        assert set(found["ways"]) == {"one_shot", "two_shot", "plain"}
+        assert set(found["ways"]) == {"one_shot", "two_shot", "fallback"}
 
 
 @worlds

@@ -17,7 +17,7 @@ from torch import Tensor
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import collective
-from aiter_fusion.providers.triton import all_reduce
+from aiter_fusion.providers.triton.all_reduce import algorithms, calls, symmetric
 from aiter_fusion.registry import REGISTRY
 from support import gpu_ranks
 
@@ -36,9 +36,9 @@ class Ranks:
 
     def __init__(self, world: int, cores: int) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        memories = {half: [self._memory(half) for _ in range(world)] for half in all_reduce.CLASSES[:2]}
+        memories = {half: [self._memory(half) for _ in range(world)] for half in symmetric.CLASSES[:2]}
         self.ranks = [
-            all_reduce.Communicator(
+            symmetric.Communicator(
                 group=str(rank),
                 process_group=None,
                 device=self.device,
@@ -60,24 +60,24 @@ class Ranks:
         return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def _memory(self, half: int) -> Tensor:
-        memory = torch.full((all_reduce.HEADER + 2 * half,), 0xFF, dtype=torch.uint8, device=self.device)
-        memory[: all_reduce.HEADER] = 0
+        memory = torch.full((symmetric.HEADER + 2 * half,), 0xFF, dtype=torch.uint8, device=self.device)
+        memory[: symmetric.HEADER] = 0
         return memory
 
-    def _channel(self, half: int, memories: list[Tensor]) -> all_reduce.Channel:
+    def _channel(self, half: int, memories: list[Tensor]) -> symmetric.Channel:
         peers = torch.tensor([memory.data_ptr() for memory in memories], device=self.device)
-        return all_reduce.Channel(half, peers, self._word(), memories)
+        return symmetric.Channel(half, peers, self._word(), memories)
 
     def call(self, way: str, op: Any, of_rank: Callable[[int], dict[str, Any]], absent: int = -1) -> list[Outputs]:
         """What each rank gets."""
         given = [of_rank(rank) for rank in range(len(self.ranks))]
         found: list[Outputs] = [{} for _ in given]
         torch.cuda.synchronize()
-        with all_reduce.forced(way):
+        with algorithms.forced(way):
             for rank, stream in enumerate(self.streams):
                 if rank != absent:
                     with torch.cuda.stream(stream):
-                        found[rank] = all_reduce.run(op, True, **given[rank])
+                        found[rank] = calls.run(op, True, **given[rank])
         torch.cuda.synchronize()
         return found
 
@@ -86,7 +86,7 @@ class Ranks:
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Ranks]:
     def make(world: int, cores: int) -> Ranks:
         made = Ranks(world, cores)
-        monkeypatch.setattr(all_reduce, "communicator", lambda group, device: made.ranks[int(group)])
+        monkeypatch.setattr(calls, "communicator", lambda group, device: made.ranks[int(group)])
         return made
 
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "60")  # longer than this host may take between two ranks
@@ -138,7 +138,7 @@ def test_a_rank_that_does_not_come(
     monkeypatch.setenv("AITER_FUSION_TIMEOUT", "2")
     group.call(way, op, given, absent)
     for rank in group.ranks[:absent]:
-        with pytest.raises(all_reduce.LateRankError, match=f"rank {absent} did not take part"):
+        with pytest.raises(symmetric.LateRankError, match=f"rank {absent} did not take part"):
             rank.check()
 
 

@@ -25,8 +25,8 @@ from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.manager import environment
 from aiter_fusion.providers import PROVIDERS
-from aiter_fusion.providers import triton as provider
-from aiter_fusion.providers.triton import all_reduce, launches, programs, rules, tuned
+from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
+from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
 
@@ -119,7 +119,10 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
     "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
-    "format": ({"quant_dtype": FNUZ}, "this GPU converts to torch.float8_e4m3fn, not to torch.float8_e4m3fnuz"),
+    "format": (
+        {"quant_dtype": FNUZ},
+        "the quantiser's format is torch.float8_e4m3fnuz, and this GPU converts to torch.float8_e4m3fn",
+    ),
     "columns": ({"x": (4, 256, torch.bfloat16, "columns")}, "the columns of x are 2 elements apart"),
     "rows": ({"x": (8, 256, torch.bfloat16, "rows")}, "the rows of x are not evenly spaced"),
     "wide": ({"x": (1, 262144, torch.bfloat16), "block": 262144}, "hidden size 262144 exceeds 65536"),
@@ -161,7 +164,7 @@ def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypat
                 if isinstance(value, Tensor):
                     known[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
             answer = PROVIDERS["triton"].why_not(op, {name: known[name] for name in op.arguments})
-            assert answer is None or ("group" in op.arguments and answer.startswith("a group of 1"))
+            assert answer is None or ("group" in op.arguments and answer.startswith("the group's size is 1"))
             outside = replace(op, family="of_somebody", stages=())
             known = {name: known[name] for name in op.arguments}
             assert PROVIDERS["triton"].why_not(outside, known) == "it declares no kernel for of_somebody"
@@ -223,7 +226,7 @@ def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (1)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(tuned.platform, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(tuned.machine, "triton_version", lambda: "3.6.0")
     forget()
     yield tmp_path / "launches-nvidia-h200-1-triton-3.6.0.json"
     forget()
@@ -403,7 +406,7 @@ def test_every_launch_fits_its_target(target: str) -> None:
             for launch in launches.of(case.op, case.arguments("meta"), nvidia).launches:
                 assert 1 <= launch.warps <= most
         constants = {"SEGMENTS": 1, "SEGMENT": rules.power_of_two(width), "PTX": nvidia}
-        assert 1 <= all_reduce.launch(constants, rows, 132)["num_warps"] <= most
+        assert 1 <= calls.launch(constants, rows, 132)["num_warps"] <= most
 
 
 needs_triton = pytest.mark.skipif(
@@ -425,7 +428,7 @@ def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) 
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
     machine, _, _, shared = TARGETS[target]
-    function = provider.kernel(launch.kernel)
+    function = jit.kernel(launch.kernel)
     signature, constants = {}, {}
     for index, parameter in enumerate(function.params):
         value = launch.arguments[parameter.name]
@@ -530,12 +533,12 @@ def test_constants_are_of_the_call(op: FusedOp) -> None:
         other_eps = {"eps": 0.25, "eps_tensor": None}
         for changes in ({}, other_eps, {"offset": 0.5}, {"cast_first": not known["cast_first"]}, {"block": 32}):
             arguments = {name: {**known, **changes}[name] for name in op.arguments}
-            found = all_reduce._found_constants(op, arguments, 64, True)
-            assert all_reduce.constants(op, arguments, 64, True) == found
+            found = calls._found_constants(op, arguments, 64, True)
+            assert calls.constants(op, arguments, 64, True) == found
 
 
 @needs_triton
-@pytest.mark.parametrize("way", ["one_shot", "two_shot", "plain"])
+@pytest.mark.parametrize("way", ["one_shot", "two_shot", "fallback"])
 @pytest.mark.parametrize("rows", [9, 900])
 @pytest.mark.parametrize("op", REDUCING[::3], ids=lambda op: op.name.split("::")[1])
 def test_all_reduces_compile(op: FusedOp, rows: int, way: str) -> None:
@@ -564,12 +567,12 @@ def compile_all_reduce(op: FusedOp, rows: int, way: str, changes: Mapping[str, A
     given = {name: outputs.get(output) for name, output in (tensors | {"reduced_out": "reduced"}).items()}
     if "static" in op.features or "q" not in outputs:
         given["scale_out"] = None
-    given = all_reduce._views(known, given, 64) | all_reduce.constants(op, known, 64, True)
+    given = calls._views(known, given, 64) | calls.constants(op, known, 64, True)
     memory = torch.zeros(4, dtype=torch.int32)
-    channel = all_reduce.Channel(all_reduce.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
-    group = all_reduce.Communicator("0", None, memory.device, 0, [0, 1], memory, memory, cores=132)
-    given |= all_reduce._placed(way, None if way == "plain" else channel, group, rows, rows, known["x"])
-    kernel = all_reduce._kernel()
+    channel = symmetric.Channel(symmetric.CLASSES[0], torch.zeros(2, dtype=torch.int64), memory)
+    group = symmetric.Communicator("0", None, memory.device, 0, [0, 1], memory, memory, cores=132)
+    given |= calls._placed(way, None if way == "fallback" else channel, group, rows, rows, known["x"])
+    kernel = jit.kernel(calls.KERNEL)
     assert sorted(given) == sorted(parameter.name for parameter in kernel.params)
     signature, constants = {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -582,4 +585,4 @@ def compile_all_reduce(op: FusedOp, rows: int, way: str, changes: Mapping[str, A
         else:
             signature[parameter.name] = {"limit": "i64", "eps": "fp32"}.get(parameter.name, "i32")
     source = compiler.ASTSource(kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=machine_of("cuda", 90, 32), options=all_reduce.launch(given, rows, group.cores))
+    triton.compile(source, target=machine_of("cuda", 90, 32), options=calls.launch(given, rows, group.cores))
