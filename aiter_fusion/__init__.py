@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset, warmup
     from .dumping import dump
     from .extend import fused_op, register_family, register_form, register_fusion, register_provider, unregister
-    from .platform import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .prepared import prepare
-    from .providers.triton.all_reduce import LateRankError, check
+    from .providers.aiter.installation import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
+    from .providers.triton.all_reduce.symmetric import LateRankError, check
     from .report import FusionReport, Site
 
 __version__ = "0.1.0"
@@ -40,12 +40,12 @@ _HOME = {
     "register_fusion": "extend",
     "register_provider": "extend",
     "unregister": "extend",
-    "if_aiter_supported": "platform",
-    "is_aiter_found": "platform",
-    "is_aiter_found_and_supported": "platform",
+    "if_aiter_supported": "providers.aiter.installation",
+    "is_aiter_found": "providers.aiter.installation",
+    "is_aiter_found_and_supported": "providers.aiter.installation",
     "prepare": "prepared",
-    "check": "providers.triton.all_reduce",
-    "LateRankError": "providers.triton.all_reduce",
+    "check": "providers.triton.all_reduce.symmetric",
+    "LateRankError": "providers.triton.all_reduce.symmetric",
     "FusionReport": "report",
     "Site": "report",
 }

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
-from . import config, dynamo, families, ops, platform, report  # noqa: F401  (importing them registers ops)
+from . import config, dynamo, families, machine, ops, report  # noqa: F401  (importing them registers ops)
 from .passes.manager import PassManager, compose, in_group
 from .passes.oracle import Oracle, graphs_anew
 from .patterns import fusions  # noqa: F401  (importing it registers forms and fusions)
@@ -68,8 +68,8 @@ class Backend:
         disable: str | Iterable[str] = (),
         enable: str | Iterable[str] = (),
     ) -> None:
-        platform.require_torch(torch.__version__)
-        untested = platform.why_untested(torch.__version__)
+        machine.require_torch(torch.__version__)
+        untested = machine.why_untested(torch.__version__)
         if untested is not None:
             report.configure_logging()
             _warn_once(untested)

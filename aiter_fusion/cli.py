@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import torch
 
-from . import __version__, config, platform
+from . import __version__, config, machine
 from .registry import REGISTRY
 
 if TYPE_CHECKING:
@@ -317,7 +317,9 @@ def information() -> dict[str, Any]:
     """
     from .patterns import fusions  # noqa: F401  (importing it registers them)
     from .providers import PROVIDERS
-    from .providers.triton import native_fp8, tuned
+    from .providers.aiter import installation
+    from .providers.triton import tuned
+    from .providers.triton.jit import native_fp8
 
     gpu = torch.cuda.is_available()
     device = torch.cuda.current_device() if gpu else 0
@@ -329,13 +331,13 @@ def information() -> dict[str, Any]:
         "backend_by_name": bool(entry_points(group="torch_dynamo_backends", name="aiter_fusion")),
         "python": python_platform.python_version(),
         "torch": torch.__version__,
-        "triton": platform.triton_version(),
+        "triton": machine.triton_version(),
         "device": torch.cuda.get_device_name(device) if gpu else None,
-        "architecture": platform.architecture(device) or (f"sm_{capability}" if gpu else None),
+        "architecture": machine.architecture(device) or (f"sm_{capability}" if gpu else None),
         "native_fp8": str(native).removeprefix("torch.") if native else None,
-        "aiter": platform.aiter_version() if platform.is_aiter_found() else None,
-        "aiter_supported": platform.is_aiter_found_and_supported(),
-        "aiter_reason": platform.why_no_aiter(),
+        "aiter": installation.aiter_version() if installation.is_aiter_found() else None,
+        "aiter_supported": installation.is_aiter_found_and_supported(),
+        "aiter_reason": installation.why_no_aiter(),
         "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
         "tuned": {"file": str(tuned.path()), "launches": len(tuned.choices())} if tuned.path() else None,
         "preferences": _preferences(chosen),

@@ -1,14 +1,14 @@
 """What values the arguments of an op may have, as data: for which it is defined, and which a provider can compute.
 
 A domain says why a value is not in it, with value and limit: ``activation 'relu' is none of silu, gelu``. What it asks
-of symbolic sizes never adds a guard.
+of symbolic sizes never adds a guard. (They are tuples: every import makes them,
+and dataclasses take three times as long.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,16 +29,14 @@ def _none_of(what: str, known: Iterable[Any]) -> str:
     return f"{what} is none of {', '.join(map(str, known))}"
 
 
-@dataclass(frozen=True)
-class Anything:
+class Anything(NamedTuple):
     """Any value: PyTorch checks the argument's type, and ``refuse`` of a provider what else matters."""
 
     def why_not(self, name: str, value: Any, width: Any) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class OneOf:
+class OneOf(NamedTuple):
     """One of these values."""
 
     values: tuple[Any, ...]
@@ -47,8 +45,7 @@ class OneOf:
         return None if value in self.values else _none_of(f"{name} {value!r}", self.values)
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A number that is known when the graph is compiled, or, where ``optional``, None."""
 
     optional: bool = False
@@ -59,8 +56,7 @@ class Number:
         return f"{name} {value!r} is no number that is known when compiling"
 
 
-@dataclass(frozen=True)
-class Tensors:
+class Tensors(NamedTuple):
     """A tensor of one of these dtypes, of so many ``elements`` (None: any number), or, where ``optional``, None."""
 
     dtypes: Dtypes
@@ -77,8 +73,7 @@ class Tensors:
         return None
 
 
-@dataclass(frozen=True)
-class Activations:
+class Activations(NamedTuple):
     """The name of an activation, behind which stand its numbers, if it has any: ``silu``, ``clamped_swiglu=1.702,7.0``.
 
     numbers: name -> what its numbers are called.
@@ -91,9 +86,9 @@ class Activations:
         numbers = given.split(",") if equals else []
         if known in self.numbers and len(numbers) == len(self.numbers[known]) and all(map(_is_number, numbers)):
             return None
-        return _none_of(f"activation {value!r}", self)
+        return _none_of(f"activation {value!r}", self.written())
 
-    def __iter__(self) -> Iterator[str]:
+    def written(self) -> Iterator[str]:
         """How each is written."""
         for name, numbers in self.numbers.items():
             yield f"{name}={','.join(f'<{number}>' for number in numbers)}" if numbers else name
@@ -107,8 +102,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """A program (``aiter_fusion/arithmetic.py``) of steps with these names."""
 
     names: tuple[str, ...]
@@ -122,8 +116,7 @@ class Steps:
         return None if other is None else _none_of(f"step {other!r} of {name}", self.names)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Whole numbers from ``least`` to ``most`` that are multiples of ``multiple``; none that only a run will tell."""
 
     least: int
@@ -144,8 +137,7 @@ class Sizes:
 TENSOR, TOKEN, GROUP = "tensor", "token", "group"
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """How many elements share a scale: 0 (granularity ``tensor``), the row's (``token``), or a divisor of these of at
     most ``largest`` (``group``; None: of any size)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .op import define
-from .providers import implementation
+from .providers.choice import implementation
 from .registry import REGISTRY
 from .stage import Family, maybe
 from .stages.activation import ACT_MUL, PACKED_ACT_MUL

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """What quantised values are stored as.
 
     dtype: of the values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ Implementation = Callable[..., Any]
 Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, Sequence[int]]
 
 
-@dataclass(frozen=True)
-class Tolerance:
+class Tolerance(NamedTuple):
     """How far a provider may be from the reference on finite, non-zero rows.
 
     codes:  FP8 codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
@@ -76,7 +75,7 @@ class FusedOp:
     shape: Callable[..., dict[str, Spec]]
     samples: Callable[[], Iterator[dict[str, Any]]]
     layouts: tuple[Mapping[str, Any], ...] = ({},)
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = field(default_factory=Tolerance)
     order_free: frozenset[str] = frozenset()
     domains: Mapping[str, Domain] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bridge, config
-from .providers import BRIDGE_PROVIDERS
+from .providers.known import BRIDGE_PROVIDERS
 from .providers.tiles import TILE, shuffled
 from .registry import REGISTRY
 

@@ -161,7 +161,8 @@ class _Knowing:
             case frozenset() | set():
                 return sorted(repr(self(entry)) for entry in value)
             case list() | tuple():
-                return [self(entry) for entry in value]
+                entries = [self(entry) for entry in value]
+                return (type(value).__qualname__, entries) if hasattr(value, "_fields") else entries
         if is_dataclass(value) and not isinstance(value, type):
             if id(value) not in self._digests:
                 parts = [(field.name, self(getattr(value, field.name))) for field in fields(value) if field.init]

@@ -9,7 +9,8 @@ this machine can run AITER's kernels, and what the environment prefers. Exit sta
 from __future__ import annotations
 
 import aiter_fusion
-from aiter_fusion import config, platform
+from aiter_fusion import config, machine
+from aiter_fusion.providers.aiter import installation
 
 
 @aiter_fusion.if_aiter_supported
@@ -19,12 +20,12 @@ def only_with_aiter() -> str:
 
 
 def main() -> None:
-    found = platform.aiter()
+    found = installation.aiter()
     print(f"AITER:         {found.answer}" + (f" (version {found.version or 'unknown'})" if not found.detail else ""))
     if found.detail:
         print(f"               {found.detail}")
-    print(f"architecture:  {platform.architecture() or 'no AMD GPU'}")
-    print(f"can run here:  {platform.why_no_aiter() or platform.why_experimental() or 'yes'}")
+    print(f"architecture:  {machine.architecture() or 'no AMD GPU'}")
+    print(f"can run here:  {installation.why_no_aiter() or installation.why_experimental() or 'yes'}")
     print(f"is_aiter_found():               {aiter_fusion.is_aiter_found()}")
     print(f"is_aiter_found_and_supported(): {aiter_fusion.is_aiter_found_and_supported()}")
     print(f"a function under if_aiter_supported returned {only_with_aiter()!r}")

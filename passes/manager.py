@@ -20,10 +20,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import getArtifactLogger, trace_structured
 from torch.fx._utils import lazy_format_graph_code
 
-from .. import agreement, config, platform, record, report
+from .. import agreement, config, machine, record, report
 from ..config import Options
 from ..patterns.fusions import forms_of
 from ..providers import PROVIDERS, can_be_asked
+from ..providers.aiter import installation
 from ..registry import REGISTRY
 from . import verify
 from .plan import Planned, plan
@@ -207,10 +208,10 @@ def environment() -> dict[str, Any]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
-        "AITER": platform.aiter_version(),
-        "triton": platform.triton_version(),
+        "AITER": installation.aiter_version(),
+        "triton": machine.triton_version(),
         **{f"what {name} depends on": provider.state() for name, provider in PROVIDERS.items()},
-        "the architecture": platform.architecture() or capability,
+        "the architecture": machine.architecture() or capability,
         "the process group": (dist.get_world_size(), dist.get_backend()) if in_group() else None,
         "the preferences": tuple(map(config.preference, config.PREFERENCES)),
     }

@@ -149,8 +149,12 @@ class Matcher:
             case Call():
                 yield from self._match_call(pattern, value, found)
             case OneOf():
-                for option in pattern.options:
+                known = pattern.by_head.get(value.target) if isinstance(value, fx.Node) else None
+                options = pattern.others if known is None else known
+                for option in options:
                     yield from self._match(option, value, consumer, found)
+                if self._trace and len(options) < len(pattern.options):
+                    self._note(value, found)
             case Var():
                 if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
                     known = found.inputs.get(pattern.name)

@@ -107,10 +107,10 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             return None
 
     for node in reversed(graph.nodes):
+        forms_here = by_target.get(node.target, ())
+        read = readers(node) if forms_here else []
         candidates = [
-            form
-            for form in by_target.get(node.target, ())
-            if node not in inside[form.kind] or not inside[form.kind].issuperset(readers(node))
+            form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)
         ]
         record = first(candidates, node) if candidates else None
         if record is not None:
@@ -151,7 +151,10 @@ def selects_rows(node: fx.Node) -> bool:
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
     """The record of the first form that explains the value, or None."""
+    inputs = {source.target for source in node.all_input_nodes}
     for form in forms:
+        if form.reads is not None and form.reads.isdisjoint(inputs):
+            continue
         for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):

@@ -73,17 +73,28 @@ class Call(Pattern):
     def __post_init__(self) -> None:
         literal = [isinstance(pattern, (Attr, Const)) for pattern in self.args]
         object.__setattr__(self, "order", tuple(sorted(range(len(literal)), key=lambda i: not literal[i])))
-        every = (heads(pattern) for pattern in self.args)
-        named = tuple(None if ends is None or any(isinstance(t, str) for t in ends) else ends for ends in every)
-        object.__setattr__(self, "heads", named)
+        object.__setattr__(self, "heads", tuple(map(_known_heads, self.args)))
         object.__setattr__(self, "by_name", any(isinstance(target, str) for target in self.targets))
 
 
 @dataclass(frozen=True)
 class OneOf(Pattern):
-    """Alternatives, tried in order."""
+    """Alternatives, tried in order.
+
+    ``by_head`` has those that a value computed by a call can be, for each call that one of them ends in; ``others``
+    those that any value can be. Most alternatives differ in their last call, and one look at it turns them away.
+    """
 
     options: tuple[Pattern, ...]
+    by_head: Mapping[Target, tuple[Pattern, ...]] = field(init=False, repr=False, compare=False)
+    others: tuple[Pattern, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ends = [(option, _known_heads(option)) for option in self.options]
+        every = frozenset().union(*(targets for _, targets in ends if targets is not None))
+        by_head = {head: tuple(o for o, targets in ends if targets is None or head in targets) for head in every}
+        object.__setattr__(self, "by_head", by_head)
+        object.__setattr__(self, "others", tuple(option for option, targets in ends if targets is None))
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,27 @@ def heads(pattern: Pattern) -> frozenset[Target] | None:
         case OneOf():
             every = [heads(option) for option in pattern.options]
             known = [targets for targets in every if targets is not None]
+            return frozenset().union(*known) if len(known) == len(every) else None
+        case _:
+            return None
+
+
+def _known_heads(pattern: Pattern) -> frozenset[Target] | None:
+    """``heads``, but None where one of them is a name: a library may register that operator later."""
+    ends = heads(pattern)
+    return None if ends is None or any(isinstance(target, str) for target in ends) else ends
+
+
+def _first_inputs(pattern: Pattern) -> frozenset[Target] | None:
+    """Calls of which a value of this pattern reads at least one; None if it may read none of those it names."""
+    match pattern:
+        case Call():
+            return next((ends for ends in pattern.heads if ends is not None), None)
+        case With() | Named() | Both():
+            return _first_inputs(pattern.of)
+        case OneOf():
+            every = [_first_inputs(option) for option in pattern.options]
+            known = [ends for ends in every if ends is not None]
             return frozenset().union(*known) if len(known) == len(every) else None
         case _:
             return None
@@ -231,6 +263,8 @@ class Form:
     serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
     alone:     why a record that begins no fusion is left alone, with the reason's code.
     listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
+    reads:     calls of which at least one is an input of any such value (None: it can read anything). Most nodes are
+               turned away by it before the matcher begins.
     """
 
     kind: str
@@ -244,7 +278,11 @@ class Form:
     serves: str | None = None
     alone: str = "unquantised: no FP8 quantiser in this graph reads it"
     listed: bool = True
+    reads: frozenset[Target] | None = field(init=False, repr=False, compare=False)
     table: ClassVar[str] = "forms"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", _first_inputs(self.pattern))
 
     @property
     def key(self) -> tuple[str, str]:

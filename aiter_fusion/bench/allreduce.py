@@ -27,7 +27,8 @@ from torch.multiprocessing.spawn import spawn
 
 from .. import ops  # noqa: F401  (importing ops registers them)
 from ..op import FusedOp
-from ..providers.triton import all_reduce
+from ..providers.triton.all_reduce import algorithms
+from ..providers.triton.all_reduce.symmetric import check
 from ..registry import REGISTRY
 from ..stages.norm import rms_norm
 from ..stages.quantise import DYNAMIC
@@ -38,7 +39,7 @@ ROWS = (1, 32, 128, 512, 2048, 8192)
 ONE_SHOT_BYTES = 512 * 1024
 # A graph has as many calls as take about this long, in seconds, and at most this many; it is replayed this often.
 GRAPH_TIME, GRAPH_CALLS, ROUNDS = 2e-3, 40, 15
-NAMES = ("ours", "one_shot", "two_shot", "plain", "nccl", "symmetric")
+NAMES = ("ours", "one_shot", "two_shot", "fallback", "nccl", "symmetric")
 STEPS = {
     "block": 128,
     "column_major": False,
@@ -131,11 +132,11 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
     op, given = fused_call(x, residual, weight, group)
     torch._dynamo.reset()
     compiled = torch.compile(rest, dynamic=False, fullgraph=True)
-    chosen = all_reduce.choose(world, rows, hidden, 2)
+    chosen = algorithms.choose(world, rows, hidden, 2)
 
     def ours(way: str) -> Callable[[], Any]:
         def call() -> Any:
-            with all_reduce.forced(way):
+            with algorithms.forced(way):
                 return op.target(*given, "triton")
 
         return call
@@ -158,7 +159,7 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
         return compiled(symm.two_shot_all_reduce_(buffer, "sum", group), residual, weight)
 
     _compare(ours, chosen, x, residual, weight, compiled)
-    calls = {name: ours(name) for name in ("one_shot", "two_shot", "plain") if not quick or name == chosen}
+    calls = {name: ours(name) for name in ("one_shot", "two_shot", "fallback") if not quick or name == chosen}
     calls |= {"nccl": nccl, "symmetric": over_symmetric}
     count = max(2, min(GRAPH_CALLS, int(GRAPH_TIME / (5e-6 + 6 * x.nbytes / 3e11))))
     replayed = {name: _capture(call, count) for name, call in calls.items()}
@@ -167,7 +168,7 @@ def _measure(rows: int, hidden: int, quick: bool) -> Row:
     times = torch.tensor(alternate(list(replayed.values()), ROUNDS), device=device) / count
     dist.all_reduce(times, dist.ReduceOp.MAX)
     us: dict[str, float | None] = dict.fromkeys(NAMES) | dict(zip(replayed, times.tolist(), strict=True))
-    all_reduce.check()
+    check()
     return Row(world, hidden, rows, chosen, us | {"ours": us[chosen]})
 
 

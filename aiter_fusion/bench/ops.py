@@ -27,7 +27,7 @@ from .. import families  # noqa: F401  (importing it registers ops)
 from ..op import FusedOp
 from ..passes.verify import differing_codes
 from ..providers import PROVIDERS
-from ..providers.triton import native_fp8
+from ..providers.triton.jit import native_fp8
 from ..registry import REGISTRY
 from ..stage import Setting
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress

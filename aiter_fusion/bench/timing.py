@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import __version__, platform
+from .. import __version__, machine
 
 T = TypeVar("T")
 EXTRA = "pip install 'aiter-fusion[bench]'"
@@ -44,7 +44,7 @@ def conditions(command: str) -> Conditions:
     return Conditions(
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
-        triton=platform.triton_version(),
+        triton=machine.triton_version(),
         aiter_fusion=__version__,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,

@@ -18,7 +18,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..providers import PROVIDERS
-from ..providers.triton import native_fp8, nvidia, rules, run, tuned
+from ..providers.triton import rules, tuned
+from ..providers.triton.jit import native_fp8, nvidia
+from ..providers.triton.provider import run
 from .ops import Case
 from .timing import alternate, capture, conditions, need_gpu, progress
 

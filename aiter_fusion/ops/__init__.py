@@ -1,3 +1,4 @@
-"""The ops of the bridge, one declaration each. Importing this package registers them with PyTorch."""
+"""The ops of the bridge, one typed reference each (``bridge.py``). Importing this package registers them with
+PyTorch."""
 
-from . import gemm, mla, moe, norm  # noqa: F401
+from . import gemm, mla, moe, norm, routing  # noqa: F401

@@ -8,49 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import BridgeOp
-from ..providers import bridge_op
 from ..providers.tiles import in_rows, shuffled
+from .bridge import bridge_op
+
+__all__ = ["gemm_a8w8", "gemm_a8w8_blockscale", "hipb_mm_fp8"]
 
 F32 = torch.float32
 BLOCK = 128
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w.T`` in float32; of integers exact, of FP8 summed in float32."""
+    """``x @ w.T`` in float32: exact for integers, summed in float32 for FP8."""
     if x.dtype is torch.int8:  # sums may exceed 2**24, which float32 does not count by ones
         return (x.double() @ w.double().t()).to(F32)
     return x.to(F32) @ w.to(F32).t()
 
 
-def _finished(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {"y": (product if bias is None else product + bias.to(F32)).to(dtype)}
-
-
-def _a8w8(
-    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    scales = x_scale.to(F32).reshape(-1, 1) * w_scale.to(F32).reshape(1, -1)
-    return _finished(_product(x, w) * scales, bias, dtype)
-
-
-def _blockscale(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    columns = x.shape[-1]
-    values = x.to(F32) * x_scale.reshape(len(x), columns // BLOCK).repeat_interleave(BLOCK, -1)
-    weights = w_scale.repeat_interleave(BLOCK, 0)[: w.shape[0]].repeat_interleave(BLOCK, -1)[:, :columns] * w.to(F32)
-    return _finished(values @ weights.t(), None, dtype)
-
-
-def _hipb_mm(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    b_is_shuffled: bool,
-) -> dict[str, Tensor]:
-    return _a8w8(a, in_rows(b, b_is_shuffled), a_scale, b_scale, bias, dtype)
+def _scaled(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = _product(x, w) * (x_scale.to(F32).reshape(-1, 1) * w_scale.to(F32).reshape(1, -1))
+    return (y if bias is None else y + bias.to(F32)).to(dtype)
 
 
 def _tensors(m: int, n: int, k: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -88,65 +64,104 @@ def _hipb_mm_samples() -> Iterator[dict[str, Any]]:
         scales = {"a_scale": torch.rand(m, 1) + 0.5, "b_scale": torch.rand(1, n) + 0.5}
         bias = torch.randn(n).to(torch.bfloat16) if seed % 2 else None
         for is_shuffled, weight in ((False, w), (True, shuffled(w).reshape(n, k))):
-            yield (
-                {"a": a, "b": weight.t()}
-                | scales
-                | {
-                    "bias": bias,
-                    "dtype": torch.bfloat16,
-                    "b_is_shuffled": is_shuffled,
-                }
-            )
+            more = {"bias": bias, "dtype": torch.bfloat16, "b_is_shuffled": is_shuffled}
+            yield {"a": a, "b": weight.t()} | scales | more
 
 
-GEMM_A8W8 = bridge_op(
-    BridgeOp(
-        family="gemm_a8w8",
-        features=frozenset(),
-        arguments={
-            "x": "Tensor",
-            "w": "Tensor",
-            "x_scale": "Tensor",
-            "w_scale": "Tensor",
-            "bias": "Tensor?",
-            "dtype": "ScalarType",
-        },
-        outputs=("y",),
-        reference=_a8w8,
-        shape=lambda x, w, dtype, **_: {"y": ([x.shape[0], w.shape[0]], dtype)},
-        samples=_a8w8_samples,
-    )
-)
+@bridge_op("y", shape=lambda x, w, dtype, **_: {"y": ([x.shape[0], w.shape[0]], dtype)}, samples=_a8w8_samples)
+def gemm_a8w8(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    provider: str = "auto",
+) -> Tensor:
+    """``(x @ w.T) * x_scale * w_scale.T + bias``: 8-bit values, a scale for each row of x and of w.
 
-GEMM_A8W8_BLOCKSCALE = bridge_op(
-    BridgeOp(
-        family="gemm_a8w8_blockscale",
-        features=frozenset(),
-        arguments={"x": "Tensor", "w": "Tensor", "x_scale": "Tensor", "w_scale": "Tensor", "dtype": "ScalarType"},
-        outputs=("y",),
-        reference=_blockscale,
-        shape=lambda x, w, dtype, **_: {"y": ([x.shape[0], w.shape[0]], dtype)},
-        samples=_blockscale_samples,
-    )
-)
+    Args:
+        x: ``[M, K]`` int8 or FP8.
+        w: ``[N, K]`` of the dtype of x.
+        x_scale: ``[M, 1]`` float32, dequantisation scales.
+        w_scale: ``[N, 1]`` or ``[1, N]`` float32, dequantisation scales.
+        bias: ``[N]`` of ``dtype``.
+        dtype: of the result, bfloat16 or float16.
+        provider: see ``aiter_fusion.bridge``.
 
-HIPB_MM_FP8 = bridge_op(
-    BridgeOp(
-        family="hipb_mm_fp8",
-        features=frozenset(),
-        arguments={
-            "a": "Tensor",
-            "b": "Tensor",
-            "a_scale": "Tensor",
-            "b_scale": "Tensor",
-            "bias": "Tensor?",
-            "dtype": "ScalarType",
-            "b_is_shuffled": "bool",
-        },
-        outputs=("y",),
-        reference=_hipb_mm,
-        # b is [K, N]: the columns of the result are its second dimension
-        shape=lambda a, b, dtype, **_: {"y": ([a.shape[0], b.shape[1]], dtype)},
-        samples=_hipb_mm_samples,
-    )
-)
+    Returns:
+        ``[M, N]`` of ``dtype``, contiguous.
+
+    AITER: ``aiter.gemm_a8w8``; the GPU's own FP8 format, weights in rows (not shuffled).
+    """
+    return _scaled(x, w, x_scale, w_scale, bias, dtype)
+
+
+@bridge_op("y", shape=lambda x, w, dtype, **_: {"y": ([x.shape[0], w.shape[0]], dtype)}, samples=_blockscale_samples)
+def gemm_a8w8_blockscale(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    provider: str = "auto",
+) -> Tensor:
+    """``dequantised(x) @ dequantised(w).T``: FP8 values, a scale for each 128 columns of a row of x and for each block
+    of 128 x 128 of w.
+
+    Args:
+        x: ``[M, K]`` FP8.
+        w: ``[N, K]`` FP8.
+        x_scale: ``[M, K / 128]`` float32, or a shape that can be reshaped to that; dequantisation scales.
+        w_scale: ``[ceil(N / 128), K / 128]`` float32, of any strides; dequantisation scales.
+        dtype: of the result, bfloat16 or float16.
+        provider: see ``aiter_fusion.bridge``.
+
+    Returns:
+        ``[M, N]`` of ``dtype``, contiguous.
+
+    AITER: ``aiter.gemm_a8w8_blockscale``; N and K multiples of 128.
+    """
+    columns = x.shape[-1]
+    values = x.to(F32) * x_scale.reshape(len(x), columns // BLOCK).repeat_interleave(BLOCK, -1)
+    scales = w_scale.repeat_interleave(BLOCK, 0)[: w.shape[0]].repeat_interleave(BLOCK, -1)[:, :columns]
+    return (values @ (scales * w.to(F32)).t()).to(dtype)
+
+
+# b is [K, N]: the columns of the result are its second dimension
+@bridge_op("y", shape=lambda a, b, dtype, **_: {"y": ([a.shape[0], b.shape[1]], dtype)}, samples=_hipb_mm_samples)
+def hipb_mm_fp8(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    b_is_shuffled: bool = False,
+    provider: str = "auto",
+) -> Tensor:
+    """``(a @ b) * a_scale * b_scale + bias`` by hipBLASLt.
+
+    Args:
+        a: ``[M, K]`` FP8.
+        b: ``[K, N]`` FP8, a transposed weight; with ``b_is_shuffled`` the transpose of ``shuffled(weight).view(N, K)``.
+        a_scale: ``[M, 1]`` float32, dequantisation scales.
+        b_scale: ``[1, N]`` float32, dequantisation scales.
+        bias: ``[N]`` of ``dtype``.
+        dtype: of the result, bfloat16.
+        b_is_shuffled: whether b has the order in which AMD's matrix cores read it.
+        provider: see ``aiter_fusion.bridge``.
+
+    Returns:
+        ``[M, N]`` of ``dtype``, contiguous.
+
+    AITER: ``aiter.hipb_mm`` (v0.1.12 on; releases before end the process where hipBLASLt has no kernel for a shape);
+    gfx942 and gfx950, N at least 16, N and K multiples of 16 (K of 32 if shuffled). Two kinds of calls are computed as
+    ``gemm_a8w8`` is, which a warning says once: shapes for which hipBLASLt has no kernel, and calls on another GPU than
+    the process's first, because AITER has one handle of hipBLASLt. With ``AITER_FUSION_TUNING`` the first call of every
+    shape of up to 512 rows takes minutes, and prints.
+    """
+    return _scaled(a, in_rows(b, b_is_shuffled), a_scale, b_scale, bias, dtype)

@@ -1,4 +1,4 @@
-"""Mixture of experts: routing, and the experts themselves."""
+"""Mixture of experts: the experts themselves."""
 
 from __future__ import annotations
 
@@ -10,135 +10,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..domains import ANYTHING
-from ..op import BridgeOp, Spec
-from ..providers import bridge_op
+from .bridge import bridge_op
+from .routing import LEAST
+
+__all__ = ["fused_moe"]
 
 F32 = torch.float32
 BLOCK = 128
-# Added to the sum that weights are divided by, as the models do: no probability is that small.
-LEAST = 1e-20
 
 QUANTISATIONS = ("none", "per_tensor", "per_token", "block_128")
 EXPERT_ACTIVATIONS = ("silu", "gelu")
-
-
-def _weighted(scores: Tensor, ids: Tensor, renormalize: bool, scaling: float) -> dict[str, Tensor]:
-    weights = scores.gather(1, ids)
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + LEAST)
-    return {"weights": (weights * scaling).to(F32), "ids": ids.to(torch.int32)}
-
-
-def _topk_softmax(gating: Tensor, topk: int, renormalize: bool) -> dict[str, Tensor]:
-    scores = gating.to(F32).softmax(-1)
-    return _weighted(scores, scores.topk(topk, -1).indices, renormalize, 1.0)
-
-
-def _within_groups(scores: Tensor, group_scores: Tensor, topk: int, topk_group: int) -> Tensor:
-    """The experts of the highest scores among those of the best groups."""
-    best = group_scores.topk(topk_group, -1).indices
-    allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-    size = scores.shape[1] // group_scores.shape[1]
-    return scores.masked_fill(~allowed.repeat_interleave(size, 1), -torch.inf).topk(topk, -1).indices
-
-
-def _grouped_topk(
-    gating: Tensor,
-    topk: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool,
-    softmax: bool,
-    routed_scaling_factor: float,
-) -> dict[str, Tensor]:
-    scores = gating.to(F32).softmax(-1) if softmax else gating.to(F32).sigmoid()
-    groups = scores.unflatten(1, (num_expert_group, -1)).amax(-1)
-    return _weighted(scores, _within_groups(scores, groups, topk, topk_group), renormalize, routed_scaling_factor)
-
-
-def _biased_grouped_topk(
-    gating: Tensor,
-    correction_bias: Tensor,
-    topk: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool,
-    routed_scaling_factor: float,
-) -> dict[str, Tensor]:
-    scores = gating.to(F32).sigmoid()
-    biased = scores + correction_bias.to(F32)
-    groups = biased.unflatten(1, (num_expert_group, -1)).topk(2, -1).values.sum(-1)
-    return _weighted(scores, _within_groups(biased, groups, topk, topk_group), renormalize, routed_scaling_factor)
-
-
-def _routed(gating: Tensor, topk: int, **_: Any) -> dict[str, Spec]:
-    sizes = [gating.shape[0], topk]
-    return {"weights": (sizes, F32), "ids": (sizes, torch.int32)}
-
-
-def _gating(rows: int, experts: int, seed: int, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _topk_samples() -> Iterator[dict[str, Any]]:
-    for seed, (rows, experts, topk, dtype) in enumerate(
-        ((7, 8, 2, F32), (1, 64, 8, torch.bfloat16), (0, 16, 4, F32), (33, 128, 1, torch.float16))
-    ):
-        for renormalize in (False, True):
-            yield {"gating": _gating(rows, experts, seed, dtype), "topk": topk, "renormalize": renormalize}
-
-
-def _grouped_samples(biased: bool) -> Iterator[dict[str, Any]]:
-    for seed, (rows, experts, groups, topk_group, topk) in enumerate(
-        ((7, 32, 4, 2, 4), (1, 64, 8, 4, 8), (0, 16, 4, 1, 2), (9, 256, 8, 4, 8))
-    ):
-        given: dict[str, Any] = {"gating": _gating(rows, experts, seed)}
-        if biased:
-            given["correction_bias"] = _gating(1, experts, seed + 50)[0]
-        given |= {"topk": topk, "num_expert_group": groups, "topk_group": topk_group, "renormalize": seed % 2 == 0}
-        yield given | ({} if biased else {"softmax": seed < 2}) | {"routed_scaling_factor": 1.0 if seed else 2.5}
-
-
-TOPK_SOFTMAX = bridge_op(
-    BridgeOp(
-        family="topk_softmax",
-        features=frozenset(),
-        arguments={"gating": "Tensor", "topk": "int", "renormalize": "bool"},
-        outputs=("weights", "ids"),
-        reference=_topk_softmax,
-        shape=_routed,
-        samples=_topk_samples,
-    )
-)
-
-GROUPS = {"topk": "int", "num_expert_group": "int", "topk_group": "int", "renormalize": "bool"}
-
-GROUPED_TOPK = bridge_op(
-    BridgeOp(
-        family="grouped_topk",
-        features=frozenset(),
-        arguments={"gating": "Tensor"} | GROUPS | {"softmax": "bool", "routed_scaling_factor": "float"},
-        outputs=("weights", "ids"),
-        reference=_grouped_topk,
-        shape=_routed,
-        samples=lambda: _grouped_samples(biased=False),
-    )
-)
-
-BIASED_GROUPED_TOPK = bridge_op(
-    BridgeOp(
-        family="biased_grouped_topk",
-        features=frozenset(),
-        arguments={"gating": "Tensor", "correction_bias": "Tensor"} | GROUPS | {"routed_scaling_factor": "float"},
-        outputs=("weights", "ids"),
-        reference=_biased_grouped_topk,
-        shape=_routed,
-        samples=lambda: _grouped_samples(biased=True),
-    )
-)
-
-
-# ---- experts --------------------------------------------------------------------------------------------------------
 
 
 def _dequantised(weight: Tensor, scale: Tensor | None, quantisation: str, expert: int) -> Tensor:
@@ -147,7 +28,7 @@ def _dequantised(weight: Tensor, scale: Tensor | None, quantisation: str, expert
     if quantisation == "none":
         return w
     if scale is None:
-        raise ValueError(f"quantisation {quantisation!r} wants w1_scale and w2_scale")
+        raise ValueError(f"quantisation {quantisation!r} needs w1_scale and w2_scale")
     if quantisation != "block_128":
         return w * scale[expert].reshape(-1, 1)
     rows, columns = w.shape
@@ -155,8 +36,8 @@ def _dequantised(weight: Tensor, scale: Tensor | None, quantisation: str, expert
 
 
 def quantised(x: Tensor, quantisation: str, dtype: torch.dtype, given: Tensor | None) -> Tensor:
-    """What is left of float32 values ``[M, K]`` after quantisation to ``dtype``: per tensor by a given scale or by the
-    maximum, per token, or per block of 128 columns. A maximum of zero quantises to zeros."""
+    """Float32 values ``[M, K]``, quantised to ``dtype`` and back. The scale is ``given``, or found from the maximum of
+    the tensor, of each token, or of each 128 columns of a token. A maximum of zero quantises to zeros."""
     if quantisation == "none":
         return x
     top = 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
@@ -173,50 +54,8 @@ def quantised(x: Tensor, quantisation: str, dtype: torch.dtype, given: Tensor | 
     return (q * scale).reshape(x.shape)
 
 
-def _fused_moe(
-    hidden: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_mask: Tensor | None,
-    w1_scale: Tensor | None,
-    w2_scale: Tensor | None,
-    a1_scale: Tensor | None,
-    a2_scale: Tensor | None,
-    activation: str,
-    quantisation: str,
-    doweight_stage1: bool,
-) -> dict[str, Tensor]:
-    check(activation, quantisation)
-    act = F.silu if activation == "silu" else F.gelu
-    ids = topk_ids.long()
-    if expert_mask is not None:
-        local = expert_mask.long().cumsum(0) - 1
-        ids = torch.where(expert_mask.bool(), local, -1)[ids]  # -1: on another rank
-    local = [torch.where(ids == expert) for expert in range(w1.shape[0])]  # (rows, places) of each expert
-    x = quantised(hidden.to(F32), quantisation, w1.dtype, a1_scale)
-    inner = x.new_zeros(*ids.shape, w2.shape[2])
-    for expert, (rows, places) in enumerate(local):
-        first = _dequantised(w1, w1_scale, quantisation, expert)
-        gate_up = x[rows] @ first.t()
-        if doweight_stage1:
-            gate_up = gate_up * topk_weights[rows, places, None].to(F32)
-        gate, up = gate_up.chunk(2, -1)
-        inner[rows, places] = act(gate) * up
-    # the first stage leaves in the dtype of the model, and is quantised from there, all of it together
-    inner = inner.to(hidden.dtype).to(F32)
-    inner = quantised(inner.flatten(0, 1), quantisation, w2.dtype, a2_scale).view(inner.shape)
-    y = x.new_zeros(hidden.shape)
-    for expert, (rows, places) in enumerate(local):
-        result = inner[rows, places] @ _dequantised(w2, w2_scale, quantisation, expert).t()
-        share = 1.0 if doweight_stage1 else topk_weights[rows, places, None].to(F32)
-        y.index_add_(0, rows, result * share)
-    return {"y": y.to(hidden.dtype)}
-
-
-def check(activation: str, quantisation: str) -> None:
-    """Raise a ValueError for a name that does not exist."""
+def _require_known(activation: str, quantisation: str) -> None:
+    """Raise a ValueError for an activation or a quantisation of another name."""
     for name, known in ((activation, EXPERT_ACTIVATIONS), (quantisation, QUANTISATIONS)):
         if name not in known:
             raise ValueError(f"{name!r} is none of {', '.join(known)}")
@@ -255,13 +94,14 @@ def _moe_samples() -> Iterator[dict[str, Any]]:
             w1 = torch.randn(local, 2 * inner, width, generator=generator).to(torch.bfloat16) * 0.1
             w2 = torch.randn(local, width, inner, generator=generator).to(torch.bfloat16) * 0.1
             (q1, s1), (q2, s2) = (quantise_weight(w, quantisation, dtype) for w in (w1, w2))
-            routed = _topk_softmax(torch.randn(rows, experts, generator=generator), topk, True)
+            scores = torch.randn(rows, experts, generator=generator).softmax(-1)
+            weights, ids = scores.topk(topk, -1)
             yield {
                 "hidden": hidden,
                 "w1": q1,
                 "w2": q2,
-                "topk_weights": routed["weights"],
-                "topk_ids": routed["ids"],
+                "topk_weights": weights / (weights.sum(-1, keepdim=True) + LEAST),
+                "topk_ids": ids.to(torch.int32),
                 "expert_mask": torch.tensor([0, 1, 0, 1], dtype=torch.int32) if masked else None,
                 "w1_scale": s1,
                 "w2_scale": s2,
@@ -273,31 +113,81 @@ def _moe_samples() -> Iterator[dict[str, Any]]:
             }
 
 
-FUSED_MOE = bridge_op(
-    BridgeOp(
-        family="fused_moe",
-        features=frozenset(),
-        arguments={
-            "hidden": "Tensor",
-            "w1": "Tensor",
-            "w2": "Tensor",
-            "topk_weights": "Tensor",
-            "topk_ids": "Tensor",
-            "expert_mask": "Tensor?",
-            "w1_scale": "Tensor?",
-            "w2_scale": "Tensor?",
-            "a1_scale": "Tensor?",
-            "a2_scale": "Tensor?",
-            "activation": "str",
-            "quantisation": "str",
-            "doweight_stage1": "bool",
-        },
-        outputs=("y",),
-        reference=_fused_moe,
-        # in the model's dtype, whatever the weights are in
-        shape=lambda hidden, **_: {"y": (hidden.shape, hidden.dtype)},
-        samples=_moe_samples,
-        # a call that names another gets the ValueError of ``check``
-        domains={"activation": ANYTHING, "quantisation": ANYTHING},
-    )
+@bridge_op(
+    "y",
+    # in the model's dtype, whatever the dtype of the weights
+    shape=lambda hidden, **_: {"y": (hidden.shape, hidden.dtype)},
+    samples=_moe_samples,
+    # the reference raises the ValueError for other names
+    domains={"activation": ANYTHING, "quantisation": ANYTHING},
 )
+def fused_moe(
+    hidden: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    expert_mask: Tensor | None = None,
+    w1_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    a1_scale: Tensor | None = None,
+    a2_scale: Tensor | None = None,
+    activation: str = "silu",
+    quantisation: str = "none",
+    doweight_stage1: bool = False,
+    provider: str = "auto",
+) -> Tensor:
+    """``sum over a token's experts of weight * (act(x @ gate.T) * (x @ up.T)) @ w2.T`` with gate, up the halves of w1.
+
+    Args:
+        hidden: ``[M, D]`` bfloat16 or float16.
+        w1: ``[E, 2 I, D]``, gate above up, of this rank's E experts.
+        w2: ``[E, D, I]`` of the dtype of w1.
+        topk_weights: ``[M, k]`` float32.
+        topk_ids: ``[M, k]`` int32, counted over the experts of all ranks.
+        expert_mask: ``[experts of all ranks]`` int32, 1 for those of this rank, in order; others contribute nothing.
+        w1_scale: float32 dequantisation scales of w1: ``[E]`` per tensor, ``[E, 2 I]`` per token, or one for each
+            block.
+        w2_scale: float32 dequantisation scales of w2: ``[E]`` per tensor, ``[E, D]`` per token, or one for each block.
+        a1_scale: float32 scale of the first product's input; None: it is quantised by its maximum.
+        a2_scale: float32 scale of the second product's input; None: it is quantised by its maximum.
+        activation: ``silu`` or ``gelu``.
+        quantisation: ``none``: weights of the dtype of hidden. ``per_tensor``: FP8. ``per_token``: FP8 or int8.
+            ``block_128``: FP8, a scale for each 128 x 128.
+        doweight_stage1: whether to multiply with the weights before the activation (one expert a token).
+        provider: see ``aiter_fusion.bridge``.
+
+    Returns:
+        ``[M, D]`` of the dtype of hidden.
+
+    Raises:
+        ValueError: an activation or quantisation of another name.
+
+    AITER: ``aiter.fused_moe.fused_moe``.
+    """
+    _require_known(activation, quantisation)
+    act = F.silu if activation == "silu" else F.gelu
+    ids = topk_ids.long()
+    if expert_mask is not None:
+        local = expert_mask.long().cumsum(0) - 1
+        ids = torch.where(expert_mask.bool(), local, -1)[ids]  # -1: on another rank
+    local = [torch.where(ids == expert) for expert in range(w1.shape[0])]  # (rows, places) of each expert
+    x = quantised(hidden.to(F32), quantisation, w1.dtype, a1_scale)
+    inner = x.new_zeros(*ids.shape, w2.shape[2])
+    for expert, (rows, places) in enumerate(local):
+        first = _dequantised(w1, w1_scale, quantisation, expert)
+        gate_up = x[rows] @ first.t()
+        if doweight_stage1:
+            gate_up = gate_up * topk_weights[rows, places, None].to(F32)
+        gate, up = gate_up.chunk(2, -1)
+        inner[rows, places] = act(gate) * up
+    # the first stage leaves in the dtype of the model, and is quantised from there, all of it together
+    inner = inner.to(hidden.dtype).to(F32)
+    inner = quantised(inner.flatten(0, 1), quantisation, w2.dtype, a2_scale).view(inner.shape)
+    y = x.new_zeros(hidden.shape)
+    for expert, (rows, places) in enumerate(local):
+        result = inner[rows, places] @ _dequantised(w2, w2_scale, quantisation, expert).t()
+        share = 1.0 if doweight_stage1 else topk_weights[rows, places, None].to(F32)
+        y.index_add_(0, rows, result * share)
+    return y.to(hidden.dtype)

@@ -8,21 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import BridgeOp
-from ..providers import bridge_op
-from ..stages.norm import rms_norm
+from ..stages import norm
+from .bridge import bridge_op
+
+__all__ = ["add_rms_norm", "rms_norm"]
 
 F32 = torch.float32
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> dict[str, Tensor]:
-    return {"y": rms_norm(x, weight.to(F32), eps, None, False, x.dtype).contiguous()}
-
-
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> dict[str, Tensor]:
-    summed = x.to(F32) + residual.to(F32)
-    y = rms_norm(summed, weight.to(F32), eps, None, False, x.dtype)
-    return {"y": y.contiguous(), "residual_out": summed.to(x.dtype).contiguous()}
 
 
 def _samples(add: bool) -> Iterator[dict[str, Any]]:
@@ -39,26 +30,47 @@ def _samples(add: bool) -> Iterator[dict[str, Any]]:
         yield {"x": tensors[0]} | ({"residual": tensors[1]} if add else {}) | {"weight": weight, "eps": 1e-5}
 
 
-RMS_NORM = bridge_op(
-    BridgeOp(
-        family="rms_norm",
-        features=frozenset(),
-        arguments={"x": "Tensor", "weight": "Tensor", "eps": "float"},
-        outputs=("y",),
-        reference=_rms_norm,
-        shape=lambda x, **_: {"y": (x.shape, x.dtype)},
-        samples=lambda: _samples(add=False),
-    )
-)
+@bridge_op("y", shape=lambda x, **_: {"y": (x.shape, x.dtype)}, samples=lambda: _samples(add=False))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, provider: str = "auto") -> Tensor:
+    """``x * rsqrt(mean(x**2, -1) + eps) * weight`` in float32, rounded once.
 
-ADD_RMS_NORM = bridge_op(
-    BridgeOp(
-        family="add_rms_norm",
-        features=frozenset(),
-        arguments={"x": "Tensor", "residual": "Tensor", "weight": "Tensor", "eps": "float"},
-        outputs=("y", "residual_out"),
-        reference=_add_rms_norm,
-        shape=lambda x, **_: {"y": (x.shape, x.dtype), "residual_out": (x.shape, x.dtype)},
-        samples=lambda: _samples(add=True),
-    )
+    Args:
+        x: ``[..., H]`` bfloat16 or float16 (reference: any float).
+        weight: ``[H]`` of the dtype of x.
+        eps: added to the mean.
+        provider: see ``aiter_fusion.bridge``.
+
+    Returns:
+        ``[..., H]`` of the dtype of x, contiguous.
+
+    AITER: ``aiter.rms_norm``; H up to 8192 and a multiple of 8, x contiguous.
+    """
+    return norm.rms_norm(x, weight.to(F32), eps, None, False, x.dtype).contiguous()
+
+
+@bridge_op(
+    "y",
+    "residual_out",
+    shape=lambda x, **_: {"y": (x.shape, x.dtype), "residual_out": (x.shape, x.dtype)},
+    samples=lambda: _samples(add=True),
 )
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, provider: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm`` of ``x + residual``, and that sum. The sum is normalised in float32 and rounded on its way out.
+
+    Args:
+        x: ``[..., H]`` bfloat16 or float16 (reference: any float).
+        residual: ``[..., H]`` of the dtype of x.
+        weight: ``[H]`` of the dtype of x.
+        eps: added to the mean.
+        provider: see ``aiter_fusion.bridge``.
+
+    Returns:
+        (normalised, sum), each ``[..., H]`` of the dtype of x, contiguous.
+
+    AITER: ``aiter.rmsnorm2d_fwd_with_add``; limits of ``rms_norm``.
+    """
+    summed = x.to(F32) + residual.to(F32)
+    y = norm.rms_norm(summed, weight.to(F32), eps, None, False, x.dtype)
+    return y.contiguous(), summed.to(x.dtype).contiguous()

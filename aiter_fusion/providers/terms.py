@@ -1,10 +1,9 @@
-"""What a provider can compute of an op, declared as data; everything else is refused."""
+"""The calls of an op that a provider can compute, declared as data. All others are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,13 +11,12 @@ from ..domains import ANYTHING, Domain, Sizes
 from ..op import FusedOp, width_of
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """The calls of an op that a provider can compute.
 
-    arguments: name -> the values that it may have. A call with an argument that is not named here is refused.
-    features:  those of an overload that it has kernels for.
-    hidden:    the length of a row; None: any, also one that only a run will tell.
+    arguments: name -> the values that the argument can have. A call with an argument that has no entry is refused.
+    features:  those of an overload that the provider has kernels for.
+    hidden:    the hidden sizes; None: any, even one that is known only at run time.
     """
 
     arguments: Mapping[str, Domain]
@@ -26,7 +24,7 @@ class Terms:
     hidden: Sizes | None = None
 
     def why_not(self, op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-        """Why a call (tensors may be fakes) is not one of them, with the value and its limit, or None."""
+        """Why a call (tensors may be fakes) is not among them, with the value and its limit, or None."""
         if unknown := op.features - self.features:
             return f"it declares no kernel for {op.family} with {', '.join(sorted(unknown))}"
         first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
@@ -40,5 +38,5 @@ class Terms:
 
 
 def as_defined(op: FusedOp) -> Terms:
-    """All calls that an op is defined for: what its reference computes."""
+    """All calls that an op is defined for, which are those that its reference computes."""
     return Terms({name: op.domains.get(name, ANYTHING) for name in op.arguments}, op.features)

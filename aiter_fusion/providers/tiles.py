@@ -9,11 +9,17 @@ TILE = (16, 32)
 
 
 def shuffled(weight: Tensor) -> Tensor:
-    """A weight ``[N, K]`` of one byte an element as ``[N / 16, K / 32, 16, 32]``, the order in which AMD's matrix cores
-    read it: tile by tile, in a tile first the left 16 columns of all rows, then the right ones.
+    """A weight in the order in which AMD's matrix cores read it: tile by tile, and in a tile first the left 16 columns
+    of all rows, then the right ones.
+
+    Args:
+        weight: ``[N, K]``, one byte an element.
+
+    Returns:
+        ``[N / 16, K / 32, 16, 32]`` of the same dtype.
 
     Raises:
-        ValueError: N is not a multiple of 16, or K not of 32, or an element is not one byte.
+        ValueError: N is not a multiple of 16, K is not a multiple of 32, or an element is not one byte.
     """
     rows, columns = weight.shape
     if rows % TILE[0] or columns % TILE[1] or weight.element_size() != 1:
@@ -26,14 +32,28 @@ def shuffled(weight: Tensor) -> Tensor:
 
 
 def unshuffled(tiles: Tensor) -> Tensor:
-    """The weight ``[N, K]`` of which ``tiles`` ``[N / 16, K / 32, 16, 32]`` is the shuffled form."""
+    """The weight that ``shuffled`` made tiles of.
+
+    Args:
+        tiles: ``[N / 16, K / 32, 16, 32]``.
+
+    Returns:
+        ``[N, K]`` of the same dtype, a copy.
+    """
     rows, columns = tiles.shape[0] * 16, tiles.shape[1] * 32
     return tiles.reshape(rows // 16, columns // 32, 2, 16, 16).permute(0, 3, 1, 2, 4).reshape(rows, columns)
 
 
 def in_rows(b: Tensor, is_shuffled: bool) -> Tensor:
-    """The weight ``[N, K]``, row by row, of the right operand ``b`` ``[K, N]`` of a product: its transpose as a view,
-    or a copy with each element back in its place, if ``b`` is the transpose of ``shuffled(weight).view(N, K)``."""
+    """The weight of a product's right operand, row by row.
+
+    Args:
+        b: ``[K, N]``, the transpose of a weight.
+        is_shuffled: whether b is the transpose of ``shuffled(weight).view(N, K)``.
+
+    Returns:
+        ``[N, K]``: a view, or a copy if it was shuffled.
+    """
     weight = b.t()
     if not is_shuffled:
         return weight

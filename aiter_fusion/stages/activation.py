@@ -43,7 +43,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.d
         alpha, limit = map(float, act.removeprefix(CLAMPED).split(","))
         return clamped_swiglu(gate, up, alpha, limit, dtype if cast_first else F32).to(dtype)
     if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN)}")
+        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN.written())}")
     activated = ACTIVATIONS[act](gate.to(F32))
     return activated.to(dtype) * up if cast_first else (activated * up.to(F32)).to(dtype)
 

@@ -1,9 +1,9 @@
-"""hipBLASLt's product by AITER: its one handle, what it has no kernel for, its tuning.
+"""hipBLASLt's product by AITER: its one handle, the products that it has no kernel for, its tuning.
 
-Facts (ROCm/aiter, gradlib/csrc/hipbsolgemm.cu, v0.1.12 to v0.1.20.post1). The handle and its workspace are the
-process's, made on the device that is current. There are sizes for which hipBLASLt has no kernel, of few rows above all:
-AITER then raises before anything is launched, but ends the process if such a product is to be tuned.
-``HIP_ONLINE_TUNING`` is read at every call, and results are kept in the current directory.
+Source: ROCm/aiter, gradlib/csrc/hipbsolgemm.cu, v0.1.12 to v0.1.20.post1. A process has one handle with one workspace,
+created on the current GPU. hipBLASLt has no kernel for some products, mostly of few rows: then AITER raises before it
+launches anything, but if it was to tune such a product, it ends the process. It reads ``HIP_ONLINE_TUNING`` at every
+call, and keeps results in the current directory.
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from ... import config, platform
+from ... import config
 from ...registry import REGISTRY
-from .. import BRIDGE_PROVIDERS, why_not
+from ..known import BRIDGE_PROVIDERS
+from ..provider import why_not
 from ..tiles import in_rows
-from .entry_points import EntryPoint, call
+from . import installation
+from .entry_points import EntryPoint, call, constant
 
 logger = logging.getLogger("aiter_fusion")
 
-CREATE = EntryPoint("hipb_create_extension", ("aiter",), ())
+CREATE = EntryPoint("hipb_create_extension", ("aiter",))
 MULTIPLY = EntryPoint(
     "hipb_mm",
     ("aiter",),
-    ("mat1", "mat2", "solution_index", "bias", "out_dtype", "scaleA", "scaleB", "bpreshuffle"),
+    {
+        "mat1": "a",
+        "mat2": "b",
+        "solution_index": constant(-1),
+        "bias": "bias",
+        "out_dtype": "dtype",
+        "scaleA": lambda a: a["a_scale"].reshape(-1, 1).contiguous(),
+        "scaleB": lambda a: a["b_scale"].reshape(1, -1).contiguous(),
+        "bpreshuffle": "b_is_shuffled",
+    },
 )
 
 TUNING, ON = "HIP_ONLINE_TUNING", ("1", "true")
@@ -41,7 +52,7 @@ TUNES_FROM = Version("0.1.10.post2")  # releases before do not know the variable
 TUNED_ROWS = 512
 RESULTS = "hip_online_tuning_res.csv"
 
-# Parts of what AITER raises where the hipBLASLt that it was built with cannot compute a product.
+# Parts of the errors that AITER raises where the hipBLASLt that it was built with cannot compute a product.
 CANNOT = (
     "found 0 valid solutions",
     "Rowwise scaling requires hipBLASLt",
@@ -51,7 +62,7 @@ CANNOT = (
 
 
 class Product(NamedTuple):
-    """What hipBLASLt chooses a kernel by."""
+    """The properties of a product by which hipBLASLt chooses a kernel."""
 
     device: int
     rows: int
@@ -73,12 +84,12 @@ class Product(NamedTuple):
 
 @dataclass
 class Known:
-    """What this process has learned.
+    """What this process has learned about hipBLASLt.
 
-    device:   on which the handle was made; None before it is.
-    solved:   products that were asked for and have a kernel.
-    unsolved: products that have none -> what AITER said.
-    said:     of what the user has been told.
+    device:   of the handle; None before it is created.
+    solved:   products that were tried and have a kernel.
+    unsolved: products that have none -> AITER's error.
+    said:     keys of the warnings that the log has already.
     """
 
     device: int | None = None
@@ -88,17 +99,19 @@ class Known:
 
 
 known = Known()
-_lock = threading.RLock()  # of the handle, the environment and the current directory, which are the whole process's
+# Guards the handle, the environment and the current directory, which the whole process shares.
+_lock = threading.RLock()
 
 
-def run(entry: EntryPoint, a: Mapping[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A call of ``hipb_mm_fp8``; where hipBLASLt cannot compute it, the product that ``gemm_a8w8`` is."""
+def compute(a: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A call of ``hipb_mm_fp8``, by ``gemm_a8w8`` where hipBLASLt cannot compute it."""
     found = _product(a)
-    return {"y": found} if isinstance(found, Tensor) else _otherwise(a, found)
+    return {"y": found} if isinstance(found, Tensor) else _fallback(a, found)
 
 
 def why_unsolved(a: Mapping[str, Any]) -> str | None:
-    """Why hipBLASLt cannot compute a call of ``hipb_mm_fp8``, or None. Where it is not known it is tried, untuned."""
+    """Why hipBLASLt cannot compute a call of ``hipb_mm_fp8``, or None. A product that this process has not seen is
+    tried, without tuning."""
     product = Product.of(a)
     if product not in known.solved:
         with _tuning("0"):
@@ -119,7 +132,7 @@ def _product(a: Mapping[str, Any]) -> Tensor | str:
     with _tuning("1", folder):
         y = _called(a)
     if folder is not None and not (folder / RESULTS).is_file():
-        version = platform.aiter_version() or "of unknown version"
+        version = installation.aiter_version() or "of unknown version"
         _say_once(
             TUNING,
             f"AITER {version} has tuned nothing, there is no {folder / RESULTS}: it tunes from v{TUNES_FROM} on, with "
@@ -148,22 +161,17 @@ def _tried(a: Mapping[str, Any], product: Product) -> Tensor | str:
 
 
 def _called(a: Mapping[str, Any]) -> Tensor:
-    return call(
-        MULTIPLY,
-        mat1=a["a"],
-        mat2=a["b"],
-        solution_index=-1,
-        bias=a["bias"],
-        out_dtype=a["dtype"],
-        scaleA=a["a_scale"].reshape(-1, 1).contiguous(),
-        scaleB=a["b_scale"].reshape(1, -1).contiguous(),
-        bpreshuffle=a["b_is_shuffled"],
-    )
+    return call(MULTIPLY, **MULTIPLY.arguments(a))
 
 
 @contextmanager
 def _tuning(value: str, folder: Path | None = None) -> Iterator[None]:
-    """Have calls tune ("1") or not, and keep their results in a folder."""
+    """Set whether calls tune, and where they keep the results.
+
+    Args:
+        value: of ``HIP_ONLINE_TUNING``, ``"1"`` or ``"0"``.
+        folder: the current directory of the calls; None: as it is.
+    """
     with _lock:
         variable, here = os.environ.get(TUNING), None if folder is None else Path.cwd()
         os.environ[TUNING] = value
@@ -181,9 +189,9 @@ def _tuning(value: str, folder: Path | None = None) -> Iterator[None]:
                 os.environ[TUNING] = variable
 
 
-def _otherwise(a: Mapping[str, Any], why: str) -> dict[str, Tensor]:
-    """The same product by the first that can compute ``gemm_a8w8``. A shuffled weight is copied back into rows, for
-    this call only: the tiles stay what other numbers of rows, and CUDA graphs, read."""
+def _fallback(a: Mapping[str, Any], why: str) -> dict[str, Tensor]:
+    """The same product by the first provider that computes ``gemm_a8w8``. A shuffled weight is copied back into rows
+    for this call alone, because calls with other numbers of rows, and CUDA graphs, read its tiles."""
     op, product = REGISTRY.bridge["gemm_a8w8", frozenset()], Product.of(a)
     arguments = {
         "x": a["a"],

@@ -1,7 +1,7 @@
-"""What AITER's quantisers compute, and which programs (``aiter_fusion/arithmetic.py``) mean that, roundings apart.
+"""The programs (``aiter_fusion/arithmetic.py``) that AITER's quantisers compute, apart from roundings.
 
-Theirs is ``scale = max(amax, 1e-10) / MAX``, ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32; a given
-scale takes the place of the first.
+They compute ``scale = max(amax, 1e-10) / MAX`` and ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32. A
+given scale takes the place of the first.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 from ...arithmetic import DTYPES, parse, result_dtype
 
-# A floor of the maximum up to which rows count as zero rows, as they do below AITER's own floor of 1e-10: all that
-# differs are rows without any value above it.
+# The largest floor of the maximum that is taken for AITER's, 1e-10: only rows whose values are all below it differ, and
+# they count as zero rows.
 NEGLIGIBLE = 1e-6
-# Two constants that mean the same: 1/448 may have been rounded to bfloat16.
+# The relative difference up to which two constants mean the same: 1/448 may have been rounded to bfloat16.
 ALIKE = 2**-8
 
 
-# The steps of a maximum that can mean that, and those that combine a value with a factor.
+# The steps that can occur in such a program of the maximum, and those that combine a value with a factor.
 STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive", *DTYPES)
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
@@ -34,10 +34,11 @@ class Scale(NamedTuple):
 
 
 def scale_of(program: str, dtype: torch.dtype = torch.float32) -> Scale | None:
-    """What a program makes of a maximum of ``dtype``, roundings apart; None if it is something else, such as a power of
-    two.
+    """The scale that a program computes from a maximum of ``dtype``, apart from roundings; None if it computes
+    something else, such as a power of two.
 
-    A number in the place of zero is a floor at the smallest number that is not: rows with none above it are zero rows.
+    A number in the place of zero acts as a floor at the smallest positive number: rows without a larger one are zero
+        rows.
     """
     multiplier, floor, inverse = 1.0, 0.0, False  # the value is multiplier * m, or multiplier / m
     for name, number in parse(program):
@@ -66,7 +67,7 @@ def _is_alike(a: float, b: float) -> bool:
 def why_not_dynamic(
     scale_steps: str, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, value: torch.dtype
 ) -> str | None:
-    """Why these programs are not AITER's quantiser, or None."""
+    """Why AITER's quantiser does not compute these programs, or None."""
     top = torch.finfo(quant_dtype).max
     for what, program in (("scale", scale_steps), ("factor", factor_steps)):
         found = scale_of(program, value)
@@ -75,7 +76,7 @@ def why_not_dynamic(
         if not _is_alike(found.multiplier, 1 / top):
             return f"its {what} is the maximum times {found.multiplier:g}, not over {top:g}"
         if found.floor > NEGLIGIBLE:
-            return f"its {what} has a floor of {found.floor:g} for the maximum; AITER's is 1e-10"
+            return f"its {what} has a floor of {found.floor:g} for the maximum, and AITER's is 1e-10"
         if what == "scale" and (found.inverse or result_dtype(program, value) is not torch.float32):
             return f"its scale is not a dequantisation scale in float32: {program!r}"
     inverse = scale_of(factor_steps, value)
@@ -83,7 +84,7 @@ def why_not_dynamic(
 
 
 def why_not_static(factor_steps: str, value_steps: str, quant_dtype: torch.dtype) -> str | None:
-    """Why these programs are not AITER's quantiser with a given scale, or None."""
+    """Why AITER's quantiser with a given scale does not compute these programs, or None."""
     found = scale_of(factor_steps)
     if found is None or found.floor > 0 or found.multiplier != 1.0:
         return f"it does not divide by the scale that is given: {factor_steps!r}"
@@ -91,7 +92,7 @@ def why_not_static(factor_steps: str, value_steps: str, quant_dtype: torch.dtype
 
 
 def _why_not_values(program: str, inverse: bool, top: float, clamped: bool) -> str | None:
-    """Values over the scale, saturated. Where the scale is not the maximum's, saturation makes a difference."""
+    """Why values are not divided by the scale and saturated, or None. Saturation matters where the scale is given."""
     steps = [(name, number) for name, number in parse(program) if name not in DTYPES]
     combine, clamps = steps[:1], steps[1:]
     wanted = ("mul_scale", "scale_mul") if inverse else ("div_scale",)

@@ -1,4 +1,4 @@
-"""Which kernels compute a call, with which arguments: decided from shapes alone, for real and for fake tensors."""
+"""The kernels of a call and their arguments, from shapes alone: for real tensors and for fakes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...op import FusedOp, width_of
 from ...stages.quantise import granularity
+from ..shapes import Int, hint, rows_of
 from . import programs, rules
 
 F32 = torch.float32
-Int = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class Ref:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, how many programs, its arguments (tensors as ``Ref``), warps a program."""
+    """One launch of a kernel.
+
+    kernel:    its name (``jit.kernel``).
+    grid:      programs.
+    arguments: by name, tensors as ``Ref``.
+    warps:     of a program.
+    """
 
     kernel: str
     grid: Int
@@ -38,35 +44,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """All kernels of a call in order, and the scratch that they share: name -> (sizes, dtype)."""
+    """All launches of a call in order, and the scratch tensors that they share: name -> (sizes, dtype)."""
 
     launches: tuple[Launch, ...]
     scratch: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
-def rows_of(x: Tensor) -> tuple[Int, Int] | None:
-    """How many rows a tensor has and how far apart they are; None if they are not evenly spaced."""
-    rows, stride, follows = 1, None, None
-    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if not statically_known_true(size == 1):
-            if stride is None:
-                stride = step
-            elif not statically_known_true(step == follows):
-                return None
-            follows = step * size
-        rows = rows * size
-    return rows, x.shape[-1] if stride is None else stride
-
-
-def hint(size: Int, default: int) -> int:
-    """The example of a symbolic size."""
-    if isinstance(size, int):
-        return size
-    return size.node.hint if size.node.has_hint() else default
-
-
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
-    """What kernels are given for an eps that is a tensor: from host memory its value, which they could not load."""
+    """The kernel's argument for an eps that is a tensor. Kernels cannot load from host memory, so there it is the
+    value."""
     return eps.item() if eps is not None and eps.device.type == "cpu" else eps
 
 
@@ -75,7 +61,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _segment(width: int) -> int:
-    """A length that divides rows and is a power of two, if one of a useful size does."""
+    """The largest power of two up to 128 that divides the hidden size."""
     return math.gcd(width, 128)
 
 
@@ -118,18 +104,19 @@ def quantiser_arguments(
 
 
 def _is_of_tensor(op: FusedOp, arguments: Mapping[str, Any], width: int) -> bool:
-    """Whether one scale is for the whole tensor, whose maximum is known after all rows are."""
+    """Whether one scale is for the whole tensor. Its maximum is known only after all rows are, so it takes two
+    launches."""
     scales = granularity(op, arguments, width)
     return scales is not None and scales.name == "tensor"
 
 
 def _finding(common: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes that make a kernel look for the largest value only."""
+    """The arguments of the first of two launches, which finds the maximum."""
     return {**common, "maxima_out": Ref("maxima"), "q": None, "scale_out": None}
 
 
 def _using(common: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes that make a kernel use the largest value that was found."""
+    """The arguments of the second of two launches, which uses the maximum."""
     return {**common, "maxima": Ref("maxima"), "PARTS": rules.PARTS, "value_out": None}
 
 
@@ -188,7 +175,7 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
 
 
 def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, Any]:
-    """The activation, or its faster equal from bfloat16 to bfloat16."""
+    """The activation and its numbers. SiLU from bfloat16 to bfloat16 has a faster kernel that gives the same bits."""
     name, _, numbers = arguments["act"].partition("=")
     first = arguments["gate_up" if "gate_up" in arguments else "gate"]
     short = first.dtype == arguments["dtype"] == value == torch.bfloat16 and arguments["cast_first"]

@@ -1,8 +1,8 @@
-"""Inside a compiled graph a fused op becomes kernels that Inductor launches itself, as it does a user's.
+"""Inside a compiled graph a fused op becomes kernels that Inductor launches itself, like a user's Triton kernels.
 
-The op stays in the graph, so its name shows in every dump; only Inductor's last stage, from graph to code, looks
-through it. Then a call costs what a generated kernel's does, where an opaque op goes through the dispatcher and costs
-several times that; outputs are buffers that Inductor plans; and kernels are compiled and cached with the graph.
+The op stays in the graph, and its name is in every dump; it is replaced in Inductor's last stage, from graph to code.
+So a call costs as much as that of a generated kernel, where an opaque op goes through the dispatcher and costs several
+times that; Inductor plans the outputs as its own buffers; and the kernels are compiled and cached with the graph.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
-from . import kernel, launches, nvidia
+from . import launches
+from .jit import kernel, nvidia
 
 NAME = "triton"
 
 
 class _Launch(ir.UserDefinedTritonKernel):
-    """A kernel of which it is known what it writes.
+    """A kernel whose outputs are declared.
 
-    Inductor finds out about a user's kernel by compiling it once more and reading its code. That takes longer than all
-    the rest of a site's compilation, and where it fails, inputs count as written to.
+    For a user's kernel, Inductor compiles it once more and reads from its code which arguments it writes to. That takes
+    longer than the rest of a site's compilation, and if it fails, Inductor assumes that all inputs are written to.
     """
 
     def __init__(self, kernel_idx: int, grid: Any, arguments: Mapping[str, Any], written: Sequence[str]) -> None:
@@ -58,19 +59,19 @@ class _Launch(ir.UserDefinedTritonKernel):
         return False
 
 
-# What the kernels write, by the names of their arguments.
+# The arguments that the kernels write to.
 WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
 
 
 @functools.cache
 def _configured(name: str, warps: int) -> Any:
-    """A kernel with a number of warps, in the form in which Inductor takes one."""
+    """A kernel with a number of warps, as an autotuned kernel with one configuration, which Inductor takes."""
     triton: Any = import_module("triton")
     return triton.autotune([triton.Config({}, num_warps=warps)], key=[])(kernel(name))
 
 
 def _expression(value: Any) -> Any:
-    """A size as Inductor has it."""
+    """A size as Inductor's IR has it."""
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
@@ -84,8 +85,9 @@ def _empty(spec: Spec, device: torch.device) -> ir.TensorBox:
 
 
 def _resident(value: Any, device: torch.device) -> Any:
-    """A tensor that a kernel can be given. What freezing made a constant of one number has no memory: it gets some on
-    the device. Other numbers on the CPU stay there, since Inductor passes their values."""
+    """A tensor with memory, which a kernel can load. Freezing turns a tensor of one number into a constant without
+    memory, so the number is stored on the GPU. Other numbers on the CPU stay there, because Inductor passes their
+    values."""
     constant = value
     while isinstance(constant, ir.MutableBox):
         constant = constant.data
@@ -96,7 +98,12 @@ def _resident(value: Any, device: torch.device) -> Any:
 
 
 def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> ir.TensorBox | tuple[ir.TensorBox, ...]:
-    """The kernels of a call: ``given`` has its arguments for Inductor, ``fakes`` the same as fake tensors."""
+    """Add the kernels of a call to Inductor's graph, and return its outputs.
+
+    Args:
+        given: the arguments as Inductor's IR has them.
+        fakes: the same as fake tensors.
+    """
     first = next(value for value in fakes.values() if isinstance(value, Tensor))
     tensors = {
         name: ir.ExternKernel.require_exact_strides(_resident(value, first.device), fakes[name].stride())
@@ -135,7 +142,7 @@ def _lowering(op: FusedOp) -> Any:
 
 @functools.cache
 def register() -> None:
-    """Tell Inductor how to lower every fused op; calls for other providers stay what they are, opaque."""
+    """Tell Inductor how to lower every fused op. Calls that were compiled for another provider stay opaque."""
     for op in REGISTRY.ops.values():
-        if not op.is_collective:  # how that is computed is decided when it is called
+        if not op.is_collective:  # its algorithm is chosen when it is called
             register_lowering(op.target, type_promotion_kind=None)(_lowering(op))

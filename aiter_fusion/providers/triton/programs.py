@@ -1,4 +1,4 @@
-"""Programs (``aiter_fusion/arithmetic.py``) as the kernels run them: PyTorch's arithmetic on a GPU, spelled out."""
+"""Programs (``aiter_fusion/arithmetic.py``) translated for the kernels: PyTorch's arithmetic on a GPU, spelled out."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def _float32(number: float) -> float:
 
 @cache
 def nan_from(quant_dtype: torch.dtype) -> float | None:
-    """The least float32 that PyTorch's cast to FP8 turns into NaN; None if its cast saturates.
+    """The smallest float32 that PyTorch's cast to FP8 turns into NaN, or None if its cast saturates.
 
-    That depends on the format, and on the version: the cast to e4m3fn saturates in newer ones.
+    It depends on the format and on PyTorch's version, which casts to e4m3fn with saturation in newer releases.
     """
     top = torch.finfo(quant_dtype).max
     if not torch.tensor(1e9).to(quant_dtype).float().isnan():
         return None
     _, exponent = math.frexp(top)
-    middle = torch.tensor(top + 2.0 ** (exponent - 5))  # of the largest of four-bit significands and what would follow
+    # halfway from the largest number, which has a significand of four bits, to the one that would follow
+    middle = torch.tensor(top + 2.0 ** (exponent - 5))
     following = torch.nextafter(middle, torch.tensor(1e9))
     return middle.item() if middle.to(quant_dtype).float().isnan() else following.item()
 
 
 @cache
 def steps(program: str) -> Steps:
-    """A program of the block's maximum.
+    """A program that computes a scale from the maximum of a block.
 
-    On a GPU, PyTorch divides by a number by multiplying with its reciprocal, rounded to float32.
+    A division by a number becomes a product with its reciprocal, rounded to float32: PyTorch's GPU kernels compute it
+        so.
     """
     translated: list[tuple[str, float | None]] = []
     for name, number in parse(program):
@@ -44,7 +46,7 @@ def steps(program: str) -> Steps:
             assert number is not None
             divisor = _float32(number)
             translated.append(("mul", _float32(1.0 / divisor) if divisor else math.copysign(math.inf, divisor)))
-        elif name == "scale_mul":  # the order of the factors only matters to PyTorch's CPU kernels
+        elif name == "scale_mul":  # the order of factors matters to PyTorch's CPU kernels alone
             translated.append(("mul_scale", None))
         else:
             translated.append((name, None if number is None else _float32(number)))
@@ -55,11 +57,16 @@ def steps(program: str) -> Steps:
 def value_steps(
     program: str, factor_program: str, value: torch.dtype, quant_dtype: torch.dtype, by_block: bool, saturates: bool
 ) -> Steps:
-    """A program of the values, which are of dtype ``value``, up to the cast to FP8.
+    """A program that brings values to the range of FP8, up to the cast.
 
-    by_block: whether there is a factor for each block, not one for the tensor or from outside.
-    saturates: the target's cast to FP8 turns what is too large into the largest number. Then clamps to that number
-        before the cast are left out. Where there are none, the program ends as PyTorch's own cast would.
+    Args:
+        program: of the values.
+        factor_program: of the factor that they are combined with; its dtype may promote them.
+        value: dtype of the values.
+        quant_dtype: the FP8 format.
+        by_block: whether each block has a factor of its own, rather than the tensor, or a given one.
+        saturates: whether the GPU's cast to FP8 saturates. Then clamps to the largest number, right before the cast,
+            are left out. Without saturation, and without clamps, steps are added that do what PyTorch's cast does.
     """
     translated = list(steps(program))
     if by_block:

@@ -1,39 +1,43 @@
-"""How kernels are launched: a small rule of the row's width and the number of rows, unless ``tuned`` knows better.
+"""Launch rules: threads and tiles from the hidden size and the number of rows, unless ``tuned`` has a measurement.
 
-Rules count threads, not warps: a warp has 32 on NVIDIA's GPUs and 64 on AMD's, where it is called a wave.
+Rules count threads, not warps, because a warp has 32 threads on NVIDIA's GPUs and 64 on AMD's, where it is a wave.
 
-Found on an NVIDIA H200 (torch 2.11.0, triton 3.6.0, 2026-11-21) by timing, in CUDA graphs, 1 to 32 warps and 8 or 16
-elements a thread, for widths of 2880, 4096, 8192, 14336 and 16384 and for 1, 32 and 16384 rows. The rule
-takes the best that was found, or one within 4 % of it, but for SiLU with a scale for each row: 10 % for 16384 rows of
-16384, 6 % for 32 rows of 8192.
+The rules were found on an NVIDIA H200 (torch 2.11.0, triton 3.6.0, 2026-11-21) by timing 1 to 32 warps and 8 or 16
+elements a thread in CUDA graphs, for hidden sizes of 2880, 4096, 8192, 14336 and 16384 and for 1, 32 and 16384 rows.
+They are the best that was found, or within 4 % of it. SiLU with a scale for each row is the exception: 10 % for 16384
+rows of 16384, 6 % for 32 rows of 8192.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..shapes import power_of_two
 from . import tuned
 from .tuned import MOST_THREADS
 
-# The most elements that one program holds at a time; wider rows are read in tiles, more than once.
+# The most elements that a program holds at a time. It reads wider rows in tiles, more than once.
 TILE = 16384
-# Programs that look for the maximum of a whole tensor, each leaving one number. A power of two.
+# Programs that look for the maximum of a whole tensor, each of which writes one number. A power of two.
 PARTS = 512
-# Fewer rows than this leave processors idle: then only the time of one program counts.
+# With fewer rows than this, multiprocessors are idle, and only the time of one program counts.
 FEW = 256
 ANY = (0, 1 << 62)
 
 
 @dataclass(frozen=True)
 class InductorFaster:
-    """Calls for which Inductor's code was measured to be faster than the kernels, which therefore leave them to it.
+    """Calls for which Inductor's code was measured to be faster than the kernels. Such sites are left to Inductor.
 
-    why:             the reason that a report gives.
-    scales:          the granularity (``stages/quantise.py``): group, token, tensor or static; None: all of these.
-    family:          of the op; None: all. features: which the op has, with others or without.
-    widths, rows, elements: from and to, both included.
-    since, until:    the first and the last version of torch with an Inductor for which that is so; None: unknown, or
-                     still so.
+    why:      the reason in the report.
+    scales:   the granularity (``stages/quantise.py``): group, token, tensor or static; None: all of these.
+    family:   of the op; None: all.
+    features: that the op has, among others.
+    widths:   hidden sizes from and to, both included; so are rows and elements.
+    rows:     of a call.
+    elements: of a call, rows times hidden size.
+    since:    the first version of torch whose Inductor is faster; None: unknown.
+    until:    the last version of torch whose Inductor is faster; None: the newest still is.
     """
 
     why: str
@@ -49,7 +53,7 @@ class InductorFaster:
     def covers(
         self, family: str, features: frozenset[str], scales: str, width: int, rows: int, torch: tuple[int, int]
     ) -> bool:
-        """Whether a call of an op, under a version of torch, is one of them."""
+        """Whether they include a call of an op, under a version of torch."""
         return (
             self.scales in (None, scales)
             and self.family in (None, family)
@@ -62,14 +66,15 @@ class InductorFaster:
         )
 
 
-# What BENCHMARKS.md's tables say. 1.1 to 2.0 times for 1 row of 2880 to 8192; from 8 rows of 4096 on ours are faster.
+# Source: the tables of BENCHMARKS.md. The first row: for 1 row of 2880 to 8192 the kernels take 1.1 to 2.0 times as
+# long; from 8 rows of 4096 on they are faster.
 INDUCTOR_FASTER = (
     InductorFaster(
         why="one scale for at most 8192 elements is one kernel of Inductor's and two of ours",
         scales="tensor",
         elements=(0, 8192),
     ),
-    InductorFaster(  # 1.05 times for 16,384 rows of 14,336; for 4,096 rows it is not, nor are rows of 8,192
+    InductorFaster(  # 1.05 times for 16,384 rows of 14,336; not for 4,096 rows, and not for rows of 8,192
         why="a given scale for many long rows is 5 % faster by the Inductor of torch 2.15",
         scales="static",
         family="rms_norm_quant",
@@ -81,21 +86,20 @@ INDUCTOR_FASTER = (
 
 
 def lanes(nvidia: bool) -> int:
-    """Threads of a warp of the GPUs that the kernels are for: of NVIDIA's, or of AMD's gfx942 and gfx950."""
+    """Threads of a warp: 32 on NVIDIA's GPUs, 64 on AMD's gfx942 and gfx950."""
     return 32 if nvidia else 64
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program takes.
+    """The work of one program.
 
-    rows, segments: at a time; segment: a segment's length, padded to a power of two; tiles: of a row; threads: that
-    work on it; run: consecutive elements of a thread.
+    rows:     that it computes at a time.
+    segments: of a row that it holds at a time.
+    segment:  elements of a segment, padded to a power of two.
+    tiles:    of a row, each of ``segments`` segments.
+    threads:  of the program.
+    run:      consecutive elements that a thread writes.
     """
 
     rows: int
@@ -106,12 +110,12 @@ class Shape:
     run: int
 
     def warps(self, nvidia: bool) -> int:
-        """The warps that have so many threads: at least one, though it has more."""
+        """The warps with so many threads, at least one."""
         return max(1, self.threads // lanes(nvidia))
 
 
 def _tile(width: int, block: int) -> tuple[int, int, int, int]:
-    """(rows, segments, segment, tiles) for whole rows; narrow ones are taken together."""
+    """(rows, segments, segment, tiles) for programs of whole rows; several narrow rows go together."""
     segment = power_of_two(block)
     segments = min(power_of_two(width // block), max(1, TILE // segment))
     tiles = -(-width // (segments * block))
@@ -119,12 +123,19 @@ def _tile(width: int, block: int) -> tuple[int, int, int, int]:
 
 
 def threads(wanted: int, elements: int, each: int = 4) -> int:
-    """As many as are ``wanted``, but no more than can take ``each`` of the elements, nor than a GPU can launch."""
+    """``wanted`` threads, or fewer: each must have at least ``each`` elements, and a GPU must be able to launch
+    them."""
     return max(1, min(wanted, MOST_THREADS, elements // each))
 
 
 def norm(width: int, block: int, rows: int) -> Shape:
-    """For norms; ``block`` is the length of a segment, ``rows`` a hint."""
+    """The shape for norms.
+
+    Args:
+        width: hidden size.
+        block: elements of a segment, which share a scale.
+        rows: of the call, or of the call that was captured.
+    """
     together, segments, segment, tiles = _tile(width, block)
     elements = together * segments * segment
     grouped = block < width
@@ -137,7 +148,7 @@ def norm(width: int, block: int, rows: int) -> Shape:
 
 
 def row(width: int, rows: int) -> Shape:
-    """For activations with a scale for each row."""
+    """The shape for activations with a scale for each row; arguments as in ``norm``."""
     _, segments, segment, tiles = _tile(width, width)
     wanted = (512 if segment <= 4096 else 1024) if rows < FEW else (128 if segment <= 4096 else 256)
     shape = Shape(1, segments, segment, tiles, threads(wanted, segment), 8)
@@ -145,7 +156,14 @@ def row(width: int, rows: int) -> Shape:
 
 
 def flat(block: int, segments_in_all: int, grouped: bool, packed: bool) -> Shape:
-    """For activations whose rows do not matter."""
+    """The shape for other activations, whose rows do not matter: the tensor is one sequence of segments.
+
+    Args:
+        block: elements of a segment.
+        segments_in_all: of the tensor.
+        grouped: whether each segment has a scale of its own.
+        packed: whether gate and up are halves of one tensor.
+    """
     segment = power_of_two(block)
     few = segments_in_all * segment < FEW * 2048
     if few or (grouped and not packed):

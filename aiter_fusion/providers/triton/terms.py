@@ -1,4 +1,4 @@
-"""What there are kernels for: what ``kernels`` does not spell out must not stand here (a test compares the two)."""
+"""The calls that there are kernels for. A test compares these declarations with the sources of ``kernels``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from . import rules
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
-# Elements of a row, of which a program holds a tile at a time; of all-reduces it holds a row, in packs of 16 bytes.
+# Hidden sizes. A program holds a tile of a row at a time, but a whole row, in packs of 16 bytes, in an all-reduce.
 ROWS = Sizes(1, 65536)
 REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
 
-# The steps of ``kernels/steps.py``, of a block's maximum; and those that combine a value with its factor.
+# The steps of ``kernels/steps.py``: those for the maximum of a block, and those that combine a value with a factor.
 STEPS = (
     *("float32", "bfloat16", "float16"),
     *("mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive"),
@@ -26,12 +26,12 @@ STEPS = (
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
-# Of ``kernels/act_mul_quant.py``.
+# The activations of ``kernels/act_mul_quant.py``.
 ACTIVATIONS = Activations(
     {**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")}
 )
 
-# The values of the arguments of each stage, by its kind. What stands here nowhere is refused.
+# The values that the arguments of each stage can have, by the kind of stage. All others are refused.
 STAGES: Mapping[str, Mapping[str, Domain]] = {
     "": {"x": Tensors(FLOATS)},
     "all_reduce": {
@@ -64,7 +64,7 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
         "quant_dtype": OneOf(tuple(FORMATS)),
     },
 }
-# Which stages a kernel computes one after another, the residual addition with or without, and the rows that it takes.
+# The chains of stages that a kernel computes, each with or without a residual addition, and the hidden sizes.
 CHAINS: Mapping[tuple[str, ...], Sizes] = {
     ("rms_norm", "fp8_quant"): ROWS,
     ("act_mul", "fp8_quant"): ROWS,
@@ -74,7 +74,7 @@ CHAINS: Mapping[tuple[str, ...], Sizes] = {
 
 
 def terms(op: FusedOp) -> Terms | None:
-    """What of an op the kernels compute: whatever it is called, of the stages that they know, in their order."""
+    """The calls of an op that the kernels compute, or None: an op of any name whose stages form one of the chains."""
     kinds = [stage.kind for stage in op.stages]
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))
     if rows is None:

@@ -1,7 +1,8 @@
-"""Launch shapes that ``aiter-fusion tune`` measured on this machine; they win over the rule (``rules.py``).
+"""Launch shapes that ``aiter-fusion tune`` measured on this machine. They take precedence over ``rules.py``.
 
-One JSON file for each GPU model and version of Triton, in ``$AITER_FUSION_CACHE``, else ``aiter_fusion`` in
-``$XDG_CACHE_HOME`` or ``~/.cache``. It only says how kernels are launched; a file that does not exist changes nothing.
+There is one JSON file for each GPU model and version of Triton, in ``$AITER_FUSION_CACHE``, else in ``aiter_fusion``
+under ``$XDG_CACHE_HOME`` or ``~/.cache``. It changes how kernels are launched, not what they compute; without a file
+the rules apply.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ... import platform
+from ... import machine
 
-# What of a launch shape a measurement may choose.
+# The fields of a launch shape (``rules.Shape``) that a measurement may choose.
 FREE = frozenset({"threads", "run", "segments"})
 # Threads of one program that every GPU can launch: CUDA's limit on a block, and AMD's on a workgroup.
 MOST_THREADS = 1024
@@ -29,8 +30,8 @@ _tried: dict[str, Choice] = {}
 
 
 def path() -> Path | None:
-    """The file for this process's first GPU, whether it exists or not; None without a GPU or without Triton."""
-    version = platform.triton_version()
+    """The file for the first GPU of this process, which may not exist; None without a GPU or without Triton."""
+    version = machine.triton_version()
     if version is None or not torch.cuda.is_available():
         return None
     given, home = os.environ.get("AITER_FUSION_CACHE"), os.environ.get("XDG_CACHE_HOME")
@@ -47,10 +48,10 @@ def _content() -> str:
 
 @functools.cache
 def choices() -> Mapping[str, Choice]:
-    """What was measured: a rule's name and arguments -> what it chooses. Read once a process.
+    """The measured choices by the rule's name and arguments (``key``). The file is read once a process.
 
     Raises:
-        ValueError: the file does not hold that, or what no GPU can launch.
+        ValueError: the file has another content than ``write`` makes, or a launch that no GPU can run.
     """
     content = _content()
     if not content:
@@ -71,25 +72,25 @@ def choices() -> Mapping[str, Choice]:
 
 
 def state() -> str:
-    """What compiled code depends on besides its sources: a hash of the file, empty if there is none."""
+    """A hash of the file, which compiled code depends on; empty if there is no file."""
     content = _content()
     return hashlib.sha256(content.encode()).hexdigest() if content else ""
 
 
 def key(rule: str, *arguments: int | bool) -> str:
-    """How the file names a rule and its arguments."""
+    """The name of a rule with its arguments, as the file has it."""
     return " ".join([rule, *(str(int(argument)) for argument in arguments)])
 
 
 def choice(rule: str, *arguments: int | bool) -> Choice:
-    """What was measured, or is being tried, for a rule and its arguments; empty if nothing was."""
+    """The choice that is being tried or was measured for a rule and its arguments; empty if there is none."""
     named = key(rule, *arguments)
     return _tried[named] if named in _tried else choices().get(named, {})
 
 
 @contextmanager
 def trying(candidates: Mapping[str, Choice]) -> Iterator[None]:
-    """Use these choices instead of the file's."""
+    """Use these choices instead of those in the file."""
     known = dict(_tried)
     _tried.update(candidates)
     try:
@@ -100,7 +101,13 @@ def trying(candidates: Mapping[str, Choice]) -> Iterator[None]:
 
 
 def write(file: Path, measured: Mapping[str, Choice], conditions: Mapping[str, str | None]) -> None:
-    """Add to the file, and note under which conditions that was measured."""
+    """Add measured choices to a file.
+
+    Args:
+        file: created if it does not exist, replaced in one step if it does.
+        measured: choices by ``key``.
+        conditions: of the measurement, kept beside the choices.
+    """
     known = dict(choices()) if file == path() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"conditions": conditions, "launches": dict(sorted({**known, **measured}.items()))}

@@ -15,7 +15,7 @@ def activated(x, one, ACT: tl.constexpr):
     the compiler does not know: otherwise it would merge product and sum, and round once instead of twice.
     """
     if ACT == "silu_of_bfloat16":
-        # Near enough that every bfloat16 x gives the same bfloat16 result (tests/test_gpu.py tries all of them). The
+        # Near enough that every bfloat16 x gives the same bfloat16 result (test_gpu.py tries all of them). The
         # reciprocal is 16 times too large and x 16 times too small, so that neither is subnormal nor overflows.
         e = tl.exp2(x * -1.4426950408889634)
         y = (x * 0.0625) * reciprocal_of_normal(tl.fma(e, 0.0625, 0.0625))

@@ -1,15 +1,21 @@
 """All-reduce over peers' memory, then the norm and its quantisation, in one launch.
 
-A channel is memory that all ranks of a group can reach. Data is its own signal, as in NCCL's and TensorRT-LLM's
-low-latency protocols: memory to be written holds a number that is never sent (``EMPTY``), the reader reads until no
-element is that number, and writes it again. So nothing waits for a write to be acknowledged, and data crosses the link
-once, with no flag behind it.
+The protocol (``../README.md`` has a drawing). A channel is memory of each rank that all ranks of a group can write to.
+Data is its own signal, as in the low-latency protocols of NCCL and TensorRT-LLM: memory that is to be written holds
+``EMPTY``, a number that is never sent. The reader polls until no element is ``EMPTY``, and writes ``EMPTY`` back when
+it has read. So data crosses the link once, without a flag and without an acknowledgement.
 
-A rank's turn is one launch of its kernel, in which every row waits for what the other ranks send of it. So when a rank
-is in turn t, all others have begun turn t - 1 and ended turn t - 2, and what they emptied then is empty: data is
-written to two halves in turn.
+Memory ordering. Every element carries its own signal, so the order in which a peer's stores arrive does not matter:
+plain stores suffice, and neither a fence nor a release is needed. The reader's loads are volatile, so that each poll
+reads memory again.
 
-The turn lives on the device, so that a CUDA graph may be replayed.
+Why two halves suffice. An epoch is one launch of a rank's kernel, and epochs write to the two halves in turn. In every
+epoch a rank waits for data of all ranks, directly or through a row's owner. So when a rank begins epoch t, each peer
+has begun epoch t - 1, and therefore ended epoch t - 2: its stream runs one launch after the other, and the end of a
+launch makes its stores visible. The memory that epoch t writes to was last read, and emptied, in epoch t - 2. One half
+would not suffice: ``test_protocol.py`` explores every order of steps, with two halves and with one.
+
+The epoch lives on the GPU, so that a CUDA graph can be replayed.
 """
 
 import triton
@@ -19,29 +25,32 @@ from triton.language.extra.cuda import globaltimer
 from .rms_norm_quant import normalised, number_of, statistic_of
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
-# Of so many looks at what has come, one asks more than whether all are numbers.
-LOOKS = tl.constexpr(16)
-# Bytes before a channel's data: in the first word other ranks tell which rank is late.
+# One of so many polls also tells NaN in the data from missing data, and looks at the clock.
+POLLS = tl.constexpr(16)
+# Bytes before a channel's data. In the first word a peer writes which rank is late.
 HEADER = tl.constexpr(128)
-# As bfloat16 and as float16 a NaN that no arithmetic gives; what has its bits is sent as another.
+# 0xFFFF, a NaN in bfloat16 and in float16, which arithmetic does not produce. An input with these bits is sent as
+# another NaN.
 EMPTY, ANOTHER = tl.constexpr(-1), tl.constexpr(0x7FFF)
 
 
 @triton.jit
-def begin(turn):
-    """The mark: how many blocks have started before, and in the 17th bit this turn's half of the channel.
+def begin(epoch):
+    """Count this block in. The low 16 bits of the result are the blocks that started before it in this epoch, the 17th
+    is the half of the channel that the epoch uses.
 
-    The last to start leaves the next turn's.
+    The last block to start leaves the next epoch's value, with a count of 0 and the other half. Relaxed order suffices:
+    only launches of this rank touch the counter, and they run one after the other.
     """
-    mark = tl.atomic_add(turn, 1, sem="relaxed", scope="gpu")
+    mark = tl.atomic_add(epoch, 1, sem="relaxed", scope="gpu")
     if (mark & 0xFFFF) == tl.num_programs(0) - 1:
-        tl.store(turn, (mark & 0x10000) ^ 0x10000)
+        tl.store(epoch, (mark & 0x10000) ^ 0x10000)
     return mark
 
 
 @triton.jit
 def as_row(address, dtype: tl.constexpr):
-    """Addresses of rows are multiples of 16, as every row's length is."""
+    """A pointer to a row. Rows begin at multiples of 16 bytes, because their lengths are such multiples."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
@@ -52,7 +61,7 @@ def send(address, values, columns, mask):
 
 @triton.jit
 def safe(x):
-    """What is sent for x: never ``EMPTY``."""
+    """x as it is sent: never with the bits of ``EMPTY``."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == EMPTY, ANOTHER, bits).to(x.dtype, bitcast=True)
 
@@ -67,23 +76,25 @@ def total(
     peers, failed, late, rank, source, own, own_address, columns, mask, offset, slot, limit,
     SOURCES: tl.constexpr, W: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """(sum, whether all came): of what ``SOURCES`` ranks from ``source`` on sent, in their order, in float32, rounded.
+    """(sum, whether all parts came). The sum is over what ``SOURCES`` ranks, from ``source`` on, sent: in the order of
+    ranks, in float32, rounded once, so that every rank gets the same bits.
 
-    Slots are ``slot`` bytes apart, from ``offset`` on; that of number ``own`` is not in the channel but at
+    Part p is at ``offset + p * slot`` bytes of this rank's channel, but part number ``own``, this rank's own, at
     ``own_address``.
 
-    If something does not come within ``limit`` nanoseconds, its rank's number, from 1 on, goes to ``late`` and to all
-    ranks, who then wait no longer, and ``failed`` is set: then this rank waits for nothing any more.
+    If a part does not come within ``limit`` nanoseconds, its rank's number plus 1 is written to ``late`` (host memory)
+    and to the header of every rank's channel, whose kernels then stop polling; and ``failed`` is set, so that later
+    launches of this rank do not poll at all.
     """
     here = tl.load(peers + rank)
     begun = tl.full([], 0, tl.int64)
     sums = tl.zeros(columns.shape, tl.float32)
     told = rank * 0
-    looks = rank * 0
+    polls = rank * 0
     missing = rank * 0 + 1
     waiting = rank >= 0
     while waiting:
-        # Every part is loaded before any is needed.
+        # All parts are loaded before the first is added, so that their latencies overlap.
         parts = ()
         for p in tl.static_range(SOURCES):
             address = tl.where(p == own, own_address, here + offset + p * slot)
@@ -94,10 +105,11 @@ def total(
                 sums = part
             else:
                 sums = sums + part
-        looks += 1
-        missing = any_of(sums != sums)  # something has not come, or was no number
+        polls += 1
+        missing = any_of(sums != sums)  # EMPTY is a NaN: a part has not come, or the data has a NaN
         waiting = missing > 0
-        if waiting and looks % LOOKS == 0:
+        if waiting and polls % POLLS == 0:
+            # Compare bits: with NaN in the data the sum stays NaN after every part has come.
             missing = 0
             for p in tl.static_range(SOURCES):
                 if (missing == 0) & (p != own):
@@ -106,7 +118,7 @@ def total(
             begun = tl.where(begun == 0, now, begun)
             told = tl.load(here.to(tl.pointer_type(tl.int32)), volatile=True)
             waiting = (missing > 0) & (told == 0) & (now - begun < limit)
-    if missing > 0:
+    if missing > 0:  # the time is up, or a peer has written that a rank is late
         if told == 0:
             told = source + missing
             for p in tl.static_range(W):
@@ -125,7 +137,10 @@ def finish(
     ONE_SCALE: tl.constexpr, SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
     SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """What follows the sum, for one row; ``all_rows``: how many the tensors have, of which a call may be a part."""
+    """The residual addition, norm and quantisation of one row's sum.
+
+    all_rows: rows of the outputs, of which a launch may compute a part; column-major scales depend on it.
+    """
     if reduced_out is not None:
         tl.store(reduced_out + row * WIDTH + columns, reduced, mask=mask)
     if NORM:
@@ -153,13 +168,14 @@ def finish(
                     tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
                 factor = apply_steps(FACTOR_STEPS, top, top)
             codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
-            # A thread writes as many as it reads, 16 bytes of x: else they would change hands.
+            # A thread writes the codes of the 8 elements (16 bytes of x) that it has loaded. Without this hint codes
+            # would be exchanged between threads first.
             tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, 8]), codes, mask=mask)
 
 
 @triton.jit
 def row_of(tensor, stride, row, columns, mask):
-    """A row of a tensor, if there is one."""
+    """A row of a tensor, None if there is no tensor."""
     values = None
     if tensor is not None:
         values = tl.load(tensor + row * stride + columns, mask=mask, other=0.0)
@@ -169,20 +185,22 @@ def row_of(tensor, stride, row, columns, mask):
 @triton.jit(do_not_specialize=["rank", "rows", "all_rows", "limit"])
 def all_reduce_rms_norm_kernel(
     x, other, residual, weight, scale, q, scale_out, value_out, residual_out, reduced_out,
-    peers, turn, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit, eps,
-    WAY: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
+    peers, epoch, failed, late, rank, rows, all_rows, x_stride, other_stride, residual_stride, half, limit, eps,
+    ALGORITHM: tl.constexpr, TICKETS: tl.constexpr, W: tl.constexpr, ITEM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     SUM: tl.constexpr, DTYPE: tl.constexpr, VALUE: tl.constexpr, GROUPED: tl.constexpr, COLUMN_MAJOR: tl.constexpr,
     SCALE_STEPS: tl.constexpr, FACTOR_STEPS: tl.constexpr, VALUE_STEPS: tl.constexpr,
     SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, NORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """A block has one row.
+    """A block computes one row.
 
-    WAY: ``one_shot``: every rank sends its row to all others, and all sum. ``two_shot``: a row has an owner, to whom
-    all send it, and who sums and sends the sum to all. Each rank adds its own residual, which is the same on all: so
-    only sums travel, whatever is returned. ``plain``: the rows are sums already.
+    ALGORITHM: ``one_shot``: every rank sends its row to all others, and all sum. ``two_shot``: a row has an owner, to
+    whom all send it, and who sums it and sends the sum to all; each rank adds its own residual, which is the same on
+    all ranks, so only sums travel, whatever is returned. ``fallback``: the rows are sums already.
 
-    A half of the channel's data has, by rank, tensor and row, what is to be summed, and after that, by row, sums.
+    TICKETS: more blocks than multiprocessors, so they do not all run at once. They are numbered as they start.
+
+    A half of the channel's data holds by rank, tensor and row what is to be summed, and after that, by row, the sums.
 
     eps is the constant ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
     """
@@ -203,7 +221,7 @@ def all_reduce_rms_norm_kernel(
         factor = apply_steps(FACTOR_STEPS, whole, whole)
     number = number_of(eps)
 
-    if WAY == "plain":
+    if ALGORITHM == "fallback":
         row = tl.program_id(0).to(tl.int64)
         came = row >= 0
         addend = row_of(residual, residual_stride, row, columns, mask)
@@ -211,18 +229,19 @@ def all_reduce_rms_norm_kernel(
         if other is not None:
             reduced = (wide(reduced, PTX) + wide(row_of(other, other_stride, row, columns, mask), PTX)).to(ELEMENT)
     else:
-        # If not all blocks run at once, they are numbered as they start: those that others wait for have started.
+        # Deadlock freedom: a block polls for the same row of other ranks. If rows go to blocks in the order in which
+        # these start, the first unfinished row has started on every rank, or starts when an earlier block ends.
         if TICKETS:
-            mark = begin(turn)
+            mark = begin(epoch)
             block = mark & 0xFFFF
         else:
             block = tl.program_id(0)
-        # What needs no other rank is asked for before anything is waited for.
+        # Loads that need no other rank are issued before the first poll.
         given_up = tl.load(failed)
         row = block.to(tl.int64)
         owner = rank
         nth, count = row, rows
-        if WAY == "two_shot":
+        if ALGORITHM == "two_shot":
             owner = block % W
             nth, count = row // W, tl.cdiv(rows, W)
         mine = safe(row_of(x, x_stride, row, columns, mask))
@@ -232,10 +251,10 @@ def all_reduce_rms_norm_kernel(
         addend = row_of(residual, residual_stride, row, columns, mask)
         to_owner = tl.load(peers + owner)
         others = ()
-        for i in tl.static_range(1, W):  # every rank begins with another
+        for i in tl.static_range(1, W):  # every rank begins with another peer, to spread the load over the links
             others = others + (tl.load(peers + ((rank + i) & (W - 1))),)
         if not TICKETS:
-            mark = begin(turn)
+            mark = begin(epoch)
 
         slot = count.to(tl.int64) * ROW
         base = HEADER + (mark >> 16).to(tl.int64) * half
@@ -245,7 +264,7 @@ def all_reduce_rms_norm_kernel(
         came = given_up == 0
         reduced = tl.zeros(columns.shape, ELEMENT)
         if came:
-            if WAY == "one_shot":
+            if ALGORITHM == "one_shot":
                 for i in tl.static_range(W - 1):
                     send(others[i] + own_slot, mine, columns, mask)
                     if other is not None:
@@ -265,12 +284,13 @@ def all_reduce_rms_norm_kernel(
                         to_sum + slot, TENSORS * slot, limit, W, W, ELEMENT, PTX,
                     )  # fmt: skip
                     reduced = (wide(reduced, PTX) + wide(second, PTX)).to(ELEMENT)
-                if WAY == "two_shot" and came:
+                if ALGORITHM == "two_shot" and came:
                     reduced = safe(reduced)
                     for i in tl.static_range(W - 1):
                         send(others[i] + sum_at, reduced, columns, mask)
-            elif WAY == "two_shot":
-                # The owner, who hears from all, knows better who is late, if he is not.
+            elif ALGORITHM == "two_shot":
+                # The owner polls for all ranks and knows which one is late. So wait for it twice as long, unless the
+                # owner itself is late.
                 reduced, came = total(
                     peers, failed, late, rank, owner, -1, sum_at, columns, mask, sum_at, slot,
                     2 * limit.to(tl.int64), 1, W, ELEMENT, PTX,
@@ -282,9 +302,9 @@ def all_reduce_rms_norm_kernel(
             DTYPE, VALUE, GROUPED, COLUMN_MAJOR, ONE_SCALE, SCALE_STEPS, FACTOR_STEPS, VALUE_STEPS, SEGMENTS, SEGMENT,
             NORM, PTX,
         )  # fmt: skip
-        if WAY != "plain":
-            # Empty what was read; last, because it takes as long as sending.
-            tl.debug_barrier()  # all threads have read
+        if ALGORITHM != "fallback":
+            # Empty what was read, for the epoch after the next. Last, because it takes as long as sending.
+            tl.debug_barrier()  # all threads have read before the first one empties
             nothing = tl.full(columns.shape, EMPTY, tl.int16)
             here = tl.load(peers + rank)
             if owner == rank:

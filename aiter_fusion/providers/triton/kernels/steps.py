@@ -58,7 +58,7 @@ def shared_division(x, s, PTX: tl.constexpr):
 
     ``x * r + x * rest``, where r and rest are the reciprocal of s in two parts: two instructions for each x, where a
     division takes more. Before it is rounded the result is right but for 2**-43 of it, and only quotients beside the
-    middle of two FP8 numbers matter, which are few enough to try all (``tests/test_gpu.py`` does).
+    middle of two FP8 numbers matter, which are few enough to try all (``test_gpu.py`` does).
 
     c, a power of two with the sign of s, brings s near 1: nothing overflows or is subnormal on the way. r is a little
     too small, so that rest is positive: no infinities cancel, and zeros keep their signs. For an s of 0 or infinity,

@@ -1,0 +1,1 @@
+"""The provider ``torch``: PyTorch's own scaled matrix product."""

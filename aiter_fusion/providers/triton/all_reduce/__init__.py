@@ -1,0 +1,1 @@
+"""All-reduce fusions over symmetric memory (``../README.md`` has the protocol)."""

@@ -1,0 +1,192 @@
+"""The examples run, and print what they promise."""
+
+from __future__ import annotations
+
+import copy
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import aiter_fusion
+from support import cases, models
+from support.checked import checked
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What an example prints."""
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow  # CI runs it itself, twice
+def test_quickstart(tmp_path: Path) -> None:
+    models.need_scaled_rows()
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    for graph in ("prefill", "decode"):
+        counts = "replaced 13 of 13 sites (rms_norm_quant 9, act_mul_quant 4); 0 skipped; 4 bare; provider "
+        assert f"{graph}: {counts}" in out
+    assert re.search(r"^bare +4 +fp8_quant .* producer: its input is aten.permute.default", out, re.MULTILINE)
+    assert out.count("50 records, 0 unaccounted for") == 2
+    assert "interpreted: bit-identical logits (9 calls)" in out
+    assert re.search(r"aiter_fusion to eager: +max \|difference\| \d", out)
+    dump = re.search(r"depyf dump: (.*)", out)
+    assert dump is not None
+    named = [p for p in Path(dump[1]).glob("*AFTER_POST_GRAD*") if "aiter_fusion.rms_norm_quant.add" in p.read_text()]
+    assert len(named) == 2
+
+
+def test_torch_nn_block(tmp_path: Path) -> None:
+    out = run("torch_nn_block.py", tmp_path / "report.html")
+    assert "replaced 3 of 3 sites (rms_norm_quant 2, act_mul_quant 1); 0 skipped; 1 bare; provider " in out
+    assert "producer: its input is aten.permute.default" in out
+    assert "8 records, 0 unaccounted for" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "torch_nn_block.py:" in page, "the lines of the model"
+
+
+def test_depyf_dump(tmp_path: Path) -> None:
+    out = run("depyf_dump.py", tmp_path)
+    assert "replaced 1 of 1 sites (rms_norm_quant 1)" in out
+    assert re.findall(r"AITER_FUSION_(\d)_(\w+)\.0\.py (- names the fused op)?$", out, re.MULTILINE) == [
+        ("0", "before", ""),
+        ("1", "after_fusions", "- names the fused op"),
+    ]
+    assert (tmp_path / "dump" / "index.md").read_text() in out
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path: Path) -> None:
+    out = run("aot_inductor.py", tmp_path / "made")
+    assert "replaced 2 of 2 sites (rms_norm_quant 2); 0 skipped; 0 bare; provider " in out
+    assert "another process, which imports aiter_fusion: the same bits for (6, 1, 33) rows" in out
+    assert (
+        "another process, which does not: exit status 1\n    RuntimeError: Could not find schema for aiter_fusion::"
+        in out
+    )
+    assert (tmp_path / "made" / "block.pt2").exists()
+
+
+def test_own_pattern() -> None:
+    out = run("own_pattern.py")
+    assert "replaced 1 of 1 sites (rms_norm_int8 1)" in out
+    assert "the same bits as the original graph: True" in out
+    assert "opcheck: aiter_fusion::rms_norm_int8" in out
+
+
+def test_the_table_lists_every_example() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(re.findall(r"^\| `(\w+\.py)` \|", table, re.MULTILINE))
+
+
+# ---- vLLM's contract, without vLLM -------------------------------------------------------------------------------
+
+
+class InductorPass(CustomGraphPass):
+    """In the place of vLLM's class, which its pass manager demands."""
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The names of vLLM that the example uses; then the example, imported beside them."""
+
+    def config(**given: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(**given)
+
+    contents = {
+        "vllm": {},
+        "vllm.compilation": {},
+        "vllm.compilation.passes": {},
+        "vllm.compilation.passes.inductor_pass": {"InductorPass": InductorPass},
+        "vllm.config": {"CompilationConfig": config, "PassConfig": config},
+        "vllm.platforms": {"current_platform": config(pass_key="post_grad_custom_post_pass")},
+    }
+    for name, content in contents.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "vllm_pass", raising=False)
+    return importlib.import_module("vllm_pass")
+
+
+def test_the_pass_for_vllm(vllm: types.ModuleType) -> None:
+    """Its pass manager demands its own class, a uuid for JSON, and copies it and sends it to other processes."""
+    made = vllm.FusionPass(level=2)
+    assert made.is_applicable_for_range(None)
+    assert isinstance(made, InductorPass)
+    key = made.uuid()
+    assert json.loads(json.dumps(key)) == key
+    for copied in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert copied.uuid() == key
+    assert vllm.FusionPass(level=1).uuid() != key
+
+    original = checked(lambda x, w: cases.q3(cases.llama(x, w)), disable="rms_norm_quant")
+    with torch.no_grad():
+        original.call(*cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal"))
+    (captured,) = original.oracle.graphs
+    graph = captured.before.graph
+    made(graph)
+    graph.lint()
+    assert [str(n.target) for n in graph.nodes if "aiter_fusion" in str(n.target)] == [
+        "aiter_fusion.rms_norm_quant.default"
+    ]
+    (report,) = aiter_fusion.reports()
+    assert report.replaced == {"rms_norm_quant": 1}
+
+
+def test_the_configuration_for_vllm(vllm: types.ModuleType) -> None:
+    made = vllm.compilation_config(level=1)
+    (own,) = made.inductor_passes.items()
+    assert own[0] == "post_grad_custom_post_pass"
+    assert own[1].fusions.options.level == 1
+    assert not made.pass_config.fuse_norm_quant
+
+
+def test_without_vllm() -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("needs an environment without vLLM")
+    done = subprocess.run([sys.executable, EXAMPLES / "vllm_pass.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("this example needs vLLM: ")
+
+
+def test_availability() -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / "availability.py"], capture_output=True, text=True, check=True)
+    assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", done.stdout)
+    assert "preferences (AITER_FUSION_<name>): AITER=on" in done.stdout
+
+
+def test_tensor_parallel_llama(tmp_path: Path) -> None:
+    # headers compiled in advance pay only where many kernels follow
+    env = {**os.environ, "TMPDIR": str(tmp_path), "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "tp_llama.py"], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "replaced 7 of 7 sites (all_reduce_rms_norm 5, act_mul_quant 2); 0 skipped; 2 bare" in done.stdout
+    assert "reports of 2 processes: identical" in done.stdout
+    apart = re.search(r"to the quantised model in one process: relative (\S+)", done.stdout)
+    assert apart is not None
+    assert float(apart[1]) < 0.25  # two quantised models, whose scales belong to other parts of the tensors

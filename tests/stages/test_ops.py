@@ -1,0 +1,137 @@
+"""Every op and provider: schema, fake against real, and the documented contracts of scale and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aiter_fusion.arithmetic import is_inverse, parse, run
+from aiter_fusion.op import FusedOp
+from aiter_fusion.passes.verify import differing_codes, same_bits
+from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.registry import REGISTRY
+from support.op_contract import (
+    agrees_with_the_reference,
+    call,
+    fake_equals_real,
+    passes_opcheck,
+    sampled,
+    schema_is_functional,
+    strided_rows_give_the_same_bits,
+)
+
+EVERY_OP = list(REGISTRY.ops.values())
+EVERY_PROVIDER = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(provider.missing() is not None, reason=f"needs provider {name}: {provider.missing()}"),
+    )
+    for name, provider in PROVIDERS.items()
+]
+
+QUANTISING = [op for op in EVERY_OP if "quant_dtype" in op.arguments]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A group of this process alone, for the ops that are collectives."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{store}")
+    yield
+    dist.destroy_process_group()
+
+
+ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
+
+
+@ops
+@providers
+def test_opcheck(op: FusedOp, provider: str) -> None:
+    passes_opcheck(op, provider)
+
+
+@ops
+@providers
+def test_fake_equals_real(op: FusedOp, provider: str) -> None:
+    fake_equals_real(op, provider)
+
+
+@ops
+@providers
+def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
+    strided_rows_give_the_same_bits(op, provider)
+
+
+@pytest.mark.parametrize("op", QUANTISING, ids=lambda op: op.name.split("::")[1])
+@providers
+def test_scale_contract(op: FusedOp, provider: str) -> None:
+    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
+    for given in sampled(op, provider):
+        if "static" in op.features:
+            continue
+        before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
+        outputs = call(op, provider, given)
+        value = op.reference(**given)["value"].float()
+        q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
+        assert scale.dtype is torch.float32
+        assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
+        spread = scale if block == 0 else scale.repeat_interleave(block, -1)
+        usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
+        # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales); a scale in bf16 adds 2**-8
+        error = (q * spread - value).abs()[usable]
+        bound = (value.abs() * (2**-4 + 2**-8) + spread * 2**-10).expand_as(value)[usable]
+        assert (error <= bound).all()
+        for name, tensor in before.items():
+            assert same_bits(tensor, given[name]), f"{name} was written to"
+
+
+@ops
+@providers
+def test_agrees_with_the_reference(op: FusedOp, provider: str) -> None:
+    agrees_with_the_reference(op, provider)
+
+
+@ops
+def test_schema_is_functional(op: FusedOp) -> None:
+    schema_is_functional(op)
+
+
+def test_programs() -> None:
+    x = torch.tensor([3.0, -5.0])
+    assert run("float32 clamp_min=1.0 div=2.0", x).tolist() == [1.5, 0.5]
+    assert run("div_scale clamp_max=1.0", x, torch.tensor(2.0)).tolist() == [1.0, -2.5]
+    zeros = torch.tensor([2.0, 0.0, -0.0, -1.0, float("nan")], dtype=torch.bfloat16)
+    assert repr(run("if_zero=0.5", zeros).tolist()) == "[2.0, 0.5, 0.5, -1.0, nan]"
+    assert repr(run("unless_positive=0.5", zeros).tolist()) == "[2.0, 0.5, 0.5, 0.5, 0.5]"
+    assert run("if_zero=1e-09", zeros[1]).dtype is torch.bfloat16  # without dimensions too
+    assert is_inverse("clamp_min=1.0 reciprocal mul=448.0")
+    assert not is_inverse("reciprocal mul=448.0 reciprocal")
+    assert parse(f"mul={1 / (448.0 * 512.0)!r}")[0][1] == 1 / (448.0 * 512.0)
+    for wrong in ("sqrt", "div", "reciprocal=2.0", "float64"):
+        with pytest.raises(ValueError, match="unknown step"):
+            parse(wrong)
+
+
+def test_unknown_provider_and_activation() -> None:
+    op = next(op for op in REGISTRY.overloads("act_mul_quant").values() if not op.features)
+    arguments = next(sampled(op, "reference"))
+    with pytest.raises(ValueError, match="unknown provider 'cutlass'; known are aiter, triton, reference"):
+        op.target(*arguments.values(), "cutlass")
+    with pytest.raises(ValueError, match="unknown activation 'relu'; known are silu"):
+        op.target(*(arguments | {"act": "relu"}).values(), "reference")
+
+
+def test_differing_codes() -> None:
+    x = torch.tensor([1.0, -1.0, 0.0, 448.0]).to(torch.float8_e4m3fn)
+    assert differing_codes(x, x) == 0
+    y = (x.view(torch.uint8) + torch.tensor([1, 0, 0, 0], dtype=torch.uint8)).view(torch.float8_e4m3fn)
+    assert differing_codes(x, y) == 1
+    nan = torch.full((4,), float("nan")).to(torch.float8_e4m3fn)
+    assert differing_codes(nan, nan) == 0
+    assert differing_codes(x, nan) == 255
+    assert differing_codes(torch.zeros(1).to(x.dtype), (-torch.zeros(1)).to(x.dtype)) == 0

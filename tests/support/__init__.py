@@ -1,0 +1,1 @@
+"""What tests share and what they start: no test is in here."""

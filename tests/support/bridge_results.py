@@ -1,0 +1,28 @@
+"""How far results of the bridge's ops may be from their references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# How far results of one arithmetic may be apart that sum in another order and round once: two codes of the result's
+# dtype, of the largest value in the row of which the sum is part.
+APART = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+# Experts quantise what their first product rounded: some of the inner values go to the next FP8 code, 2**-4 away.
+APART_QUANTISED = 2**-5
+
+
+def alike(want: Tensor, have: Tensor, apart: float = 0.0) -> bool:
+    assert (want.shape, want.dtype) == (have.shape, have.dtype)
+    if not want.is_floating_point():
+        return torch.equal(want, have)
+    size = want.float().abs().amax(-1, keepdim=True) if want.numel() else want.float()
+    return bool(((want.float() - have.float()).abs() <= (apart or APART[want.dtype]) * size).all())
+
+
+def same_routing(want: tuple[Tensor, Tensor], have: tuple[Tensor, Tensor]) -> bool:
+    """The same experts and weights, in whichever order."""
+    dense = []
+    for weights, ids in (want, have):
+        dense.append(torch.zeros(weights.shape[0], 256).scatter_(1, ids.long(), weights.float()))
+    return torch.allclose(*dense, rtol=1e-5)
