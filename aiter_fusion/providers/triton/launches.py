@@ -34,12 +34,15 @@ class Launch:
     grid:      programs.
     arguments: by name, tensors as ``Ref``.
     warps:     of a program.
+    dependent: whether it may begin before the launch before it ends, for which the kernel waits itself (NVIDIA's
+               programmatic dependent launch).
     """
 
     kernel: str
     grid: Int
     arguments: Mapping[str, Any]
     warps: int
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
