@@ -73,6 +73,18 @@ class Tensors(NamedTuple):
         return None
 
 
+class Each(NamedTuple):
+    """A list whose entries are values of this domain."""
+
+    entries: Domain
+
+    def why_not(self, name: str, value: Any, width: Any) -> str | None:
+        for index, entry in enumerate(value):
+            if (why := self.entries.why_not(f"{name}[{index}]", entry, width)) is not None:
+                return why
+        return None
+
+
 class Activations(NamedTuple):
     """The name of an activation, behind which stand its numbers, if it has any: ``silu``, ``clamped_swiglu=1.702,7.0``.
 

@@ -121,16 +121,39 @@ class FusedOp:
         """What a graph calls."""
         return getattr(getattr(getattr(torch.ops, NAMESPACE), self.family), self.overload_name)
 
+    @property
+    def returns(self) -> str:
+        """What the schema says that it returns."""
+        return f"({', '.join(f'Tensor {name}' for name in self.outputs)})"
+
     def allocate(self, **arguments: Any) -> dict[str, Tensor]:
         """The outputs, uninitialised: the fake implementation, and what kernels write to."""
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
-        specs = self.shape(**arguments)
-        return {name: dense(specs[name], first.new_empty) for name in self.outputs}
+        return {name: dense(spec, first.new_empty) for name, spec in self.specs(**arguments).items()}
 
-    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    def specs(self, **arguments: Any) -> dict[str, Spec]:
+        """Sizes, dtype and layout of every output, in order."""
+        specs = self.shape(**arguments)
+        return {name: specs[name] for name in self.outputs}
+
+    def pack(self, outputs: Mapping[str, Any]) -> Any:
         """The outputs as the op returns them: one tensor alone, several as a tuple."""
         ordered = [outputs[name] for name in self.outputs]
         return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+class ListOp(FusedOp):
+    """An op of tensors in lists, which returns a list: as many tensors as ``shape`` names, in that order."""
+
+    @property
+    def returns(self) -> str:
+        return "Tensor[]"
+
+    def specs(self, **arguments: Any) -> dict[str, Spec]:
+        return self.shape(**arguments)
+
+    def pack(self, outputs: Mapping[str, Any]) -> Any:
+        return list(outputs.values())
 
 
 class BridgeOp(FusedOp):
@@ -184,10 +207,9 @@ def define(
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
-    returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
-    schema = f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})'
+    schema = f'{qualified}({arguments}, str provider="{unsaid}") -> {declaration.returns}'
     if qualified in _DEFINED and _DEFINED[qualified][0] != schema:
         raise ValueError(
             f"{declaration.name} was {_DEFINED[qualified][0]} in this process, which PyTorch cannot forget: choose "

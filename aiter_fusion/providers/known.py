@@ -41,6 +41,7 @@ TRITON = REGISTRY.register(
         prepare=_body("triton", "prepare"),
         state=_body("triton", "state"),
         slower=_body("triton", "slower"),
+        unmeasured=_body("triton", "unmeasured"),
     )
 )
 REFERENCE = REGISTRY.register(

@@ -25,6 +25,8 @@ class Provider:
     prepare:  called before a graph is compiled in which the provider was chosen.
     state:    () -> the part of the environment that its compiled code depends on; it is part of the cache key.
     slower:   (op, arguments) -> why Inductor's code is faster for this call, by recorded measurements.
+    unmeasured: (op, arguments) -> why nothing is known about the speed of this call here, with the remedy. Not asked of
+              a provider that was chosen by name either.
     unwanted: (op, arguments) -> why this call does not choose the provider unasked: a preference, or an experimental
               architecture. Like ``slower``, it is not asked of a provider that was chosen by name.
     terms:    op -> the calls that the provider can compute, as data; None: it has no kernel for the op.
@@ -39,6 +41,7 @@ class Provider:
     prepare: Callable[[], None] = lambda: None
     state: Callable[[], str] = lambda: ""
     slower: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
+    unmeasured: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
     unwanted: Callable[[FusedOp, Mapping[str, Any]], str | None] = lambda op, arguments: None
     terms: Callable[[FusedOp], Terms | None] = lambda op: None
     table: ClassVar[str] = "providers"

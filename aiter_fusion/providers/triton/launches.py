@@ -17,6 +17,8 @@ from ..shapes import Int, hint, rows_of
 from . import programs, rules
 
 F32 = torch.float32
+# The family whose launches ``linear/launches.py`` knows.
+LINEAR = "fp8_linear"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ class Launches:
     scratch: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by the names that launches have for them: entries of lists are ``<name>.<index>``."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            found |= {f"{name}.{index}": entry for index, entry in enumerate(value)}
+        else:
+            found[name] = value
+    return found
+
+
+def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
+    """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
+    return op.family != LINEAR or isinstance(arguments["x"].shape[0], int)
+
+
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
     """The kernel's argument for an eps that is a tensor. Kernels cannot load from host memory, so there it is the
     value."""
@@ -70,6 +88,10 @@ def _segment(width: int) -> int:
 
 def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
+    if op.family == LINEAR:
+        from .linear import launches  # not before: it imports this module
+
+        return launches.of(arguments, launches.gpu_of(arguments["x"].device.index or 0))
     return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
 
 

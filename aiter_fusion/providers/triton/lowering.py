@@ -8,7 +8,8 @@ times that; Inductor plans the outputs as its own buffers; and the kernels are c
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,9 @@ class _Launch(ir.UserDefinedTritonKernel):
     longer than the rest of a site's compilation, and if it fails, Inductor assumes that all inputs are written to.
     """
 
-    def __init__(self, kernel_idx: int, grid: Any, arguments: Mapping[str, Any], written: Sequence[str]) -> None:
+    def __init__(
+        self, kernel_idx: int, grid: Any, arguments: Mapping[str, Any], written: Sequence[str], dependent: bool
+    ) -> None:
         given = {
             name: self.unwrap_storage_for_input(self.realize_input(value)) if isinstance(value, ir.TensorBox) else value
             for name, value in arguments.items()
@@ -46,7 +49,7 @@ class _Launch(ir.UserDefinedTritonKernel):
         super(ir.UserDefinedTritonKernel, self).__init__(
             None, ir.NoneLayout(device=self.device), inputs, constants, given
         )
-        self.kernel_idx, self.grid = kernel_idx, grid
+        self.kernel_idx, self.grid, self.dependent = kernel_idx, grid, dependent
         function: Any = self.get_kernel_and_metadata()[0]
         self.ordered_kwargs_for_cpp_kernel = [name for name in function.arg_names if name in arguments]
         self.mutable_args = [arguments[name] for name in written]
@@ -55,12 +58,32 @@ class _Launch(ir.UserDefinedTritonKernel):
         ]
         V.graph.register_operation(self)
 
+    def codegen(self, wrapper: Any) -> None:
+        with _dependent(wrapper) if self.dependent else nullcontext():
+            super().codegen(wrapper)
+
     def can_fuse_epilogue(self) -> bool:
         return False
 
 
+@contextmanager
+def _dependent(wrapper: Any) -> Iterator[None]:
+    """Define kernels with the launch attribute ``launch_pdl``, which Inductor gives templates of its own and none of a
+    user's kernels. Such a kernel is still correct without it, so where the text has another form, nothing happens."""
+    define = wrapper.define_kernel
+
+    def with_attribute(name: str, body: str, *more: Any, **named: Any) -> Any:
+        return define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1), *more, **named)
+
+    wrapper.define_kernel = with_attribute
+    try:
+        yield
+    finally:
+        del wrapper.define_kernel
+
+
 # The arguments that the kernels write to.
-WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
+WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out", "y0", "y1", "y2", "y3", "partial_out")
 
 
 @functools.cache
@@ -105,12 +128,13 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         fakes: the same as fake tensors.
     """
     first = next(value for value in fakes.values() if isinstance(value, Tensor))
+    named = launches.flat(fakes)
     tensors = {
-        name: ir.ExternKernel.require_exact_strides(_resident(value, first.device), fakes[name].stride())
-        for name, value in given.items()
-        if isinstance(fakes[name], Tensor)
+        name: ir.ExternKernel.require_exact_strides(_resident(value, first.device), named[name].stride())
+        for name, value in launches.flat(given).items()
+        if isinstance(named[name], Tensor)
     }
-    outputs = {name: _empty(op.shape(**fakes)[name], first.device) for name in op.outputs}
+    outputs = {name: _empty(spec, first.device) for name, spec in op.specs(**fakes).items()}
     plan = launches.of(op, fakes, nvidia())
     scratch = {name: _empty(spec, first.device) for name, spec in plan.scratch.items()}
     known = tensors | scratch | outputs
@@ -121,9 +145,8 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         }
         written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]
         index = kernel_side_table.add_kernel(_configured(launch.kernel, launch.warps))
-        _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written)
-    ordered = [outputs[name] for name in op.outputs]
-    return ordered[0] if len(ordered) == 1 else tuple(ordered)
+        _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written, launch.dependent)
+    return op.pack(outputs)
 
 
 def _lowering(op: FusedOp) -> Any:
@@ -134,8 +157,11 @@ def _lowering(op: FusedOp) -> Any:
         if len(args) < len(names) or args[-1] != NAME:
             return opaque(*args)
         node = V.graph.current_node
-        fakes = [value.meta["val"] if isinstance(value, fx.Node) else value for value in node.args]
-        return _lower(op, dict(zip(op.arguments, args, strict=False)), dict(zip(op.arguments, fakes, strict=False)))
+        values = fx.map_arg(node.args, lambda value: value.meta["val"])
+        fakes = dict(zip(op.arguments, values, strict=False))
+        if not launches.is_known(op, fakes):
+            return opaque(*args)
+        return _lower(op, dict(zip(op.arguments, args, strict=False)), fakes)
 
     return lower
 

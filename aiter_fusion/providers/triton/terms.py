@@ -11,6 +11,7 @@ from ...formats import FORMATS
 from ...op import FusedOp
 from ..terms import Terms
 from . import rules
+from .linear import calls as linear
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
@@ -75,6 +76,8 @@ CHAINS: Mapping[tuple[str, ...], Sizes] = {
 
 def terms(op: FusedOp) -> Terms | None:
     """The calls of an op that the kernels compute, or None: an op of any name whose stages form one of the chains."""
+    if op.family == linear.LINEAR:
+        return linear.TERMS
     kinds = [stage.kind for stage in op.stages]
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))
     if rows is None:

@@ -20,10 +20,15 @@ import torch
 
 from ... import machine
 
-# The fields of a launch shape (``rules.Shape``) that a measurement may choose.
-FREE = frozenset({"threads", "run", "segments"})
 # Threads of one program that every GPU can launch: CUDA's limit on a block, and AMD's on a workgroup.
 MOST_THREADS = 1024
+# The fields that a measurement may choose, of launch shapes (``rules.Shape``) and of tiles (``linear/rules.py``), and
+# the most that they can be: powers of two, but for stages, and for our time in percent of PyTorch's.
+FREE = {
+    **{"threads": MOST_THREADS, "run": 1 << 16, "segments": 1 << 16},
+    **{"rows": 128, "block_n": 256, "block_k": 4096, "warps": 32, "split": 64, "stages": 16, "percent": 1 << 30},
+}
+NUMBERS = frozenset({"stages", "percent"})
 
 Choice = Mapping[str, int]
 _tried: dict[str, Choice] = {}
@@ -59,9 +64,9 @@ def choices() -> Mapping[str, Choice]:
     try:
         found = json.loads(content)["launches"]
         valid = all(
-            choice.keys() <= FREE
-            and all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in choice.values())
-            and choice.get("threads", 1) <= MOST_THREADS
+            choice.keys() <= FREE.keys()
+            and all(type(n) is int and 0 < n <= FREE[name] for name, n in choice.items())
+            and all(n & (n - 1) == 0 for name, n in choice.items() if name not in NUMBERS)
             for choice in found.values()
         )
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -86,6 +91,11 @@ def choice(rule: str, *arguments: int | bool) -> Choice:
     """The choice that is being tried or was measured for a rule and its arguments; empty if there is none."""
     named = key(rule, *arguments)
     return _tried[named] if named in _tried else choices().get(named, {})
+
+
+def has(rule: str) -> bool:
+    """Whether there is a measurement of a rule."""
+    return any(name.partition(" ")[0] == rule for name in choices())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .weights import pick, place
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "m", "row_blocks", "tiles", "columns", "biased"])
 def fp8_matmul_kernel(
     x, x_scale,
-    w0, w1, w2, w3, c0, c1, c2, c3, b0, b1, b2, b3, y0, y1, y2, y3, partial,
+    w0, w1, w2, w3, c0, c1, c2, c3, b0, b1, b2, b3, y0, y1, y2, y3, partial_out,
     n0, n1, n2, n3, d0, d1, d2, d3,
     m, k, length, row_blocks, tiles, columns, x_stride, xs_row, xs_block, ws_row, ws_block, biased,
     COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
@@ -27,7 +27,7 @@ def fp8_matmul_kernel(
         x: ``[m, k]`` FP8, rows x_stride apart.
         x_scale: one a row (xs_row apart; 0: one for all), or ``[m, k / 128]`` (xs_row and xs_block apart).
         w0 to y3: as in ``fp8_gemv``; outputs are ``[m, n_i]``.
-        partial: with SPLIT, sums without scales ``[k / length, m, columns]`` float32, in which every weight begins at a
+        partial_out: with SPLIT, sums without scales ``[k / length, m, columns]`` float32, in which every weight begins at a
             multiple of BLOCK_N. ``fp8_combine`` adds them up. Else None.
         row_blocks, tiles: programs along the rows of x, and along the weights.
         PRECISE: whether sums of the matrix units, which on NVIDIA's keep few bits, go to float32 every 128 of k.
@@ -82,7 +82,7 @@ def fp8_matmul_kernel(
         x += BLOCK_K
     wanted = (row < m)[None, :] & (column < n)[:, None]
     if SPLIT:
-        to = partial + (split * m).to(tl.int64) * columns + launch_tile * BLOCK_N
+        to = partial_out + (split * m).to(tl.int64) * columns + launch_tile * BLOCK_N
         tl.store(to + row[None, :] * columns + tl.arange(0, BLOCK_N)[:, None], total, wanted)
     else:
         if not BLOCKED:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..jit import nvidia
 from ..launches import Launch, Launches, Ref
 from . import rules
 
@@ -27,6 +29,23 @@ class Gpu(NamedTuple):
     dependent: bool
     multiprocessors: int
     shared_memory: int
+
+
+# Where PyTorch does not say how much shared memory a program can have: the least of the GPUs that kernels are for.
+LEAST_SHARED_MEMORY = 64 << 10
+
+
+@functools.cache
+def gpu_of(device: int) -> Gpu:
+    """What launches on a GPU depend on.
+
+    Args:
+        device: index of the GPU.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
+    dependent = nvidia() and properties.major >= 9
+    return Gpu(nvidia(), dependent, properties.multi_processor_count, shared_memory)
 
 
 def is_blocked(arguments: Mapping[str, Any]) -> bool:
@@ -107,7 +126,7 @@ def _together(
     row_blocks, columns = -(-m // tile.rows), tiles * tile.block_n
     name = f"partial.{indices[0]}"
     product = {
-        "partial": Ref(name) if splits > 1 else None,
+        "partial_out": Ref(name) if splits > 1 else None,
         "m": m,
         "length": length,
         "row_blocks": row_blocks,

@@ -144,6 +144,15 @@ def tile(k: int, ns: Sequence[int], rows: int, fast: bool, multiprocessors: int)
     return table[min(table, key=lambda n: abs(math.log(n / total)))]
 
 
+def pays(k: int, ns: Sequence[int], rows: int, fast: bool, multiprocessors: int) -> bool:
+    """Whether a launch is faster than separate calls of ``torch._scaled_mm``. What ``tune --linear`` measured for a
+    product takes precedence over the tables, which stand for all other sizes."""
+    measured = tuned.choice("linear", k, sum(ns), padded(rows), fast).get("percent")
+    if measured is not None and rows <= MOST_ROWS:
+        return measured < 100
+    return tile(k, ns, rows, fast, multiprocessors) is not None
+
+
 def plan(
     k: int, ns: Sequence[int], rows: int, fast: bool, blocked: bool, multiprocessors: int, shared_memory: int
 ) -> Plan:

@@ -1,0 +1,212 @@
+"""Calls of ``fp8_linear``: what the kernels take, where they pay, and calls outside of Inductor's launches.
+
+A compiled graph with a symbolic number of rows calls the op itself, which chooses here, at every call. So little may
+take time here: launches are prepared once for calls of the same shapes, and then only pointers are filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ....domains import FLAG, Each, OneOf, Tensors
+from ....machine import is_capturing
+from ....op import FusedOp
+from ...terms import Terms
+from .. import tuned
+from ..jit import compiling_nothing, kernel, native_fp8
+from ..launches import LINEAR, Launch, Ref, flat
+from . import launches, rules
+
+F32 = torch.float32
+FLOATS = (torch.bfloat16, torch.float16, F32)
+FP8 = Tensors((torch.float8_e4m3fn, torch.float8_e4m3fnuz))
+TERMS = Terms(
+    {
+        "x": FP8,
+        "weights": Each(FP8),
+        "x_scale": Tensors((F32,)),
+        "weight_scales": Each(Tensors((F32,))),
+        "biases": Each(Tensors(FLOATS, optional=True)),
+        "dtype": OneOf(FLOATS),
+        "fast_accum": FLAG,
+    }
+)
+# Pointers and strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
+ALIGNMENT = 16
+REMEDY = "run 'aiter-fusion tune --linear' on this machine, or name the provider"
+
+
+def refuse(arguments: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot compute a call that their terms allow (tensors may be fakes), or None."""
+    x, x_scale = arguments["x"], arguments["x_scale"]
+    weights: Sequence[Tensor] = arguments["weights"]
+    scales: Sequence[Tensor] = arguments["weight_scales"]
+    if x.device.type != "cuda":
+        return f"the tensors are on {x.device.type}, and its kernels are for GPUs"
+    native = native_fp8(x.device.index or 0)
+    if x.dtype != native:
+        return f"x is {x.dtype}, and this GPU multiplies {native}"
+    for name, tensor in flat(arguments).items():
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+    k = x.shape[1]
+    if not isinstance(k, int) or not all(isinstance(size, int) for weight in weights for size in weight.shape):
+        return "sizes of the weights are known only at run time"
+    if k == 0 or k % ALIGNMENT or not statically_known_true(x.stride(1) == 1):
+        return f"x has {k} columns, {x.stride(1)} elements apart, and its kernels need a multiple of {ALIGNMENT}, 1 apart"
+    if not statically_known_true(x.stride(0) % ALIGNMENT == 0):
+        return f"the rows of x are {x.stride(0)} elements apart, and its kernels need a multiple of {ALIGNMENT}"
+    for index, weight in enumerate(weights):
+        ld = weight.stride(1)
+        if weight.stride(0) != 1 or ld % ALIGNMENT:
+            return (
+                f"weight {index} has strides {tuple(weight.stride())}, and its kernels need 1 and a multiple of "
+                f"{ALIGNMENT}"
+            )
+    blocked = launches.is_blocked(arguments)
+    if blocked and k % rules.BLOCK:
+        return f"x has {k} columns, and scales by block need a multiple of {rules.BLOCK}"
+    for index, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+        n = weight.shape[1]
+        expected = (k // rules.BLOCK, -(-n // rules.BLOCK)) if blocked else (1, n)
+        if tuple(scale.shape) != expected and (blocked or scale.numel() != 1):
+            return f"the scale of weight {index} is {list(scale.shape)}, and its kernels need {list(expected)} or one number"
+        if scale.numel() == 1 and scales[0].numel() == 1:
+            continue
+        if tuple(scale.stride()) != tuple(scales[0].stride()):
+            return f"the scales of weights 0 and {index} have strides {scales[0].stride()} and {scale.stride()}"
+    wanted = k // rules.BLOCK if blocked else 1
+    if x_scale.numel() != 1 and (x_scale.dim() != 2 or x_scale.shape[1] != wanted):
+        return f"the scale of x is {list(x_scale.shape)}, and its kernels need [{x.shape[0]}, {wanted}] or one number"
+    if isinstance(x.shape[0], int) and x.shape[0] == 0:
+        return "x has no rows, and its kernels need one"
+    return None
+
+
+def is_measured(device: int) -> bool:
+    """Whether products were measured on a GPU like this one: by the package's tables, or by ``tune --linear``."""
+    return torch.cuda.get_device_name(device) in rules.MEASURED or tuned.has("linear")
+
+
+def unmeasured(arguments: Mapping[str, Any]) -> str | None:
+    """Why nothing is known about the speed of a call on its GPU, or None."""
+    device = arguments["x"].device.index or 0
+    if is_measured(device):
+        return None
+    return f"products of few rows were not measured on {torch.cuda.get_device_name(device)}: {REMEDY}"
+
+
+def slower(arguments: Mapping[str, Any]) -> str | None:
+    """Why separate calls of ``torch._scaled_mm`` are as fast as a call, by recorded measurements, or None. A symbolic
+    number of rows is decided at every call."""
+    x = arguments["x"]
+    if not isinstance(x.shape[0], int) or _pays(arguments, x.shape[0], x.device.index or 0):
+        return None
+    total = sum(weight.shape[1] for weight in arguments["weights"])
+    return f"torch._scaled_mm is as fast for {x.shape[0]} rows x {x.shape[1]} by {total} columns in all"
+
+
+def _pays(arguments: Mapping[str, Any], rows: int, device: int) -> bool:
+    """Whether the kernels are faster than separate calls. Of an unmeasured GPU it is what the tables say."""
+    k, ns = arguments["x"].shape[1], [weight.shape[1] for weight in arguments["weights"]]
+    gpu = launches.gpu_of(device)
+    return rules.pays(k, ns, rows, arguments["fast_accum"], gpu.multiprocessors)
+
+
+def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
+    """Compute a call, by the kernels or, where they do not pay, by the products that the graph had.
+
+    Raises:
+        RuntimeError: a kernel would be compiled while a CUDA graph is captured.
+    """
+    x: Tensor = arguments["x"]
+    rows = x.shape[0]
+    if rows > rules.MOST_ROWS or rows == 0:
+        return op.reference(**arguments)
+    weights, biases = arguments["weights"], arguments["biases"]
+    tensors = [x, arguments["x_scale"], *weights, *arguments["weight_scales"], *(b for b in biases if b is not None)]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    dtype, device = arguments["dtype"], x.device
+    key = (
+        dtype,
+        arguments["fast_accum"],
+        device,
+        len(weights),
+        tuple(b is None for b in biases),
+        tuple([tensor.shape for tensor in tensors]),
+        tuple([tensor.stride() for tensor in tensors]),
+        any([pointer % ALIGNMENT for pointer in pointers]),
+    )
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepared[key] = _prepare(op, arguments)
+    return prepared(arguments, pointers)
+
+
+Prepared = Callable[[Mapping[str, Any], list[int]], dict[str, Tensor]]
+# The launches of a call by what they depend on.
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+
+
+def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Prepared:
+    """Compile the kernels of calls of the same shapes, and place their arguments."""
+    x: Tensor = arguments["x"]
+    device, dtype, index = x.device, arguments["dtype"], x.device.index or 0
+    named = flat(arguments)
+    if not _pays(arguments, x.shape[0], index) or refuse(arguments) is not None:
+        return lambda given, pointers: op.reference(**given)
+    plan = launches.of(arguments, launches.gpu_of(index))
+    outputs = op.allocate(**arguments)
+    scratch = {name: x.new_empty(sizes, dtype=kind) for name, (sizes, kind) in plan.scratch.items()}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    known = tensors | outputs | scratch
+    places = {name: place for place, name in enumerate(_ordered(arguments) + [*outputs, *scratch])}
+    with torch.cuda.device(device), compiling_nothing() if is_capturing() else nullcontext():
+        steps = [_step(launch, known, places) for launch in plan.launches]
+    shapes = {name: tuple(output.shape) for name, output in outputs.items()}
+    partial = [sizes for sizes, _ in plan.scratch.values()]
+
+    def launch(given: Mapping[str, Any], pointers: list[int]) -> dict[str, Tensor]:
+        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        between = [torch.empty(sizes, dtype=F32, device=device) for sizes in partial]
+        pointers += [tensor.data_ptr() for tensor in (*made.values(), *between)]
+        with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            for start, template, slots in steps:
+                values = template.copy()
+                for slot, place in slots:
+                    values[slot] = pointers[place]
+                start(*values, stream=stream)
+        return made
+
+    return launch
+
+
+def _ordered(arguments: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors in the order in which ``run`` takes their pointers."""
+    count = range(len(arguments["weights"]))
+    given = [f"biases.{i}" for i in count if arguments["biases"][i] is not None]
+    return ["x", "x_scale", *(f"weights.{i}" for i in count), *(f"weight_scales.{i}" for i in count), *given]
+
+
+def _step(
+    launch: Launch, known: Mapping[str, Tensor], places: Mapping[str, int]
+) -> tuple[Callable[..., None], list[Any], list[tuple[int, int]]]:
+    """(what launches a compiled kernel, its arguments in order, which of them are which pointers)."""
+    function = kernel(launch.kernel)
+    values = [launch.arguments[name] for name in function.arg_names]
+    slots = [(slot, places[value.name]) for slot, value in enumerate(values) if isinstance(value, Ref)]
+    options: dict[str, Any] = {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.dependent else {})
+    given = [known[value.name] if isinstance(value, Ref) else value for value in values]
+    compiled = function.warmup(*given, grid=(launch.grid,), **options)
+    template = [None if isinstance(value, Ref) else value for value in values]
+    return compiled[launch.grid, 1, 1], template, slots
+
+
+__all__ = ["LINEAR", "TERMS", "refuse", "run", "slower", "unmeasured"]
