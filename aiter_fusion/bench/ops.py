@@ -278,7 +278,7 @@ def bench(chosen: Sequence[Case], *, max_autotune: bool, reference: bool, comman
     # Inductor's caches know the graph, which has the op's name, but not the kernels that stand for it
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lru_cache")  # the references parse their programs
-        rate = _copy_rate()
+        rate = copy_rate()
         for case in progress(chosen, "bench ops"):
             try:
                 rows.append(_measure(case, rate, max_autotune, reference))
@@ -287,7 +287,8 @@ def bench(chosen: Sequence[Case], *, max_autotune: bool, reference: bool, comman
     return Result(conditions(command), rate, tuple(rows), tuple(refused), time.perf_counter() - started)
 
 
-def _copy_rate() -> float:
+def copy_rate() -> float:
+    """Bytes a second, read and written, of negating 1 GiB of bfloat16 on the current GPU."""
     source = torch.randn(COPY_ELEMENTS, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     calls = 4

@@ -54,7 +54,9 @@ def fp8_gemv_kernel(
         if BLOCKED:
             block = tl.minimum((start + tl.arange(0, CHUNKS) * 16) // 128, k // 128 - 1)
             # BLOCK_N divides 128, so the rows of a program are in one block
-            scale = tl.load(c + (tile * BLOCK_N // 128) * ws_row + block * ws_block) * tl.load(x_scale + block * xs_block)
+            scale = tl.load(c + (tile * BLOCK_N // 128) * ws_row + block * ws_block) * tl.load(
+                x_scale + block * xs_block
+            )
             total += part * scale[:, None]
         else:
             total += part

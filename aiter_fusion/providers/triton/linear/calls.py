@@ -59,7 +59,9 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
     if not isinstance(k, int) or not all(isinstance(size, int) for weight in weights for size in weight.shape):
         return "sizes of the weights are known only at run time"
     if k == 0 or k % ALIGNMENT or not statically_known_true(x.stride(1) == 1):
-        return f"x has {k} columns, {x.stride(1)} elements apart, and its kernels need a multiple of {ALIGNMENT}, 1 apart"
+        return (
+            f"x has {k} columns, {x.stride(1)} elements apart, and its kernels need a multiple of {ALIGNMENT}, 1 apart"
+        )
     if not statically_known_true(x.stride(0) % ALIGNMENT == 0):
         return f"the rows of x are {x.stride(0)} elements apart, and its kernels need a multiple of {ALIGNMENT}"
     for index, weight in enumerate(weights):
@@ -129,16 +131,13 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     rows = x.shape[0]
     if rows > rules.MOST_ROWS or rows == 0:
         return op.reference(**arguments)
-    weights, biases = arguments["weights"], arguments["biases"]
-    tensors = [x, arguments["x_scale"], *weights, *arguments["weight_scales"], *(b for b in biases if b is not None)]
+    tensors = _tensors(arguments)
     pointers = [tensor.data_ptr() for tensor in tensors]
-    dtype, device = arguments["dtype"], x.device
     key = (
-        dtype,
+        arguments["dtype"],
         arguments["fast_accum"],
-        device,
-        len(weights),
-        tuple(b is None for b in biases),
+        x.device,
+        tuple([bias is None for bias in arguments["biases"]]),
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.stride() for tensor in tensors]),
         any([pointer % ALIGNMENT for pointer in pointers]),
@@ -146,21 +145,26 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     prepared = _prepared.get(key)
     if prepared is None:
         prepared = _prepared[key] = _prepare(op, arguments)
-    return prepared(arguments, pointers)
+    return prepared(pointers) if prepared is not None else op.reference(**arguments)
 
 
-Prepared = Callable[[Mapping[str, Any], list[int]], dict[str, Tensor]]
-# The launches of a call by what they depend on.
-_prepared: dict[tuple[Any, ...], Prepared] = {}
+# From the pointers of a call's tensors to its outputs.
+Launcher = Callable[[list[int]], dict[str, Tensor]]
+# The launchers of calls by what they depend on; None where PyTorch's products are called.
+_prepared: dict[tuple[Any, ...], Launcher | None] = {}
 
 
-def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Prepared:
-    """Compile the kernels of calls of the same shapes, and place their arguments."""
+def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher | None:
+    x = arguments["x"]
+    pays = _pays(arguments, x.shape[0], x.device.index or 0)
+    return launcher(op, arguments) if pays and refuse(arguments) is None else None
+
+
+def launcher(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher:
+    """Compile the kernels of a call, for all calls with tensors of the same shapes (``pointers``)."""
     x: Tensor = arguments["x"]
     device, dtype, index = x.device, arguments["dtype"], x.device.index or 0
     named = flat(arguments)
-    if not _pays(arguments, x.shape[0], index) or refuse(arguments) is not None:
-        return lambda given, pointers: op.reference(**given)
     plan = launches.of(arguments, launches.gpu_of(index))
     outputs = op.allocate(**arguments)
     scratch = {name: x.new_empty(sizes, dtype=kind) for name, (sizes, kind) in plan.scratch.items()}
@@ -172,24 +176,34 @@ def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Prepared:
     shapes = {name: tuple(output.shape) for name, output in outputs.items()}
     partial = [sizes for sizes, _ in plan.scratch.values()]
 
-    def launch(given: Mapping[str, Any], pointers: list[int]) -> dict[str, Tensor]:
+    def launch(pointers: list[int]) -> dict[str, Tensor]:
         made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         between = [torch.empty(sizes, dtype=F32, device=device) for sizes in partial]
-        pointers += [tensor.data_ptr() for tensor in (*made.values(), *between)]
+        every = pointers + [tensor.data_ptr() for tensor in (*made.values(), *between)]
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
             stream = torch._C._cuda_getCurrentRawStream(index)
             for start, template, slots in steps:
                 values = template.copy()
                 for slot, place in slots:
-                    values[slot] = pointers[place]
+                    values[slot] = every[place]
                 start(*values, stream=stream)
         return made
 
     return launch
 
 
+def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
+    given = [bias for bias in arguments["biases"] if bias is not None]
+    return [arguments["x"], arguments["x_scale"], *arguments["weights"], *arguments["weight_scales"], *given]
+
+
+def pointers(arguments: Mapping[str, Any]) -> list[int]:
+    """What a launcher takes."""
+    return [tensor.data_ptr() for tensor in _tensors(arguments)]
+
+
 def _ordered(arguments: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in the order in which ``run`` takes their pointers."""
+    """The names of the tensors of ``_tensors``."""
     count = range(len(arguments["weights"]))
     given = [f"biases.{i}" for i in count if arguments["biases"][i] is not None]
     return ["x", "x_scale", *(f"weights.{i}" for i in count), *(f"weight_scales.{i}" for i in count), *given]

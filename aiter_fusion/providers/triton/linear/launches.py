@@ -88,9 +88,7 @@ def _together(
     # any bias stands in for one that is missing: its pointer is not read
     given = next((index for index, bias in zip(indices, biases, strict=True) if bias is not None), None)
     held = [index if bias is not None else given for index, bias in zip(indices, biases, strict=True)]
-    plan = rules.plan(
-        k, ns, m, arguments["fast_accum"], blocked, gpu.multiprocessors, gpu.shared_memory
-    )
+    plan = rules.plan(k, ns, m, arguments["fast_accum"], blocked, gpu.multiprocessors, gpu.shared_memory)
     tile = plan.tile
     common = {
         "x_scale": Ref("x_scale"),
