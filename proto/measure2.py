@@ -146,7 +146,6 @@ def big(args: Any) -> None:
     from aiter_fusion.bench import linear as bench
 
     op = bench.FP8_LINEAR
-    case = bench.Case(bench.Size.parse("16384x135168"), 1)
     w = torch.zeros(135168, 16384, dtype=torch.float8_e4m3fn, device="cuda")
     w[-8:] = (torch.randn(8, 16384, device="cuda")).to(w.dtype)
     for rows in (1, 16):
@@ -158,7 +157,7 @@ def big(args: Any) -> None:
     del w
     a = bench.Case(bench.Size.parse("14336x4096"), 16).arguments("cuda")
     first = next(iter(run_kernel(a).values()))
-    same = sum(torch.equal(first, next(iter(op.target(*a.values(), "triton")))) if False else torch.equal(first, op.target(*a.values(), "triton")[0]) for _ in range(1000))
+    same = sum(torch.equal(first, op.target(*a.values(), "triton")[0]) for _ in range(1000))
     print("equal runs of 1000:", same, flush=True)
     streams = [torch.cuda.Stream() for _ in range(2)]
     others = [bench.Case(bench.Size.parse("14336x4096"), 16).arguments("cuda", seed) for seed in (1, 2)]
@@ -178,41 +177,98 @@ def big(args: Any) -> None:
 
 def table(args: Any) -> None:
     from aiter_fusion.bench import linear as bench
-    from aiter_fusion.bench.timing import Refused
-    from aiter_fusion.providers import PROVIDERS
-
-    PROVIDERS["triton"].prepare()
-    import torch._inductor.config as inductor_config
 
     rows_of_table = RESULTS.setdefault("bench", [])
     missed = []
     torch.set_grad_enabled(False)
-    with inductor_config.patch(force_disable_caches=True):
-        rate = bench.copy_rate()
-        for precise, rows, size in product((False, True), (1, 16, 64, 4, 32, 128), GOALS):
-            if left(args) < 100:
-                print("stopped: no time")
-                break
-            case = bench.Case(bench.Size.parse(size), rows, not precise)
-            try:
-                row = bench._measure(case, rate, False)
-            except (Refused, RuntimeError) as problem:
-                print(f"{case}: {type(problem).__name__} {str(problem)[:300]}", flush=True)
-                continue
-            goal = GOALS[size][(1, 16, 64).index(rows)] if rows in (1, 16, 64) and not precise else None
-            mark = "" if goal is None else f"goal {goal} {'met' if row.ratio <= goal else 'MISSED'}"
-            missed += [str(case)] if goal and row.ratio > goal else []
-            print(f"{case}: ours {row.ours_us:.2f} separate {row.separate_us:.2f} ratio {row.ratio:.3f} {mark} errors {row.ours_error:.2e} {row.separate_error:.2e} [{left(args):.0f} s]", flush=True)
-            rows_of_table.append({**row.__dict__, "ratio": row.ratio, "goal": goal})
-            save()
+    rate = bench.copy_rate()
+    for precise, rows, size in product((False, True), (1, 16, 64, 4, 32, 128), GOALS):
+        if left(args) < 90:
+            print("stopped: no time")
+            break
+        case = bench.Case(bench.Size.parse(size), rows, not precise)
+        try:
+            row = measured(case, rate)
+        except RuntimeError as problem:
+            print(f"{case}: {type(problem).__name__} {str(problem)[:300]}", flush=True)
+            continue
+        goal = GOALS[size][(1, 16, 64).index(rows)] if rows in (1, 16, 64) and not precise else None
+        mark = "" if goal is None else f"goal {goal} {'met' if row.ratio <= goal else 'MISSED'}"
+        missed += [str(case)] if goal and row.ratio > goal else []
+        print(
+            f"{case}: ours {row.ours_us:.2f} separate {row.separate_us:.2f} ratio {row.ratio:.3f} {mark} "
+            f"errors {row.ours_error:.2e} {row.separate_error:.2e} [{left(args):.0f} s]", flush=True,
+        )  # fmt: skip
+        rows_of_table.append({**row.__dict__, "ratio": row.ratio, "goal": goal})
+        save()
     print("goals missed:", missed, flush=True)
+
+
+def measured(case: Any, rate: float) -> Any:
+    """As ``bench linear``, with the launches themselves: Inductor would need seconds a case to compile them anew."""
+    from aiter_fusion.bench import linear as bench
+    from aiter_fusion.bench.timing import alternate, capture
+    from aiter_fusion.providers.triton.linear import calls
+
+    sets = bench.rotating(case)
+    launch = calls.launcher(bench.FP8_LINEAR, sets[0])
+    pointers = [calls.pointers(a) for a in sets]
+    _, separate = bench.functions(sets[0])
+    tensors = [bench.tensors_of(a) for a in sets]
+    have, want = bench.error(sets[0], next(iter(launch(pointers[0]).values()))), bench.error(sets[0], separate(*tensors[0])[0])
+    count = len(sets) * -(-bench.GRAPH_CALLS // len(sets))
+    graphs = [capture(lambda i: launch(pointers[i]), [(i,) for i in range(len(sets))], count), capture(separate, tensors, count)]
+    ours, theirs = (t / count for t in alternate([g.replay for g in graphs], 11))
+    return bench.Row(str(case.size), case.rows, case.fast, ours, theirs, case.size.bytes / rate * 1e6, have, want)
+
+
+def compiled(args: Any) -> None:
+    """The op as Inductor launches it: the same bits as the launches themselves, and the same time."""
+    from aiter_fusion.bench import linear as bench
+    from aiter_fusion.bench.timing import alternate, capture
+    from aiter_fusion.providers import PROVIDERS
+    from aiter_fusion.providers.triton.linear import calls
+
+    PROVIDERS["triton"].prepare()
+    torch.set_grad_enabled(False)
+    for size, rows in (("4096x4096,1024,1024", 1), ("4096x4096", 16), ("14336x4096", 64)):
+        case = bench.Case(bench.Size.parse(size), rows)
+        sets = bench.rotating(case)
+        ours, separate = bench.functions(sets[0])
+        run = torch.compile(ours, dynamic=False, fullgraph=True)
+        tensors, pointers = [bench.tensors_of(a) for a in sets], [calls.pointers(a) for a in sets]
+        launch = calls.launcher(bench.FP8_LINEAR, sets[0])
+        same = all(map(torch.equal, run(*tensors[0]), launch(pointers[0]).values()))
+        count = len(sets) * -(-bench.GRAPH_CALLS // len(sets))
+        own = capture(lambda i: launch(pointers[i]), [(i,) for i in range(len(sets))], count)
+        graphs = [capture(run, tensors, count), own, capture(separate, tensors, count)]
+        times = [t / count for t in alternate([g.replay for g in graphs], 11)]
+        RESULTS.setdefault("compiled", {})[str(case)] = (same, *times)
+        print(
+            f"compiled {case}: same bits {same}; Inductor's launch {times[0]:.2f}, own {times[1]:.2f}, "
+            f"separate {times[2]:.2f} us [{left(args):.0f} s]", flush=True,
+        )  # fmt: skip
+    # symbolic rows: one graph for all
+    torch._dynamo.reset()
+    a = bench.Case(bench.Size.parse("4096x4096,1024,1024"), 64).arguments("cuda")
+    ours, separate = bench.functions(a)
+    run = torch.compile(ours, fullgraph=True)
+    _, _, *rest = bench.tensors_of(a)
+    for rows in (64, 7, 33, 600, 128):
+        b = bench.Case(bench.Size.parse("4096x4096,1024,1024"), rows).arguments("cuda")
+        x, xs = b["x"], b["x_scale"]
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(xs, 0)
+        ys = run(x, xs, *rest)
+        pairs = zip(ys, separate(x, xs, *rest))
+        print(f"symbolic {rows} rows: difference {max(float((y.float() - w.float()).norm() / w.float().norm()) for y, w in pairs):.1e}", flush=True)
+    save()
 
 
 def host(args: Any) -> None:
     """Host time of a call with symbolic rows: the op by the dispatcher, and the calls that it replaces."""
     from aiter_fusion.bench import linear as bench
 
-    op = bench.FP8_LINEAR
     for size, rows in product(("4096x4096,1024,1024", "4096x4096", "4096x14336,14336"), (1, 16, 64, 512)):
         a = bench.Case(bench.Size.parse(size), rows).arguments("cuda")
         values = [*a.values(), "triton"]
@@ -339,13 +395,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--deadline", type=float, default=290.0)
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--only", default="check,bench,host,grid,decode")
+    parser.add_argument("--only", default="check,compiled,bench,host,grid,decode")
     args = parser.parse_args()
     only = args.only.split(",")
     pool = ProcessPoolExecutor(args.workers, mp_context=get_context("fork"))
     ask(pool, only)
     print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", flush=True)
-    for name, part in (("check", check), ("bench", table), ("host", host), ("grid", grid), ("decode", decode)):
+    for name, part in (("check", check), ("compiled", compiled), ("bench", table), ("host", host), ("grid", grid), ("decode", decode)):
         if name in only:
             try:
                 part(args)
