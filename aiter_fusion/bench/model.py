@@ -164,8 +164,11 @@ def _cells(pair: Pair, style: str, ratio: str = "") -> list[str]:
     return [*cells, f"{pair.ratio:{ratio}}"] if ratio else cells
 
 
-def build(sizes: Sizes, device: str) -> nn.Module:
+def build(sizes: Sizes, device: str, attention: str = "causal") -> nn.Module:
     """A random bf16 Llama, its linear layers quantised by torchao: FP8, one scale a row.
+
+    Args:
+        attention: transformers' name of its attention; ``causal`` is this module's.
 
     Raises:
         RuntimeError: transformers or torchao is missing.
@@ -182,7 +185,7 @@ def build(sizes: Sizes, device: str) -> nn.Module:
     )
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="causal"
+            config, dtype=torch.bfloat16, attn_implementation=attention
         ).eval()
     granularity = quantization.PerRow()
     quantization.quantize_(model, quantization.Float8DynamicActivationFloat8WeightConfig(granularity=granularity))
@@ -238,16 +241,16 @@ def _measure(model: nn.Module, workload: Workload, host: bool) -> Row:
     difference = float((result - want).norm() / want.norm())
     del result, want
     both = (lambda: ours(tokens), lambda: inductor(tokens))
-    peaks = [_peak(call) for call in both]
-    gpu_us, kernels = _profiled(both)
+    peaks = [peak(call) for call in both]
+    gpu_us, kernels = (Pair(*found) for found in profiled(both))
     host_us = _host(both, max(kernels.ours, kernels.inductor)) if host else None
-    wall_us, captured = _wall(both)
+    walls, captured = wall(both)
     return Row(
         workload=workload.name,
         replaced=report.replaced,
         skipped=len(report.skipped),
         gpu_us=gpu_us,
-        wall_us=wall_us,
+        wall_us=Pair(*walls),
         captured=captured,
         kernels=kernels,
         peak_bytes=Pair(*peaks),
@@ -264,7 +267,8 @@ def check(workload: Workload, report: FusionReport) -> None:
         raise Refused(f"{workload.name}: nothing was replaced, so there is nothing to compare: {why}")
 
 
-def _peak(call: Callable[[], Any]) -> int:
+def peak(call: Callable[[], Any]) -> int:
+    """The most bytes of GPU memory during a forward."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call()
@@ -272,8 +276,8 @@ def _peak(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _profiled(calls: Sequence[Callable[[], Any]]) -> tuple[Pair, Pair]:
-    """GPU time in microseconds and number of kernels of a forward."""
+def profiled(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], list[float]]:
+    """GPU time in microseconds and number of kernels of each forward."""
     _profile(calls[0])  # the first profile of a process starts CUPTI
     found: list[list[tuple[float, float]]] = [[] for _ in calls]
     for index in in_turn(len(calls), PROFILES):
@@ -282,7 +286,7 @@ def _profiled(calls: Sequence[Callable[[], Any]]) -> tuple[Pair, Pair]:
     counts = [statistics.median(count for _, count in profiles) for profiles in found]
     if not all(counts):
         raise RuntimeError("PyTorch's profiler saw no kernel: it needs access to the GPU's counters (CUPTI, roctracer)")
-    return Pair(*times), Pair(*counts)
+    return times, counts
 
 
 def _profile(call: Callable[[], Any]) -> tuple[float, float]:
@@ -310,14 +314,16 @@ def _host(calls: Sequence[Callable[[], Any]], kernels: float) -> Pair:
     return Pair(*map(statistics.median, times))
 
 
-def _wall(calls: Sequence[Callable[[], Any]]) -> tuple[Pair, bool]:
+def wall(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], bool]:
+    """Microseconds from the first kernel's start to the last one's end of each forward, and whether it was replayed as
+    a CUDA graph."""
     try:
         graphs = [capture(call, [()], 1) for call in calls]
     except RuntimeError as error:
         print(f"not captured in a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
         torch.cuda.synchronize()
-        return Pair(*alternate(calls, WALL_ROUNDS)), False
-    return Pair(*alternate([graph.replay for graph in graphs], WALL_ROUNDS)), True
+        return alternate(calls, WALL_ROUNDS), False
+    return alternate([graph.replay for graph in graphs], WALL_ROUNDS), True
 
 
 def command(args: Any) -> None:
