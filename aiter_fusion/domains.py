@@ -74,15 +74,16 @@ class Tensors(NamedTuple):
 
 
 class Each(NamedTuple):
-    """A list whose entries are values of this domain."""
+    """A list of at most ``most`` values, at least one, all of them of this domain."""
 
-    entries: Domain
+    of: Any
+    most: int
 
     def why_not(self, name: str, value: Any, width: Any) -> str | None:
-        for index, entry in enumerate(value):
-            if (why := self.entries.why_not(f"{name}[{index}]", entry, width)) is not None:
-                return why
-        return None
+        if not 1 <= len(value) <= self.most:
+            return f"{name} are {len(value)}, not 1 to {self.most}"
+        found = (self.of.why_not(f"{name}[{index}]", entry, width) for index, entry in enumerate(value))
+        return next((why for why in found if why is not None), None)
 
 
 class Activations(NamedTuple):

@@ -54,10 +54,12 @@ def warm(job: tuple[Any, ...]) -> str:
         with tuned.trying({key: tile} if tile else {}):
             plan = launches.of(arguments, launches.Gpu(True, True, 132, 232448))
         named = {n: v.dtype for n, v in flat(arguments).items() if isinstance(v, torch.Tensor)}
-        named |= {f"y.{i}": case.dtype for i in range(8)} | {n: torch.float32 for n in plan.scratch}
+        named |= {f"y{i}": case.dtype for i in range(8)} | {n: torch.float32 for n in plan.scratch}
         for launch in plan.launches:
             function = kernel(launch.kernel)
-            values = [named[v.name] if isinstance(v, Ref) else v for v in (launch.arguments[n] for n in function.arg_names)]
+            values = [
+                named[v.name] if isinstance(v, Ref) else v for v in (launch.arguments[n] for n in function.arg_names)
+            ]
             options = {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.dependent else {})
             function.warmup(*values, grid=(1,), **options)
     except Exception as error:  # a configuration that does not compile is a result
@@ -72,14 +74,30 @@ def check(args: Any) -> None:
     from aiter_fusion.bench import linear as bench
     from aiter_fusion.providers import PROVIDERS
 
-    op, triton = bench.FP8_LINEAR, PROVIDERS["triton"]
+    op, triton = bench.LINEAR, PROVIDERS["triton"]
     failures, worst, count = [], 0.0, 0
-    sizes = ("4240x1040,528,16", "4096x1024", "28672x1024", "1024x512,512,512,512,512", "14336x4096", "4096x4096,1024,1024")
-    for size, rows, fast, scales in product(sizes, (1, 2, 16, 17, 33, 64, 100, 128), (True, False), ("row", "tensor", "block")):
+    sizes = (
+        "4240x1040,528,16",
+        "4096x1024",
+        "28672x1024",
+        "1024x512,512,512,512,512",
+        "14336x4096",
+        "4096x4096,1024,1024",
+    )
+    for size, rows, fast, scales in product(
+        sizes, (1, 2, 16, 17, 33, 64, 100, 128), (True, False), ("row", "tensor", "block")
+    ):
         if left(args) < 200:
             failures.append("stopped: no time")
             break
-        case = bench.Case(bench.Size.parse(size), rows, fast, scales, bias=rows in (2, 33), dtype=torch.float32 if scales == "tensor" and rows == 16 else torch.bfloat16)
+        case = bench.Case(
+            bench.Size.parse(size),
+            rows,
+            fast,
+            scales,
+            bias=rows in (2, 33),
+            dtype=torch.float32 if scales == "tensor" and rows == 16 else torch.bfloat16,
+        )
         if scales == "block" and (case.size.k % 128 or fast):
             continue
         if scales == "tensor" and case.dtype is torch.float32:
@@ -90,7 +108,10 @@ def check(args: Any) -> None:
             torch.cuda.empty_cache()
             a = case.arguments("cuda", rows)
             if kind == "positive":
-                a["x"], a["weights"] = a["x"].float().abs().to(a["x"].dtype), [w.t().float().abs().to(w.dtype).t() for w in a["weights"]]
+                a["x"], a["weights"] = (
+                    a["x"].float().abs().to(a["x"].dtype),
+                    [w.t().float().abs().to(w.dtype).t() for w in a["weights"]],
+                )
             elif kind == "outliers":
                 for t in (a["x"], *(w.t() for w in a["weights"])):
                     t.view(torch.uint8).view(-1)[::509] = torch.tensor([448.0]).to(t.dtype).view(torch.uint8).item()
@@ -104,18 +125,26 @@ def check(args: Any) -> None:
                     failures.append(f"{name}: refused: {why}")
                     continue
                 ys = list(run_kernel(a).values())
-                if not all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for _ in range(3) for p, q in zip(ys, run_kernel(a).values())):
+                if not all(
+                    torch.equal(p.nan_to_num(7), q.nan_to_num(7))
+                    for _ in range(3)
+                    for p, q in zip(ys, run_kernel(a).values())
+                ):
                     failures.append(f"{name}: differs between runs")
                 try:
                     want = op.pack(op.reference(**a))
                 except RuntimeError as problem:
                     want = None
-                    RESULTS.setdefault("reference refuses", {})[f"{scales} {case.dtype} bias {case.bias}"] = str(problem)[:200]
+                    RESULTS.setdefault("reference refuses", {})[f"{scales} {case.dtype} bias {case.bias}"] = str(
+                        problem
+                    )[:200]
                 for i, y in enumerate(ys):
                     count += 1
                     if kind == "zeros":
                         if want is not None and not torch.equal(y.isfinite(), want[i].isfinite()):
-                            failures.append(f"{name}: other rows are finite, {y.isfinite().sum()} and {want[i].isfinite().sum()} numbers")
+                            failures.append(
+                                f"{name}: other rows are finite, {y.isfinite().sum()} and {want[i].isfinite().sum()} numbers"
+                            )
                         continue
                     mine = bench.error(a, y, i)
                     theirs = bench.error(a, want[i], i) if want is not None else 2e-3
@@ -125,7 +154,10 @@ def check(args: Any) -> None:
             except Exception as problem:
                 failures.append(f"{name}: {type(problem).__name__} {str(problem)[:200]}")
     RESULTS["check"] = {"products": count, "failures": failures, "worst error / theirs": worst}
-    print(f"check: {count} products, {len(failures)} failures, worst error / theirs {worst:.3f} [{left(args):.0f} s left]", flush=True)
+    print(
+        f"check: {count} products, {len(failures)} failures, worst error / theirs {worst:.3f} [{left(args):.0f} s left]",
+        flush=True,
+    )
     for line in failures[:25]:
         print("  ", line)
     for key, text in RESULTS.get("reference refuses", {}).items():
@@ -135,17 +167,17 @@ def check(args: Any) -> None:
 
 
 def run_kernel(a: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from aiter_fusion.bench.linear import FP8_LINEAR
+    from aiter_fusion.bench.linear import LINEAR
     from aiter_fusion.providers.triton.linear import calls
 
-    return calls.launcher(FP8_LINEAR, a)(calls.pointers(a))
+    return calls.launcher(LINEAR, a)(calls.pointers(a))
 
 
 def big(args: Any) -> None:
     """A weight of more than 2**31 elements, many runs, two streams."""
     from aiter_fusion.bench import linear as bench
 
-    op = bench.FP8_LINEAR
+    op = bench.LINEAR
     w = torch.zeros(135168, 16384, dtype=torch.float8_e4m3fn, device="cuda")
     w[-8:] = (torch.randn(8, 16384, device="cuda")).to(w.dtype)
     for rows in (1, 16):
@@ -153,7 +185,15 @@ def big(args: Any) -> None:
         a = {**small, "weights": [w.t()], "weight_scales": [torch.ones(1, 135168, device="cuda")]}
         y = next(iter(run_kernel(a).values()))
         last = (a["x"].double() @ w[-8:].double().t()) * a["x_scale"].double()
-        print("big", rows, "error", float((y[:, -8:].double() - last).norm() / last.norm()), "rest zero", bool((y[:, :-8] == 0).all()), flush=True)
+        print(
+            "big",
+            rows,
+            "error",
+            float((y[:, -8:].double() - last).norm() / last.norm()),
+            "rest zero",
+            bool((y[:, :-8] == 0).all()),
+            flush=True,
+        )
     del w
     a = bench.Case(bench.Size.parse("14336x4096"), 16).arguments("cuda")
     first = next(iter(run_kernel(a).values()))
@@ -211,13 +251,19 @@ def measured(case: Any, rate: float) -> Any:
     from aiter_fusion.providers.triton.linear import calls
 
     sets = bench.rotating(case)
-    launch = calls.launcher(bench.FP8_LINEAR, sets[0])
+    launch = calls.launcher(bench.LINEAR, sets[0])
     pointers = [calls.pointers(a) for a in sets]
     _, separate = bench.functions(sets[0])
     tensors = [bench.tensors_of(a) for a in sets]
-    have, want = bench.error(sets[0], next(iter(launch(pointers[0]).values()))), bench.error(sets[0], separate(*tensors[0])[0])
+    have, want = (
+        bench.error(sets[0], next(iter(launch(pointers[0]).values()))),
+        bench.error(sets[0], separate(*tensors[0])[0]),
+    )
     count = len(sets) * -(-bench.GRAPH_CALLS // len(sets))
-    graphs = [capture(lambda i: launch(pointers[i]), [(i,) for i in range(len(sets))], count), capture(separate, tensors, count)]
+    graphs = [
+        capture(lambda i: launch(pointers[i]), [(i,) for i in range(len(sets))], count),
+        capture(separate, tensors, count),
+    ]
     ours, theirs = (t / count for t in alternate([g.replay for g in graphs], 11))
     return bench.Row(str(case.size), case.rows, case.fast, ours, theirs, case.size.bytes / rate * 1e6, have, want)
 
@@ -237,7 +283,7 @@ def compiled(args: Any) -> None:
         ours, separate = bench.functions(sets[0])
         run = torch.compile(ours, dynamic=False, fullgraph=True)
         tensors, pointers = [bench.tensors_of(a) for a in sets], [calls.pointers(a) for a in sets]
-        launch = calls.launcher(bench.FP8_LINEAR, sets[0])
+        launch = calls.launcher(bench.LINEAR, sets[0])
         same = all(map(torch.equal, run(*tensors[0]), launch(pointers[0]).values()))
         count = len(sets) * -(-bench.GRAPH_CALLS // len(sets))
         own = capture(lambda i: launch(pointers[i]), [(i,) for i in range(len(sets))], count)
@@ -261,7 +307,10 @@ def compiled(args: Any) -> None:
         torch._dynamo.mark_dynamic(xs, 0)
         ys = run(x, xs, *rest)
         pairs = zip(ys, separate(x, xs, *rest))
-        print(f"symbolic {rows} rows: difference {max(float((y.float() - w.float()).norm() / w.float().norm()) for y, w in pairs):.1e}", flush=True)
+        print(
+            f"symbolic {rows} rows: difference {max(float((y.float() - w.float()).norm() / w.float().norm()) for y, w in pairs):.1e}",
+            flush=True,
+        )
     save()
 
 
@@ -296,7 +345,10 @@ def host(args: Any) -> None:
 
         call, base = clock(ours), clock(replaced)
         RESULTS.setdefault("host", {})[f"{size} {rows}"] = (call, base)
-        print(f"host {size} {rows} rows: ours {call:.1f} us, the calls {base:.1f} us, difference {call - base:+.1f}", flush=True)
+        print(
+            f"host {size} {rows} rows: ours {call:.1f} us, the calls {base:.1f} us, difference {call - base:+.1f}",
+            flush=True,
+        )
     save()
 
 
@@ -322,8 +374,10 @@ def grid(args: Any) -> None:
                 continue
             try:
                 with tuned.trying({key: tile} if tile else {}):
-                    launch = calls.launcher(bench.FP8_LINEAR, sets[0])
-                graph = capture(lambda index, launch=launch: launch(pointers[index]), [(i,) for i in range(len(sets))], calls_of)
+                    launch = calls.launcher(bench.LINEAR, sets[0])
+                graph = capture(
+                    lambda index, launch=launch: launch(pointers[index]), [(i,) for i in range(len(sets))], calls_of
+                )
                 runs.append(graph.replay)
                 names.append(" ".join(f"{n}{v}" for n, v in tile.items()) or "rule")
             except Exception as error:
@@ -331,7 +385,12 @@ def grid(args: Any) -> None:
         times = [t / calls_of for t in alternate(runs, 9)]
         ranked = sorted(zip(times, names))
         found[str(case)] = ranked
-        print(f"grid {case}: rule {times[0]:.2f}; " + "; ".join(f"{n} {t:.2f}" for t, n in ranked[:5]) + f" [{left(args):.0f} s]", flush=True)
+        print(
+            f"grid {case}: rule {times[0]:.2f}; "
+            + "; ".join(f"{n} {t:.2f}" for t, n in ranked[:5])
+            + f" [{left(args):.0f} s]",
+            flush=True,
+        )
         save()
 
 
@@ -369,7 +428,12 @@ def ask(pool: Any, only: list[str]) -> None:
             case = bench.Case(bench.Size.parse(size), rows, fast)
             tiles = tiles_of(rows, fast)
             if size.startswith("4096x14336"):
-                tiles = [tuple({**dict(t), "split": 1, "stages": s}.items()) for t in tiles if dict(t)["split"] == 1 for s in (3, 4)]
+                tiles = [
+                    tuple({**dict(t), "split": 1, "stages": s}.items())
+                    for t in tiles
+                    if dict(t)["split"] == 1
+                    for s in (3, 4)
+                ]
             tiles = list(dict.fromkeys(tiles))
             GRID_JOBS[case, tuple(tiles)] = [pool.submit(warm, (case, dict(tile))) for tile in tiles]
 
@@ -401,7 +465,14 @@ def main() -> None:
     pool = ProcessPoolExecutor(args.workers, mp_context=get_context("fork"))
     ask(pool, only)
     print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", flush=True)
-    for name, part in (("check", check), ("compiled", compiled), ("bench", table), ("host", host), ("grid", grid), ("decode", decode)):
+    for name, part in (
+        ("check", check),
+        ("compiled", compiled),
+        ("bench", table),
+        ("host", host),
+        ("grid", grid),
+        ("decode", decode),
+    ):
         if name in only:
             try:
                 part(args)

@@ -73,7 +73,18 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        headers = ["batch", "backend", "GPU us", "ratio", "wall us", "ratio", "kernels", "peak GB", "compile s", "diff."]
+        headers = [
+            "batch",
+            "backend",
+            "GPU us",
+            "ratio",
+            "wall us",
+            "ratio",
+            "kernels",
+            "peak GB",
+            "compile s",
+            "diff.",
+        ]
         lines = []
         for row in self.rows:
             for step in row.steps:
@@ -137,9 +148,7 @@ def decoder(model: nn.Module, cache: Any, **compiling: Any) -> Callable[[Tensor]
     return lambda tokens: call(tokens, past_key_values=cache, use_cache=True).logits
 
 
-def bench(
-    sizes: Sizes, batches: Sequence[int], *, max_autotune: bool, command: str, context: int = CONTEXT
-) -> Result:
+def bench(sizes: Sizes, batches: Sequence[int], *, max_autotune: bool, command: str, context: int = CONTEXT) -> Result:
     """Measure a decode step of every batch on the current GPU.
 
     Args:

@@ -20,7 +20,7 @@ import torch._inductor.config as inductor_config
 from tabulate import tabulate
 from torch import Tensor
 
-from ..ops.linear import FP8_LINEAR
+from ..ops.linear import LINEAR
 from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
 from .ops import copy_rate
@@ -243,10 +243,10 @@ def functions(arguments: dict[str, Any]) -> tuple[Callable[..., Any], Callable[.
         return {"x": x, **lists, "biases": biases, "dtype": dtype, "fast_accum": fast}
 
     def ours(*tensors: Tensor) -> Any:
-        return FP8_LINEAR.target(*given(*tensors).values(), "triton")
+        return LINEAR.target(*given(*tensors).values(), "triton")
 
     def separate(*tensors: Tensor) -> Any:
-        return FP8_LINEAR.pack(FP8_LINEAR.reference(**given(*tensors)))
+        return LINEAR.pack(LINEAR.reference(**given(*tensors)))
 
     return ours, separate
 
@@ -269,7 +269,7 @@ def rotating(case: Case) -> list[dict[str, Any]]:
 def _measure(case: Case, rate: float, max_autotune: bool) -> Row:
     torch._dynamo.reset()
     sets = rotating(case)
-    if reason := PROVIDERS["triton"].why_not(FP8_LINEAR, sets[0]):
+    if reason := PROVIDERS["triton"].why_not(LINEAR, sets[0]):
         raise Refused(reason)
     ours, separate = functions(sets[0])
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}

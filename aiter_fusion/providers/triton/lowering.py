@@ -134,7 +134,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         for name, value in launches.flat(given).items()
         if isinstance(named[name], Tensor)
     }
-    outputs = {name: _empty(spec, first.device) for name, spec in op.specs(**fakes).items()}
+    outputs = {name: _empty(spec, first.device) for name, spec in op.returned(op.shape(**fakes)).items()}
     plan = launches.of(op, fakes, nvidia())
     scratch = {name: _empty(spec, first.device) for name, spec in plan.scratch.items()}
     known = tensors | scratch | outputs
@@ -146,7 +146,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]
         index = kernel_side_table.add_kernel(_configured(launch.kernel, launch.warps))
         _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written, launch.dependent)
-    return op.pack(outputs)
+    return op.pack(outputs)  # type: ignore[return-value]
 
 
 def _lowering(op: FusedOp) -> Any:

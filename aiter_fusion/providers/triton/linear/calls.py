@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ....domains import FLAG, Each, OneOf, Tensors
 from ....machine import is_capturing
 from ....op import FusedOp
+from ....ops.linear import BLOCKS, MOST, granularity
 from ...terms import Terms
 from .. import tuned
 from ..jit import compiling_nothing, kernel, native_fp8
@@ -29,10 +30,10 @@ FP8 = Tensors((torch.float8_e4m3fn, torch.float8_e4m3fnuz))
 TERMS = Terms(
     {
         "x": FP8,
-        "weights": Each(FP8),
+        "weights": Each(FP8, MOST),
         "x_scale": Tensors((F32,)),
-        "weight_scales": Each(Tensors((F32,))),
-        "biases": Each(Tensors(FLOATS, optional=True)),
+        "weight_scales": Each(Tensors((F32,)), MOST),
+        "biases": Each(Tensors(FLOATS, optional=True), MOST),
         "dtype": OneOf(FLOATS),
         "fast_accum": FLAG,
     }
@@ -62,30 +63,26 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
         return (
             f"x has {k} columns, {x.stride(1)} elements apart, and its kernels need a multiple of {ALIGNMENT}, 1 apart"
         )
-    if not statically_known_true(x.stride(0) % ALIGNMENT == 0):
+    if not statically_known_true(x.stride(0) % ALIGNMENT == 0) and not statically_known_true(x.shape[0] == 1):
         return f"the rows of x are {x.stride(0)} elements apart, and its kernels need a multiple of {ALIGNMENT}"
-    for index, weight in enumerate(weights):
-        ld = weight.stride(1)
-        if weight.stride(0) != 1 or ld % ALIGNMENT:
+    kinds = set()
+    for index, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+        if weight.stride(0) != 1 or weight.stride(1) % ALIGNMENT:
             return (
-                f"weight {index} has strides {tuple(weight.stride())}, and its kernels need 1 and a multiple of "
+                f"weights[{index}] has strides {tuple(weight.stride())}, and its kernels need 1 and a multiple of "
                 f"{ALIGNMENT}"
             )
-    blocked = launches.is_blocked(arguments)
-    if blocked and k % rules.BLOCK:
+        kinds.add(granularity(x, weight, x_scale, scale))
+        if scale.numel() != 1 and tuple(scale.stride()) != tuple(scales[0].stride()):
+            return (
+                f"weight_scales[{index}] has strides {tuple(scale.stride())}, and weight_scales[0] "
+                f"{tuple(scales[0].stride())}"
+            )
+    if None in kinds or len(kinds) > 1:
+        shapes = ", ".join(str(list(scale.shape)) for scale in scales)
+        return f"scales of {list(x_scale.shape)} and {shapes} are not of one tensor, row or block each"
+    if BLOCKS in kinds and k % rules.BLOCK:
         return f"x has {k} columns, and scales by block need a multiple of {rules.BLOCK}"
-    for index, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
-        n = weight.shape[1]
-        expected = (k // rules.BLOCK, -(-n // rules.BLOCK)) if blocked else (1, n)
-        if tuple(scale.shape) != expected and (blocked or scale.numel() != 1):
-            return f"the scale of weight {index} is {list(scale.shape)}, and its kernels need {list(expected)} or one number"
-        if scale.numel() == 1 and scales[0].numel() == 1:
-            continue
-        if tuple(scale.stride()) != tuple(scales[0].stride()):
-            return f"the scales of weights 0 and {index} have strides {scales[0].stride()} and {scale.stride()}"
-    wanted = k // rules.BLOCK if blocked else 1
-    if x_scale.numel() != 1 and (x_scale.dim() != 2 or x_scale.shape[1] != wanted):
-        return f"the scale of x is {list(x_scale.shape)}, and its kernels need [{x.shape[0]}, {wanted}] or one number"
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         return "x has no rows, and its kernels need one"
     return None

@@ -94,7 +94,7 @@ def _together(
         "x_scale": Ref("x_scale"),
         **_four("c", _refs("weight_scales", indices)),
         **_four("b", [Ref(f"biases.{index}") for index in held if index is not None]),
-        **_four("y", _refs("y", indices)),
+        **_four("y", [Ref(f"y{index}") for index in indices]),
         **_four("n", ns),
         # by block, scales are [K / 128, N / 128]; else [1, N]
         "ws_row": 0 if w_one else of_w.stride(1),
