@@ -1,7 +1,7 @@
 """``bench model --decode``: one token a sequence over a filled static cache, as transformers compiles it.
 
-The Llama of ``bench model`` with transformers' own attention over its ``StaticCache``, mask and repeated heads included.
-Every backend runs in a CUDA graph; all share the weights and the cache.
+The Llama of ``bench model`` with transformers' own attention over its ``StaticCache``, mask and repeated heads
+included. Every backend runs in a CUDA graph; all share the weights and the cache.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -29,22 +28,12 @@ from aiter_fusion.providers.triton import jit, launches, programs, provider, rul
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
+from support.compiling import MOST_THREADS, TARGETS, compile_for, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
 REDUCING = [op for op in REGISTRY.ops.values() if op.is_collective]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
-
-# What kernels are compiled for, without having it: (Triton's target, its FP8 format, Triton's name of that, the bytes
-# of shared memory that a block can have).
-TARGETS = {
-    "sm_89": (("cuda", 89, 32), FN, "fp8e4nv", 99 << 10),
-    "sm_90": (("cuda", 90, 32), FN, "fp8e4nv", 227 << 10),
-    "sm_100": (("cuda", 100, 32), FN, "fp8e4nv", 227 << 10),
-    "gfx942": (("hip", "gfx942", 64), FNUZ, "fp8e4b8", 64 << 10),
-    "gfx950": (("hip", "gfx950", 64), FN, "fp8e4nv", 160 << 10),
-}
-MOST_THREADS = 1024  # of a block on every one of them
 
 
 def is_power_of_two(n: int) -> bool:
@@ -407,46 +396,6 @@ def test_every_launch_fits_its_target(target: str) -> None:
                 assert 1 <= launch.warps <= most
         constants = {"SEGMENTS": 1, "SEGMENT": rules.power_of_two(width), "PTX": nvidia}
         assert 1 <= calls.launch(constants, rows, 132)["num_warps"] <= most
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0"
-)
-
-
-def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
-    """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-    found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
-    return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
-
-
-def compile_for(target: str, launch: launches.Launch, kinds: Mapping[str, str]) -> Mapping[str, str]:
-    """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
-    types of its tensors. Returns its code by stage of compilation."""
-    triton = import_module("triton")
-    compiler = import_module("triton.compiler")
-    machine_of = import_module("triton.backends.compiler").GPUTarget
-    machine, _, _, shared = TARGETS[target]
-    function = jit.kernel(launch.kernel)
-    signature, constants = {}, {}
-    for index, parameter in enumerate(function.params):
-        value = launch.arguments[parameter.name]
-        if isinstance(value, launches.Ref):
-            signature[parameter.name] = kinds.get(value.name, "*fp32")
-        elif value is None or parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    source = compiler.ASTSource(function, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
-    assert made.metadata.num_warps * machine[2] <= MOST_THREADS
-    assert made.metadata.shared <= shared
-    if machine[0] == "hip":  # what the hardware holds a launch to
-        (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
-        assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
-    return made.asm
 
 
 def compiled(op: FusedOp, known: dict[str, Any], target: str) -> list[Mapping[str, str]]:

@@ -27,8 +27,8 @@ def fp8_matmul_kernel(
         x: ``[m, k]`` FP8, rows x_stride apart.
         x_scale: one a row (xs_row apart; 0: one for all), or ``[m, k / 128]`` (xs_row and xs_block apart).
         w0 to y3: as in ``fp8_gemv``; outputs are ``[m, n_i]``.
-        partial_out: with SPLIT, sums without scales ``[k / length, m, columns]`` float32, in which every weight begins at a
-            multiple of BLOCK_N. ``fp8_combine`` adds them up. Else None.
+        partial_out: with SPLIT, sums without scales ``[k / length, m, columns]`` float32, in which every weight begins
+            at a multiple of BLOCK_N. ``fp8_combine`` adds them up. Else None.
         row_blocks, tiles: programs along the rows of x, and along the weights.
         PRECISE: whether sums of the matrix units, which on NVIDIA's keep few bits, go to float32 every 128 of k.
         DEPENDENT: whether the next launch may begin before this one ends.

@@ -66,6 +66,10 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
     return Launches(tuple(launches), scratch)
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _four(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Arguments ``name0`` to ``name3``; None where there are fewer values."""
     return {f"{name}{i}": values[i] if i < len(values) else None for i in range(rules.MOST_WEIGHTS)}
@@ -114,14 +118,14 @@ def _together(
         "BLOCK_K": tile.block_k,
         "EVEN": k % tile.block_k == 0,
     }
-    tiles = sum(-(-n // tile.block_n) for n in ns)
+    tiles = sum(_ceil(n, tile.block_n) for n in ns)
     warps = tile.warps if gpu.nvidia else max(1, tile.warps // 2)
     if tile.rows == 1:
         return [Launch("fp8_gemv", tiles, common | read, warps)], {}
     xs_row = 0 if x_one or m == 1 else x_scale.stride(0)
-    length = -(-(-(-k // plan.split)) // tile.block_k) * tile.block_k
-    splits = -(-k // length)
-    row_blocks, columns = -(-m // tile.rows), tiles * tile.block_n
+    length = _ceil(_ceil(k, plan.split), tile.block_k) * tile.block_k
+    splits = _ceil(k, length)
+    row_blocks, columns = _ceil(m, tile.rows), tiles * tile.block_n
     name = f"partial.{indices[0]}"
     product = {
         "partial_out": Ref(name) if splits > 1 else None,

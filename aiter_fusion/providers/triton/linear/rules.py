@@ -1,7 +1,7 @@
 """How a product of few rows is launched, and up to how many rows it pays: measured tiles, looked up by size.
 
-Few rows leave a product bound by reading its weights once, at 4.26 TB/s on an NVIDIA H200. For that, 26 to 32 KB of loads
-must be under way on every multiprocessor (Little's law with 0.8 to 1 us of loaded latency), so a tile is chosen by how
+Few rows leave a product bound by reading its weights once, at 4.26 TB/s on an NVIDIA H200. For that, 26 to 32 KB of
+loads must be under way on every multiprocessor (Little's law with 0.8 to 1 us of loaded latency), so a tile is chosen by how
 often the tiles of all weights go round the multiprocessors, which depends on the sum of all N, not on K:
 
 * less than once: one program a multiprocessor, which alone has enough under way (64 x 256 values, five or six stages);

@@ -1,0 +1,94 @@
+"""Kernels compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from aiter_fusion.providers.triton import jit, launches
+
+FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
+# What kernels are compiled for, without having it: (Triton's target, its FP8 format, Triton's name of that, the bytes
+# of shared memory that a block can have).
+TARGETS = {
+    "sm_89": (("cuda", 89, 32), FN, "fp8e4nv", 99 << 10),
+    "sm_90": (("cuda", 90, 32), FN, "fp8e4nv", 227 << 10),
+    "sm_100": (("cuda", 100, 32), FN, "fp8e4nv", 227 << 10),
+    "gfx942": (("hip", "gfx942", 64), FNUZ, "fp8e4b8", 64 << 10),
+    "gfx950": (("hip", "gfx950", 64), FN, "fp8e4nv", 160 << 10),
+}
+MOST_THREADS = 1024  # of a block on every one of them
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton==3.6.0"
+)
+
+
+def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
+    """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
+    return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
+
+
+def _is_multiple(value: object) -> bool:
+    return isinstance(value, launches.Ref) or (isinstance(value, int) and value % 16 == 0)
+
+
+def spills(code: Mapping[str, str], folder: Path) -> int:
+    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's."""
+    if "ptx" not in code:
+        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count: *(\d+)", code["amdgcn"])))
+    ptxas = import_module("triton").knobs.nvidia.ptxas.path
+    (target,) = re.findall(r"\.target (\w+)", code["ptx"])
+    (folder / "kernel.ptx").write_text(code["ptx"])
+    made = subprocess.run(
+        [ptxas, "-v", f"-arch={target}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return sum(map(int, re.findall(r"(\d+) bytes spill", made.stderr)))
+
+
+def compile_for(
+    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
+) -> Mapping[str, str]:
+    """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
+    types of its tensors. Returns its code by stage of compilation.
+
+    aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
+    """
+    triton = import_module("triton")
+    compiler = import_module("triton.compiler")
+    machine_of = import_module("triton.backends.compiler").GPUTarget
+    machine, _, _, shared = TARGETS[target]
+    function = jit.kernel(launch.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(function.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, launches.Ref):
+            signature[parameter.name] = kinds.get(value.name, "*fp32")
+        elif value is None or parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
+    assert made.metadata.num_warps * machine[2] <= MOST_THREADS
+    assert made.metadata.shared <= shared
+    if machine[0] == "hip":  # what the hardware holds a launch to
+        (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
+        assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
+    return made.asm
