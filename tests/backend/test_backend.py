@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 
 import aiter_fusion
 from aiter_fusion import backend, config, machine
-from aiter_fusion.passes import manager, recognise
+from aiter_fusion.passes import identity, recognise
 from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.passes.verify import MismatchError
 from aiter_fusion.report import FusionReport
@@ -382,8 +382,8 @@ def test_uuid_sees_all_three_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.as_posix()) or original(self))
-    manager.source_hash.cache_clear()
-    manager.source_hash()
+    identity.source_hash.cache_clear()
+    identity.source_hash()
     for name in ("aiter_fusion/backend.py", "passes/plan.py", "patterns/fp8_quant.py"):
         assert sum(path.endswith(name) for path in read) == 1, name
 

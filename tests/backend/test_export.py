@@ -17,7 +17,7 @@ import aiter_fusion
 from aiter_fusion import backend
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
-from aiter_fusion.patterns.language import ASSERTIONS
+from aiter_fusion.patterns.fx_facts import ASSERTIONS
 from support import cases
 from support.checked import Checked, checked
 

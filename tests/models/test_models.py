@@ -17,6 +17,7 @@ import transformers
 
 import aiter_fusion
 from aiter_fusion import report
+from aiter_fusion.reasons import CODES
 from support import cases, models
 from support.checked import checked
 
@@ -63,7 +64,7 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert sum(site.records for site in made.bare if site.family == "fp8_quant") == alone
     assert not made.skipped
     assert made.unaccounted == 0
-    assert all(site.reason.split(":")[0] in report.REASONS for site in made.bare)
+    assert all(site.reason.split(":")[0] in CODES for site in made.bare)
     assert all(site.where for site in made.sites)
 
 

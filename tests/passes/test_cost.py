@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import aiter_fusion
-from aiter_fusion import config, report
+from aiter_fusion import config, journal, report
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import Oracle, copy_graph
 from support import models
@@ -101,7 +101,7 @@ def test_a_report_costs_nothing_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reset_forgets_what_nobody_collected() -> None:
     """A pass can run without a backend of ours, such as under AOTInductor."""
-    report.passed(report.FusionReport(), counters["inductor"])
+    journal.passed(report.FusionReport(), counters["inductor"])
     assert len(reports_in_counters()) == 1
     aiter_fusion.reset()
     assert reports_in_counters() == []

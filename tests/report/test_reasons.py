@@ -1,4 +1,4 @@
-"""Every code of ``report.REASONS``, provoked; what is written in the README is that table."""
+"""Every reason can be provoked, and the table of reasons in ``passes/README.md`` is that of the code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from aiter_fusion import providers, report
 from aiter_fusion.config import options
-from aiter_fusion.passes import plan
+from aiter_fusion.passes import layout
+from aiter_fusion.passes import sites as sites_module
 from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.reasons import CODES, Reason
 from aiter_fusion.registry import REGISTRY
 from support import cases
 from support.checked import checked
@@ -57,12 +59,12 @@ def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
 
 
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
-    monkeypatch.setattr(plan, "candidates", lambda choice, device: ())
+    monkeypatch.setattr(sites_module, "candidates", lambda choice, device: ())
     yield from sites()
 
 
 def defective(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
-    monkeypatch.setattr(plan, "_fit", lambda *_: 1 / 0)
+    monkeypatch.setattr(layout, "_fit", lambda *_: 1 / 0)
     yield from sites()
 
 
@@ -128,7 +130,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
 
 
 def test_every_code_is_provoked() -> None:
-    assert set(PROVOKE) == set(report.REASONS)
+    assert set(PROVOKE) == CODES
 
 
 @pytest.mark.parametrize("code", PROVOKE)
@@ -143,7 +145,8 @@ def test_reason(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_in_the_readme() -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    for code, sentence in report.REASONS.items():
+    for reason in Reason:
+        code, sentence = reason.code, reason.sentence
         assert f"| `{code}` | {sentence} |" in readme
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aiter_fusion.arithmetic import is_inverse, parse, run
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import is_inverse, parse, run
 from support.op_contract import (
     agrees_with_the_reference,
     call,

@@ -21,7 +21,9 @@ from aiter_fusion import config
 from aiter_fusion.domains import Number, OneOf, Sizes, Tensors
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.manager import PassManager, compose
-from aiter_fusion.patterns.language import Call, Const, Form, Fusion, Var, aten
+from aiter_fusion.patterns.form import Form, Fusion
+from aiter_fusion.patterns.fx_facts import aten
+from aiter_fusion.patterns.language import Call, Const, Var
 from aiter_fusion.providers import Provider, Terms, candidates
 from aiter_fusion.registry import REGISTRY, known
 from aiter_fusion.stage import Family

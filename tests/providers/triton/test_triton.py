@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion.arithmetic import WITH_NUMBER
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.manager import environment
+from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import WITH_NUMBER
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
