@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ from ..domains import ANYTHING, Domain, Sizes
 from ..op import FusedOp, width_of
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """The calls of an op that a provider can compute.
 
     arguments: name -> the values that the argument can have. A call with an argument that has no entry is refused.
