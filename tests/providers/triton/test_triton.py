@@ -117,7 +117,10 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 
 # What the kernels refuse, with the reason's first words.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
+    "elsewhere": (
+        {"x": torch.empty(4, 256, dtype=torch.bfloat16)},
+        "the tensors are on cpu, and its kernels are for GPUs",
+    ),
     "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
     "format": (
         {"quant_dtype": FNUZ},
