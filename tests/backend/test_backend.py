@@ -95,8 +95,8 @@ def test_explain_a_module_in_training_mode() -> None:
 
 # ---- levels and preferences ----------------------------------------------------------------------------------
 
-VALUE = cases.NORM_FUSIONS[3].call(cases.llama, cases.q3)
-GEMMA = cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)
+VALUE = cases.FUSION["norm_value"].call(cases.llama, cases.q3)
+GEMMA = cases.FUSION["norm"].call(cases.gemma, cases.q3)
 
 
 @pytest.mark.parametrize(("fn", "first_level"), [(site, 1), (VALUE, 2), (GEMMA, 2)], ids=["plain", "value", "gemma"])
@@ -106,7 +106,7 @@ def test_levels(fn, first_level: int) -> None:
         assert bool(made.replaced) == (level >= first_level)
         if not made.replaced:
             assert [s.reason for s in made.skipped] == [f"level: needs level {first_level}, this is level {level}"]
-    static = cases.NORM_FUSIONS[0].call(cases.llama, cases.q2_static)
+    static = cases.FUSION["norm"].call(cases.llama, cases.q2_static)
     assert checked_report(static, ("x", "w", "scale"), level=1).replaced == {}
     assert checked_report(static, ("x", "w", "scale"), level=2).replaced
 

@@ -300,8 +300,14 @@ def test_few_rows_stay_in_the_cache_and_many_exceed_it() -> None:
     assert replace(most, rows=1 << 21).calls(1, 4e12) == 1
 
 
-@pytest.mark.parametrize(("family", "variant"), ops.VARIANTS)
-@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize(
+    ("family", "variant", "fp8"),
+    [
+        *((*each, torch.float8_e4m3fn) for each in ops.VARIANTS),
+        ("rms_norm_quant", "add+token", torch.float8_e4m3fnuz),
+        ("act_mul_quant", "packed+token", torch.float8_e4m3fnuz),
+    ],
+)
 def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -> None:
     """The op takes them, its reference gives what its shape function says, and Dynamo traces both in one graph."""
     case = Case(family, variant, 256, 3)
@@ -315,7 +321,6 @@ def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -
         outputs = ops.outputs(given)
         for name, output in zip(case.op.outputs, outputs, strict=True):
             assert (tuple(output.shape), output.dtype) == (tuple(specs[name][0]), specs[name][1])
-    ops.verify(case.op, ops.outputs(fused(*tensors)), ops.outputs(reference(*tensors)))
 
 
 def test_different_results_are_not_compared() -> None:

@@ -14,6 +14,8 @@ from support import aiter_double, aiter_ranks, processes
 from support.aiter_double import Double
 from support.aiter_drives import AITER, Drive
 
+pytestmark = pytest.mark.xdist_group("aiter_ranks")  # every worker would start the processes for itself
+
 Found = tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any]]
 
 
