@@ -1,4 +1,4 @@
-"""The backend as users call it: options, levels, errors, logs, caches; with real code generation."""
+"""The backend does as its options say, reports what it did, and fails clearly; with real code generation and caches."""
 
 from __future__ import annotations
 

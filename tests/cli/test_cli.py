@@ -1,4 +1,4 @@
-"""The command line and the benchmarks, as far as they need no GPU."""
+"""Every command answers or fails in one clear line, and the benchmarks' parts are right, as far as they need no GPU."""
 
 from __future__ import annotations
 

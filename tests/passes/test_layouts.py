@@ -1,4 +1,4 @@
-"""Norms and activations of permuted and regrouped tensors: results keep bits, shapes and strides."""
+"""Fused ops of permuted and regrouped tensors keep the bits, shapes and strides of what they replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every code of ``report.REASONS``, provoked; what is written in the README is that table."""
+"""Every code of ``report.REASONS`` can be provoked, and the README's table is that table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every op and provider: schema, fake against real, and the documented contracts of scale and layout."""
+"""Every op of every provider keeps its contract: schema, fake against real, scales, layouts, agreement."""
 
 from __future__ import annotations
 

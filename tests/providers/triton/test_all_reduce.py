@@ -1,4 +1,4 @@
-"""All-reduces before norms: the forms, what real tensor-parallel models become, and that all ranks decide alike."""
+"""All-reduces before norms are found in forms and in tensor-parallel models, and all ranks decide alike."""
 
 from __future__ import annotations
 

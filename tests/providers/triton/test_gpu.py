@@ -1,4 +1,4 @@
-"""On a GPU: the reference against the oracle there, and the Triton kernels against the reference."""
+"""On a GPU the reference agrees with the oracle, and the Triton kernels agree with the reference."""
 
 from __future__ import annotations
 
