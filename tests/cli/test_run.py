@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``explain``."""
+"""``run`` and ``explain`` leave a program's output, arguments and exit status as they are, and report beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the package is put together: imports, their direction, dependencies, formatting, types."""
+"""The package imports in one direction and costs little, is complete when it is distributed, and is clean and typed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What providers declare, by every door: what is declared runs, what is not is refused before anything is replaced."""
+"""What a provider declares runs, and what it does not declare is refused before anything is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTML reports: their content, and in a real headless Chromium what a person does with them."""
+"""An HTML report is complete and safe, and in a headless Chromium does what a person asks of it."""
 
 from __future__ import annotations
 

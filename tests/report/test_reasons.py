@@ -23,7 +23,7 @@ from support import cases
 from support.checked import checked
 from support.hand_built import hand_built
 
-SITE = cases.NORM_FUSIONS[0].call(cases.llama, cases.q3)
+SITE = cases.FUSION["norm"].call(cases.llama, cases.q3)
 
 
 def sites(fn: Callable[..., object] = SITE, names: tuple[str, ...] = ("x", "w"), **kwargs) -> Iterator[report.Site]:
@@ -53,7 +53,7 @@ def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
     returning = [op for features, op in REGISTRY.overloads("rms_norm_quant").items() if "value" in features]
     for op in returning:
         REGISTRY.unregister(op)
-    yield from sites(cases.NORM_FUSIONS[3].call(cases.llama, cases.q3))
+    yield from sites(cases.FUSION["norm_value"].call(cases.llama, cases.q3))
     for op in returning:
         REGISTRY.register(op)
 
@@ -113,7 +113,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "unknown": lambda patch: sites(unknown, ("x",)),
     "rows": lambda patch: sites(last_row_and_all),
     "starved": lambda patch: sites(two_kinds),
-    "level": lambda patch: sites(level=1, fn=cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)),
+    "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),
     "training": lambda patch: sites(lambda x, w: [t.float().sum() for t in SITE(x, w)], grad=True),
     "numerics": lambda patch: refusing(patch, exact=False),

@@ -71,16 +71,15 @@ def site(own: ModuleType, norm: Callable[..., Tensor] = cases.llama) -> Callable
 @pytest.mark.parametrize("norm", cases.NORMS, ids=lambda n: n.name)
 def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
     """Bit-equal on hostile rows, of every rank, and one graph serves any number of rows."""
-    for dtype in (BF16, torch.float32):
-        for sizes in ((6,), (2, 3)):
-            result = checked(site(own, norm.call))
-            with torch.no_grad():
-                for rows in ("normal", "tiny", "huge", "zero"):
-                    result.call(*cases.tensors(("x", "w"), sizes, dtype, rows))
-            assert result.oracle.identical
-            assert result.report.replaced == {"rms_norm_int8": 1}
-            assert result.report.unaccounted == 0
-            assert result.variants == ["rms_norm_int8:" + ("offset+" if norm.name == "R3" else "") + "row"]
+    for dtype, sizes in ((BF16, (2, 3)), (torch.float32, (6,))):
+        result = checked(site(own, norm.call))
+        with torch.no_grad():
+            for rows in ("normal", "tiny", "huge", "zero"):
+                result.call(*cases.tensors(("x", "w"), sizes, dtype, rows))
+        assert result.oracle.identical
+        assert result.report.replaced == {"rms_norm_int8": 1}
+        assert result.report.unaccounted == 0
+        assert result.variants == ["rms_norm_int8:" + ("offset+" if norm.name == "R3" else "") + "row"]
     result = checked(site(own, norm.call), dynamic=None)
     with torch.no_grad():
         for rows in (6, 1, 9):

@@ -98,7 +98,7 @@ def ops() -> dict[str, FusedOp]:
 
 @pytest.mark.parametrize("overload", ["default", "static", "value", "static_value"])
 def test_every_overload(overload: str) -> None:
-    """Schema, opcheck, fake against real, strides, and the reference by itself, as of every op."""
+    """Schema, opcheck, fake against real, and strides, as of every op."""
     op = ops()[overload]
     every_promise(op, "reference")
 

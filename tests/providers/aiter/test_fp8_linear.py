@@ -1,4 +1,4 @@
-"""FP8 linear layers by AITER, through the double: what is replaced, what is not and why, and prepared weights."""
+"""FP8 linear layers go to AITER's products where they fit, say why where not, and prepared weights keep their bits."""
 
 from __future__ import annotations
 

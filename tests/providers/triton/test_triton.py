@@ -1,4 +1,4 @@
-"""The Triton provider, as far as it can be tested without a GPU: rules, arguments, refusals, programs, compilation."""
+"""Launches, arguments, refusals and programs of the Triton provider are right, and kernels compile, without a GPU."""
 
 from __future__ import annotations
 
