@@ -235,7 +235,7 @@ def _fill_run(run: _Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import report
+    from . import journal, report
     from .backend import Backend, reports
     from .run import default_backend, run_script
 
@@ -245,7 +245,7 @@ def _run(args: argparse.Namespace) -> int:
     preferred = {"level": args.level, "provider": args.provider, "disable": ",".join(sorted(backend.options.disable))}
     os.environ |= {f"AITER_FUSION_{name.upper()}": str(value) for name, value in preferred.items() if value is not None}
     graphs = bool(args.report) and args.report.endswith(".html")
-    with default_backend(backend), report.recording(graphs):
+    with default_backend(backend), journal.recording(graphs):
         status = run_script(args.script, args.arguments, args.debug, as_module=args.as_module)
     compiled = reports()
     made = report.merge(compiled)

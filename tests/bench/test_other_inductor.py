@@ -1,4 +1,4 @@
-"""Inductor's code, written out without a GPU: where this torch is the one whose code is to be measured elsewhere."""
+"""Inductor's code can be written out and compiled without a GPU, where this torch is the one to be compared with."""
 
 from __future__ import annotations
 

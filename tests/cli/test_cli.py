@@ -1,4 +1,4 @@
-"""The command line and the benchmarks, as far as they need no GPU."""
+"""Every command answers or fails in one clear line, and the benchmarks' parts are right, as far as they need no GPU."""
 
 from __future__ import annotations
 
@@ -300,8 +300,14 @@ def test_few_rows_stay_in_the_cache_and_many_exceed_it() -> None:
     assert replace(most, rows=1 << 21).calls(1, 4e12) == 1
 
 
-@pytest.mark.parametrize(("family", "variant"), ops.VARIANTS)
-@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize(
+    ("family", "variant", "fp8"),
+    [
+        *((*each, torch.float8_e4m3fn) for each in ops.VARIANTS),
+        ("rms_norm_quant", "add+token", torch.float8_e4m3fnuz),
+        ("act_mul_quant", "packed+token", torch.float8_e4m3fnuz),
+    ],
+)
 def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -> None:
     """The op takes them, its reference gives what its shape function says, and Dynamo traces both in one graph."""
     case = Case(family, variant, 256, 3)
@@ -315,7 +321,6 @@ def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -
         outputs = ops.outputs(given)
         for name, output in zip(case.op.outputs, outputs, strict=True):
             assert (tuple(output.shape), output.dtype) == (tuple(specs[name][0]), specs[name][1])
-    ops.verify(case.op, ops.outputs(fused(*tensors)), ops.outputs(reference(*tensors)))
 
 
 def test_different_results_are_not_compared() -> None:
@@ -355,7 +360,7 @@ def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.Mo
         return graph
 
     with torch.no_grad():
-        llama = model.build(model.Sizes(512, 1024, 2), "cpu")
+        llama = model.build(model.Sizes(512, 1024, 1), "cpu")
         # two backends of one module, called in turn, as the benchmark does
         ours, other = model.compiled(llama, oracle), model.compiled(llama, eager)
         for tokens in (torch.tensor([[1], [2]]), torch.tensor([[1, 2, 3]])):
@@ -364,7 +369,7 @@ def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.Mo
     assert len(oracle.graphs) == len(seen) == 2
     assert oracle.identical
     assert [graph.calls for graph in oracle.graphs] == [2, 2]
-    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [{"rms_norm_quant": 5, "act_mul_quant": 2}]
+    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [{"rms_norm_quant": 3, "act_mul_quant": 1}]
 
 
 def test_nothing_replaced_is_no_comparison() -> None:

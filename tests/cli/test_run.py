@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``explain``."""
+"""``run`` and ``explain`` leave a program's output, arguments and exit status as they are, and report beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import backend, cli, config
-from aiter_fusion.report import SKIPPED, FusionReport, Site, keep
+from aiter_fusion.journal import keep
+from aiter_fusion.report import SKIPPED, FusionReport, Site
 from aiter_fusion.run import default_backend, run_script
 from support.command import fails, run
 from support.scripts import TESTS

@@ -1,4 +1,4 @@
-"""FP8 linear layers by AITER, through the double: what is replaced, what is not and why, and prepared weights."""
+"""FP8 linear layers go to AITER's products where they fit, say why where not, and prepared weights keep their bits."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_by_hipblaslt(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
 
 GATES = {
     "N is 8, below 16; N is 8, not a multiple of 16": Rows(8),
-    "the result is torch.float16, and with scales for rows it makes bfloat16": Rows(dtype=torch.float16),
+    "the result is torch.float16, and with scales for rows hipBLASLt makes bfloat16": Rows(dtype=torch.float16),
     "K is 24, not a multiple of 16": Rows(48, 24),
 }
 
@@ -313,7 +313,7 @@ def test_unfit_layers_stay_and_say_why(reason: str, double: Double, monkeypatch:
     assert model[2].weight is before[2]
     double.arch = "gfx1201"
     found = aiter_fusion.prepare(layers(), provider="aiter").refused
-    assert found["1"].startswith("the GPU is gfx1201, not an MI300 or MI350")
+    assert found["1"].startswith("the GPU is gfx1201, and hipBLASLt is called on MI300 and MI350 (gfx942, gfx950)")
 
 
 @pytest.mark.parametrize("rows", [1, 512])

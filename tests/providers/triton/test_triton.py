@@ -1,4 +1,4 @@
-"""The Triton provider, as far as it can be tested without a GPU: rules, arguments, refusals, programs, compilation."""
+"""Launches, arguments, refusals and programs of the Triton provider are right, and kernels compile, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion.arithmetic import WITH_NUMBER
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.manager import environment
+from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import WITH_NUMBER
 from support.compiling import MOST_THREADS, TARGETS, compile_for, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
@@ -106,7 +106,10 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 
 # What the kernels refuse, with the reason's first words.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
+    "elsewhere": (
+        {"x": torch.empty(4, 256, dtype=torch.bfloat16)},
+        "the tensors are on cpu, and its kernels are for GPUs",
+    ),
     "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
     "format": (
         {"quant_dtype": FNUZ},
