@@ -115,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(kinds, "ops", summary, _fill_bench_ops)
     summary = "a Llama quantised by torchao, compiled by aiter_fusion and by Inductor (needs the extra 'bench')"
     _command(kinds, "model", summary, _fill_bench_model)
+    summary = "FP8 products of few rows, by the Triton kernels, against torch._scaled_mm"
+    _command(kinds, "linear", summary, _fill_bench_linear)
     summary = "all-reduce, norm and quantisation on the GPUs of this host, against NCCL and symmetric memory"
     _command(kinds, "allreduce", summary, _fill_bench_allreduce)
     summary = "measure how our kernels are launched best on this GPU, and keep that in the user's cache"
@@ -428,8 +430,25 @@ def _fill_bench_model(model: _Parser) -> None:
     model.add_argument("--workloads", nargs="+", default=bench.WORKLOADS, metavar="NAME", help=text)
     text = f"also the host's time to launch {bench.HOST_WORKLOAD}, without CUDA graphs"
     model.add_argument("--host", action="store_true", help=text)
+    text = f"one token over a static cache instead of the workloads, for so many sequences (default: {bench.BATCHES})"
+    model.add_argument("--decode", type=_positive, nargs="*", metavar="N", help=text)
+    text = "with --decode: compare with max-autotune too, which compiles for minutes"
+    model.add_argument("--max-autotune", action="store_true", help=text)
     model.add_argument("--json", metavar="FILE", help="write the result")
     model.set_defaults(run=bench.command)
+
+
+def _fill_bench_linear(linear: _Parser) -> None:
+    from .bench import linear as bench
+
+    text = f"K of the value, and the N of all layers that read it (default: {' '.join(bench.SIZES)})"
+    linear.add_argument("--sizes", nargs="+", default=bench.SIZES, metavar="KxN,N", help=text)
+    text = f"numbers of rows (default: {' '.join(map(str, bench.ROWS))})"
+    linear.add_argument("--rows", type=_positive, nargs="+", default=bench.ROWS, metavar="N", help=text)
+    linear.add_argument("--precise", action="store_true", help="sums as of use_fast_accum=False, on both sides")
+    linear.add_argument("--max-autotune", action="store_true", help="time max-autotune too: compiles for much longer")
+    linear.add_argument("--json", metavar="FILE", help="write the result")
+    linear.set_defaults(run=bench.command)
 
 
 def _fill_bench_allreduce(reduce: _Parser) -> None:
@@ -452,6 +471,8 @@ def _fill_tune(tune: _Parser) -> None:
 
     text = f"sizes of rows: of norms and of activations (default: {' '.join(map(str, bench.HIDDEN))})"
     tune.add_argument("--hidden", type=_positive, nargs="+", default=bench.HIDDEN, metavar="N", help=text)
+    text = "measure FP8 products of few rows instead: all their sizes, or K of a value and the N of layers that read it"
+    tune.add_argument("--linear", nargs="*", metavar="KxN,N", help=text)
     text = "write to this file, which is not used, instead of the user's cache"
     tune.add_argument("--output", metavar="FILE.json", help=text)
     tune.set_defaults(run=bench.command)

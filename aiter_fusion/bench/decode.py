@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..report import merge
-from .model import HEAD, VOCABULARY, Sizes, build, peak, profiled, wall
-from .timing import Conditions, Refused, conditions, need, need_gpu, progress
+from .model import BATCHES, HEAD, VOCABULARY, Sizes, build, peak, profiled, wall
+from .timing import Conditions, Refused, check_folder, conditions, need, need_gpu, progress
 
 CONTEXT = 1024
-BATCHES = (1, 8, 32)
 # Transformers moves the place of the next token on at every call; every measurement begins here, far from the end.
 BEGIN = CONTEXT // 2
 
@@ -210,3 +210,12 @@ def _measure(model: nn.Module, sizes: Sizes, batch: int, context: int, max_autot
         for index, name in enumerate(steps)
     )
     return Row(batch, report.replaced, len(report.skipped), measured)
+
+
+def command(args: Any, sizes: Sizes) -> None:
+    """``bench model --decode``: measure, print, write what was asked for."""
+    check_folder(args.json)
+    result = bench(sizes, args.decode or BATCHES, max_autotune=args.max_autotune, command=args.command_line)
+    print(result)
+    if args.json:
+        Path(args.json).write_text(result.to_json() + "\n")

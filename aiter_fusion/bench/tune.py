@@ -21,6 +21,7 @@ from ..providers import PROVIDERS
 from ..providers.triton import rules, tuned
 from ..providers.triton.jit import native_fp8, nvidia
 from ..providers.triton.provider import run
+from . import tune_linear
 from .ops import Case
 from .timing import alternate, capture, conditions, need_gpu, progress
 
@@ -148,10 +149,17 @@ def command(args: Any) -> None:
         raise RuntimeError(f"our kernels cannot run here: {missing}")
     file = Path(args.output) if args.output else tuned.path()
     assert file is not None
+    answers: list[Any]
     with torch.no_grad():
-        answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
+        if args.linear is not None:
+            asked = tune_linear.questions(args.linear or tune_linear.SIZES, nvidia())
+            answers = [tune_linear.measure(question) for question in progress(list(asked), "tune --linear")]
+            heading = "time / _scaled_mm's"
+        else:
+            answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
+            heading = "time / rule's"
     rows = [[a.question.key, dict(a.choice) or "the rule's", f"{a.ratio:.3f}"] for a in answers]
-    print(tabulate(rows, headers=["rule and arguments", "best", "time / rule's"], disable_numparse=True))
+    print(tabulate(rows, headers=["rule and arguments", "best", heading], disable_numparse=True))
     chosen = {answer.question.key: answer.choice for answer in answers if answer.choice}
     tuned.write(file, chosen, {k: str(v) for k, v in asdict(conditions(args.command_line)).items()})
-    print(f"{len(chosen)} of {len(answers)} are faster than the rule's: written to {file}")
+    print(f"{sum(a.ratio < 1 for a in answers)} of {len(answers)} are faster: written to {file}")

@@ -25,8 +25,16 @@ MOST_THREADS = 1024
 # The fields that a measurement may choose, of launch shapes (``rules.Shape``) and of tiles (``linear/rules.py``), and
 # the most that they can be: powers of two, but for stages, and for our time in percent of PyTorch's.
 FREE = {
-    "threads": MOST_THREADS, "run": 1 << 16, "segments": 1 << 16,
-    "rows": 128, "block_n": 256, "block_k": 4096, "warps": 32, "split": 64, "stages": 16, "percent": 1 << 30,
+    "threads": MOST_THREADS,
+    "run": 1 << 16,
+    "segments": 1 << 16,
+    "rows": 128,
+    "block_n": 256,
+    "block_k": 4096,
+    "warps": 32,
+    "split": 64,
+    "stages": 16,
+    "percent": 1 << 30,
 }
 NUMBERS = frozenset({"stages", "percent"})
 

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aiter_fusion import ops  # noqa: F401  (importing it registers ops)
+from aiter_fusion.bench import tune_linear
 from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers import PROVIDERS
@@ -240,3 +241,20 @@ def test_the_benchmark_knows_the_product() -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="--sizes"):
         Size.parse(text)
+
+
+def test_a_tuned_tile_wins_over_the_table() -> None:
+    choice = {"rows": 64, "block_n": 128, "block_k": 128, "stages": 3, "warps": 8, "split": 2, "percent": 80}
+    with tuned.trying({rules.key(4096, (6144,), 40, True): choice}):
+        assert rules.plan(4096, (6144,), 40, True, False, 132, H200.shared_memory) == ((64, 128, 128, 3, 8), 2)
+        assert rules.plan(4096, (6144,), 40, False, False, 132, H200.shared_memory).tile.block_n == 64
+
+
+@pytest.mark.parametrize("case", [few(1), few(16), few(128)], ids=str)
+@pytest.mark.parametrize("nvidia", [True, False])
+def test_what_is_tuned_is_what_the_file_may_have(case: Case, nvidia: bool) -> None:
+    found = list(tune_linear.candidates(case, nvidia))
+    assert len(found) > 5
+    for choice in found:
+        assert choice.keys() == {*rules.Tile._fields, "split"}
+        assert all(0 < n <= tuned.FREE[name] for name, n in choice.items())

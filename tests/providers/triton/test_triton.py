@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
@@ -25,6 +26,7 @@ from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
+from aiter_fusion.providers.triton.linear import calls as linear
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import WITH_NUMBER
@@ -148,13 +150,14 @@ def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", dict.fromkeys(family for family, _ in REGISTRY.ops))
 def test_the_package_has_kernels_for_its_ops(family: str, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all-reduces too, one process being no group to reduce over; and none for ops from outside."""
-    monkeypatch.setattr(provider, "native_fp8", lambda device: FN)
+    for asking in (provider, linear):
+        monkeypatch.setattr(asking, "native_fp8", lambda device: FN)
     for op in REGISTRY.overloads(family).values():
         known: dict[str, Any] = {**next(op.samples()), "block": 64, "quant_dtype": FN}
         with FakeTensorMode():
-            for name, value in known.items():
-                if isinstance(value, Tensor):
-                    known[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            known = tree_map_only(
+                Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), known
+            )
             answer = PROVIDERS["triton"].why_not(op, {name: known[name] for name in op.arguments})
             assert answer is None or ("group" in op.arguments and answer.startswith("the group's size is 1"))
             outside = replace(op, family="of_somebody", stages=())
