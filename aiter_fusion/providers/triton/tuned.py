@@ -101,11 +101,6 @@ def choice(rule: str, *arguments: int | bool) -> Choice:
     return _tried[named] if named in _tried else choices().get(named, {})
 
 
-def has(rule: str) -> bool:
-    """Whether there is a measurement of a rule."""
-    return any(name.partition(" ")[0] == rule for name in choices())
-
-
 @contextmanager
 def trying(candidates: Mapping[str, Choice]) -> Iterator[None]:
     """Use these choices instead of those in the file."""

@@ -113,11 +113,12 @@ def test_only_some_gpus_are_measured(gpu: None, monkeypatch: pytest.MonkeyPatch)
     given = arguments(few())
     assert provider.unmeasured(LINEAR, given) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "AMD Instinct MI300X")
-    assert "aiter-fusion tune --linear" in (provider.unmeasured(LINEAR, given) or "")
-    with tuned.trying({rules.key(1024, (512, 256), 16, True): {"percent": 120}}):
-        assert "as fast" in (provider.slower(LINEAR, given) or "")
-    monkeypatch.setattr(tuned, "choices", lambda: {rules.key(1024, (512, 256), 16, True): {"percent": 90}})
-    assert provider.unmeasured(LINEAR, given) is None
+    why = "1024x512,256 was not measured on AMD Instinct MI300X: run 'aiter-fusion tune --linear 1024x512,256' there"
+    assert (provider.unmeasured(LINEAR, given) or "").startswith(why)
+    for percent in (90, 120):
+        with tuned.trying({rules.key(1024, (512, 256), 16, True): {"percent": percent}}):
+            assert provider.unmeasured(LINEAR, given) is None
+            assert (provider.slower(LINEAR, given) is None) == (percent < 100)
 
 
 REFUSED = {

@@ -19,7 +19,6 @@ from ....machine import is_capturing
 from ....op import FusedOp
 from ....ops.linear import BLOCKS, MOST, granularity
 from ...terms import Terms
-from .. import tuned
 from ..jit import compiling_nothing, kernel, native_fp8
 from ..launches import LINEAR, Launch, Ref, flat
 from . import launches, rules
@@ -40,7 +39,6 @@ TERMS = Terms(
 )
 # Pointers and strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
 ALIGNMENT = 16
-REMEDY = "run 'aiter-fusion tune --linear' on this machine, or name the provider"
 
 
 def refuse(arguments: Mapping[str, Any]) -> str | None:
@@ -88,17 +86,16 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_measured(device: int) -> bool:
-    """Whether products were measured on a GPU like this one: by the package's tables, or by ``tune --linear``."""
-    return torch.cuda.get_device_name(device) in rules.MEASURED or tuned.has("linear")
-
-
 def unmeasured(arguments: Mapping[str, Any]) -> str | None:
-    """Why nothing is known about the speed of a call on its GPU, or None."""
-    device = arguments["x"].device.index or 0
-    if is_measured(device):
+    """Why nothing is known about the speed of a call on its GPU, or None: the package's tables are of some GPUs, and
+    hold for all sizes; what ``tune --linear`` measured holds for the sizes that it was given."""
+    x = arguments["x"]
+    name = torch.cuda.get_device_name(x.device.index or 0)
+    ns = [weight.shape[1] for weight in arguments["weights"]]
+    if name in rules.MEASURED or rules.is_tuned(x.shape[1], ns, x.shape[0], arguments["fast_accum"]):
         return None
-    return f"products of few rows were not measured on {torch.cuda.get_device_name(device)}: {REMEDY}"
+    size = f"{x.shape[1]}x{','.join(map(str, ns))}"
+    return f"{size} was not measured on {name}: run 'aiter-fusion tune --linear {size}' there, or name the provider"
 
 
 def slower(arguments: Mapping[str, Any]) -> str | None:
@@ -137,7 +134,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
         tuple([bias is None for bias in arguments["biases"]]),
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.stride() for tensor in tensors]),
-        any([pointer % ALIGNMENT for pointer in pointers]),
+        any(pointer % ALIGNMENT for pointer in pointers),
     )
     prepared = _prepared.get(key)
     if prepared is None:

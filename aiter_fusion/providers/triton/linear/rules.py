@@ -1,8 +1,8 @@
 """How a product of few rows is launched, and up to how many rows it pays: measured tiles, looked up by size.
 
 Few rows leave a product bound by reading its weights once, at 4.26 TB/s on an NVIDIA H200. For that, 26 to 32 KB of
-loads must be under way on every multiprocessor (Little's law with 0.8 to 1 us of loaded latency), so a tile is chosen by how
-often the tiles of all weights go round the multiprocessors, which depends on the sum of all N, not on K:
+loads must be under way on every multiprocessor (Little's law with 0.8 to 1 us of loaded latency), so a tile is chosen
+by how often the tiles of all weights go round the multiprocessors, which depends on the sum of all N, not on K:
 
 * less than once: one program a multiprocessor, which alone has enough under way (64 x 256 values, five or six stages);
   where that leaves most multiprocessors idle, k is split over several programs, and a second launch adds up;
@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ...shapes import power_of_two
+from ...shapes import Int, power_of_two
 from .. import tuned
 
 # Multiprocessors of the GPU that the tables were measured on.
@@ -142,6 +142,12 @@ def tile(k: int, ns: Sequence[int], rows: int, fast: bool, multiprocessors: int)
     table = (FAST if fast else PRECISE)[padded(rows)]
     total = sum(ns) * MULTIPROCESSORS / multiprocessors
     return table[min(table, key=lambda n: abs(math.log(n / total)))]
+
+
+def is_tuned(k: int, ns: Sequence[int], rows: Int, fast: bool) -> bool:
+    """Whether ``tune --linear`` measured a product, with so many rows or, where their number is symbolic, with any."""
+    classes = [padded(rows)] if isinstance(rows, int) else list(FAST)
+    return any("percent" in tuned.choice("linear", k, sum(ns), each, fast) for each in classes)
 
 
 def pays(k: int, ns: Sequence[int], rows: int, fast: bool, multiprocessors: int) -> bool:
