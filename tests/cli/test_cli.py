@@ -24,6 +24,7 @@ from aiter_fusion import cli
 from aiter_fusion.bench import model, ops
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
+from aiter_fusion.cli import options
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
 from support import models
 from support.command import fails, run
@@ -209,7 +210,7 @@ def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_what_an_encoding_lacks(encoding: str, shown: str) -> None:
     report = FusionReport((Site("rms_norm_quant", "token", "", "", SKIPPED, "level: no", "größe \ud83d"),), 1)
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    cli._tell(report, Namespace(report=None, json=False), stream)
+    options.tell(report, Namespace(report=None, json=False), stream)
     stream.seek(0)
     assert shown in stream.read()
 

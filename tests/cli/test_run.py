@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import backend, cli, config
+from aiter_fusion.cli import streams
 from aiter_fusion.report import SKIPPED, FusionReport, Site, keep
 from aiter_fusion.run import default_backend, run_script
 from support.command import fails, run
@@ -302,11 +303,11 @@ def test_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site("rms_norm_quant", "token", "", "", SKIPPED, "level: skipped by level", "layers.0")
     text = str(FusionReport((site,), 1))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    painted = cli._painted(text, Terminal())  # type: ignore[arg-type]
+    painted = streams._painted(text, Terminal())  # type: ignore[arg-type]
     assert painted == text.replace("\nskipped  ", "\n\x1b[33mskipped\x1b[0m  ")
     assert painted != text
-    assert "\x1b[31merror:\x1b[0m" in cli._painted("aiter-fusion: error: no", Terminal())  # type: ignore[arg-type]
+    assert "\x1b[31merror:\x1b[0m" in streams._painted("aiter-fusion: error: no", Terminal())  # type: ignore[arg-type]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert cli._painted(text, Terminal()) == text  # type: ignore[arg-type]
+    assert streams._painted(text, Terminal()) == text  # type: ignore[arg-type]
     monkeypatch.delenv("NO_COLOR")
-    assert cli._painted(text, sys.__stdout__) == text or sys.__stdout__.isatty()  # type: ignore[arg-type,union-attr]
+    assert streams._painted(text, sys.__stdout__) == text or sys.__stdout__.isatty()  # type: ignore[arg-type,union-attr]
