@@ -84,14 +84,17 @@ def _preferences(chosen: config.Options) -> dict[str, dict[str, Any]]:
 
 def command(args: argparse.Namespace) -> None:
     """Print the information as a table or as JSON."""
-    from tabulate import tabulate
+    from rich.text import Text  # here: JSON does without
+
+    from ..tables import table
 
     found = cli.information()
     if args.json:
         show(json.dumps(found, indent=1), sys.stdout)
         return
     nothing = "none: PyTorch sees no GPU"
-    rows = [
+    can_run = Text.assemble(("can run", "green"))
+    rows: list[list[str | Text]] = [
         ["aiter_fusion", found["aiter_fusion"]],
         ["python", found["python"]],
         ["torch", found["torch"]],
@@ -100,9 +103,10 @@ def command(args: argparse.Namespace) -> None:
         ["device", found["device"] or nothing],
         ["architecture", found["architecture"] or nothing],
         ["native FP8", found["native_fp8"] or ("none" if found["device"] else nothing)],
-        ["AITER", found["aiter_reason"] or f"can run: version {found['aiter'] or 'unknown'}"],
-        *([f"provider {name}", f"cannot run: {why}" if why else "can run"] for name, why in found["providers"].items()),
+        ["AITER", found["aiter_reason"] or can_run + f": version {found['aiter'] or 'unknown'}"],
     ]
+    for name, why in found["providers"].items():
+        rows.append([f"provider {name}", Text.assemble(("cannot run", "yellow"), f": {why}") if why else can_run])
     if found["tuned"]:
         rows.append(["tuned launches", f"{found['tuned']['launches']} in {found['tuned']['file']}"])
     for name, preference in found["preferences"].items():
@@ -112,5 +116,7 @@ def command(args: argparse.Namespace) -> None:
         else:
             text = (", ".join(value) or "nothing") if isinstance(value, list) else value
         rows.append([f"preferred {name}", f"{text} ({preference['from']})"])
-    rows += [[f"fusion {family}", f"off: {why}" if why else "on"] for family, why in found["fusions"].items()]
-    show(tabulate(rows, tablefmt="plain", disable_numparse=True), sys.stdout)
+    for family, why in found["fusions"].items():
+        rows.append([f"fusion {family}", f"off: {why}" if why else "on"])
+    columns = ("name", "value")
+    show(table(columns, rows, left=columns, folds={"value": None}, header=False), sys.stdout)

@@ -73,7 +73,7 @@ def tell(made: FusionReport, args: argparse.Namespace, stream: TextIO | None) ->
             made.to_html(args.report)
         else:
             report.write(args.report, made.to_json() + "\n")
-    show(made.to_json() if args.json else str(made), stream)
+    show(made.to_json() if args.json else made, stream)
 
 
 def unexpected(made: FusionReport, args: argparse.Namespace) -> int:

@@ -1,34 +1,35 @@
-"""Output on standard output and standard error, with colours on terminals."""
+"""Output on standard output and standard error, which may be terminals, files, or closed."""
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PROGRAM = "aiter-fusion"
-# Words of reports and errors, and their colours.
-COLOURS = {"replaced": 32, "skipped": 33, "bare": 2, "error:": 31, "cannot run": 33, "can run": 32}
 
 
-def _painted(text: str, stream: TextIO) -> str:
-    """The text with colours, if the stream is a terminal and https://no-color.org does not forbid it."""
-    if os.environ.get("NO_COLOR") or not stream.isatty():
-        return text
-    words = "|".join(map(re.escape, COLOURS))
-    coloured = rf"^({words})(?=  )|(?<=: )(error:)|(?<=  )(cannot run|can run)"
-    return re.sub(coloured, lambda m: f"\x1b[{COLOURS[m[0]]}m{m[0]}\x1b[0m", text, flags=re.MULTILINE)
+def show(shown: str | RenderableType, stream: TextIO | None) -> None:
+    """Print on a stream; a closed stream discards it.
 
+    Args:
+        shown: a string, which is printed as it is, or what rich can draw, which has colours on a terminal.
+        stream: where to print. Characters that its encoding lacks become escape sequences.
+    """
+    if stream is None:
+        return
+    if not isinstance(shown, str):
+        from .. import tables  # imports rich, which JSON and --version do not need
 
-def show(text: str, stream: TextIO | None) -> None:
-    """Print, also what the stream's encoding lacks; a stream that is closed takes nothing."""
-    if stream is not None:
-        encoding = stream.encoding or "utf-8"
-        said = _painted(text, stream).encode(encoding, "backslashreplace").decode(encoding)
-        print(said, file=stream, flush=True)
+        shown = tables.shown(shown, stream)
+    encoding = stream.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def complain(problem: str) -> None:
-    """Print an error on standard error."""
-    show(f"{PROGRAM}: error: {problem}", sys.stderr)
+    """Print an error, one line, on standard error."""
+    from rich.text import Text
+
+    show(Text.assemble(f"{PROGRAM}: ", ("error:", "red"), f" {problem}"), sys.stderr)
