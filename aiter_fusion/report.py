@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-from tabulate import tabulate
+from typing import TYPE_CHECKING
 
 from .graph_text import Recorded
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 REPLACED, SKIPPED, BARE = "replaced", "skipped", "bare"
+# The colours of statuses on a terminal, in the order in which reports list them.
+STYLES = {REPLACED: "green", SKIPPED: "yellow", BARE: "dim"}
 
 
 @dataclass(frozen=True)
@@ -103,23 +107,37 @@ class FusionReport:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        """A table: equal sites in one row, with their number and where the first of them is."""
+        """A table in plain text: equal sites in one row, with their number, and where the first and the last are."""
+        from .tables import plain
+
+        return plain(self._drawn({"where": 44, "reason": 60}))
+
+    def __rich__(self) -> RenderableType:
+        """The same table for ``rich.print``: it has colours, and folds only where a terminal is too narrow."""
+        return self._drawn({"where": None, "reason": None})
+
+    def _drawn(self, folds: Mapping[str, int | None]) -> RenderableType:
+        """The table between the summary and the number of records; ``folds``: see ``tables.table``."""
+        from rich.console import Group  # here: whoever imports the backend may never look at a report
+        from rich.text import Text
+
+        from .tables import table
+
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
             key = (site.status, site.family, site.variant, site.provider, site.reason)
             groups.setdefault(key, []).append(site)
+        order = list(STYLES)
         rows = [
-            [status, len(sites), family, variant, provider, _span([s.where for s in sites]), reason]
-            for (status, family, variant, provider, reason), sites in groups.items()
+            [Text.assemble((status, STYLES[status])), str(len(sites)), family, variant, provider, _span(sites), reason]
+            for (status, family, variant, provider, reason), sites in sorted(
+                groups.items(), key=lambda group: order.index(group[0][0])
+            )
         ]
-        order = [REPLACED, SKIPPED, BARE]
-        rows.sort(key=lambda row: order.index(str(row[0])))
-        table = tabulate(
-            rows,
-            headers=["status", "sites", "family", "variant", "provider", "where", "reason"],
-            maxcolwidths=[None, None, None, None, None, 44, 60],
-        )
-        return f"{self.summary()}\n{table}\n{self.records} records, {self.unaccounted} unaccounted for"
+        headers = ["status", "sites", "family", "variant", "provider", "where", "reason"]
+        drawn = table(headers, rows, left={*headers} - {"sites"}, folds=folds)
+        last = f"{self.records} records, {self.unaccounted} unaccounted for"
+        return Group(Text(self.summary()), drawn, Text(last))
 
     def to_json(self) -> str:
         """The report as a JSON object: this class's fields but ``recorded``, the sites as objects, ``replaced``."""
@@ -181,8 +199,8 @@ def merge(reports: Iterable[FusionReport]) -> FusionReport:
     )
 
 
-def _span(places: list[str]) -> str:
-    places = [place for place in places if place]
+def _span(sites: Iterable[Site]) -> str:
+    places = [site.where for site in sites if site.where]
     if len(set(places)) <= 1:
         return places[0] if places else ""
     return f"{places[0]} ... {places[-1]}"

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from ..providers import PROVIDERS
 from ..providers.triton import rules, tuned
 from ..providers.triton.jit import native_fp8, nvidia
 from ..providers.triton.provider import run
+from ..tables import plain, table
 from . import tune_linear
 from .ops import Case
 from .timing import alternate, capture, conditions, need_gpu, progress
@@ -154,12 +154,11 @@ def command(args: Any) -> None:
         if args.linear is not None:
             asked = tune_linear.questions(args.linear or tune_linear.SIZES, nvidia())
             answers = [tune_linear.measure(question) for question in progress(list(asked), "tune --linear")]
-            heading = "time / _scaled_mm's"
         else:
             answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
-            heading = "time / rule's"
-    rows = [[a.question.key, dict(a.choice) or "the rule's", f"{a.ratio:.3f}"] for a in answers]
-    print(tabulate(rows, headers=["rule and arguments", "best", heading], disable_numparse=True))
+    rows = [[a.question.key, str(dict(a.choice) or "the rule's"), f"{a.ratio:.3f}"] for a in answers]
+    headers = ("rule and arguments", "best", "time / rule's" if args.linear is None else "time / _scaled_mm's")
+    print(plain(table(headers, rows, left=headers[:2])))
     chosen = {answer.question.key: answer.choice for answer in answers if answer.choice}
     tuned.write(file, chosen, {k: str(v) for k, v in asdict(conditions(args.command_line)).items()})
     print(f"{sum(a.ratio < 1 for a in answers)} of {len(answers)} are faster: written to {file}")

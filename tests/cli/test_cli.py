@@ -21,10 +21,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import cli
-from aiter_fusion.bench import model, ops
+from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
+from aiter_fusion.cli import options
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
+from aiter_fusion.tables import plain
 from support import models
 from support.command import fails, run
 
@@ -209,9 +211,71 @@ def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_what_an_encoding_lacks(encoding: str, shown: str) -> None:
     report = FusionReport((Site("rms_norm_quant", "token", "", "", SKIPPED, "level: no", "größe \ud83d"),), 1)
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    cli._tell(report, Namespace(report=None, json=False), stream)
+    options.tell(report, Namespace(report=None, json=False), stream)
     stream.seek(0)
     assert shown in stream.read()
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 70 columns, which shows colours."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def test_a_report_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statuses have colours, and long cells fold; what does not fold needs more than these 70 columns."""
+    site = Site("rms_norm_quant", "token", "", "", SKIPPED, "level: " + "skipped by level " * 9, "layers.0")
+    report = FusionReport((site, replace(site, status=REPLACED, reason="")), 2)
+    options.tell(report, Namespace(report=None, json=False), terminal)
+    written = terminal.getvalue()
+    assert "\n\x1b[33mskipped\x1b[0m  " in written
+    assert "\n\x1b[32mreplaced\x1b[0m  " in written
+    assert written.count("\x1b") == 4
+    folded = [line for line in written.splitlines() if "\x1b" not in line]
+    assert len(folded) > 4
+    assert max(map(len, folded)) < 100 < max(map(len, plain(report).splitlines()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    options.tell(report, Namespace(report=None, json=False), terminal)
+    assert "\x1b" not in terminal.getvalue().removeprefix(written)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_info_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["info"]) == 0
+    assert "\x1b[32mcan run\x1b[0m\n" in terminal.getvalue()
+    assert "\x1b[33mcannot run\x1b[0m: " in terminal.getvalue()
+    assert max(len(line) for line in terminal.getvalue().splitlines() if "\x1b" not in line) <= 70
+
+
+def test_an_error_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one line, however long, for whoever copies a path from it."""
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["bench", "ops", "--from", "nothing" * 20]) == 2
+    assert terminal.getvalue().startswith("aiter-fusion: \x1b[31merror:\x1b[0m [Errno 2] No such file")
+    assert terminal.getvalue().count("\n") == 1
+
+
+def test_progress(terminal: Terminal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar is for terminals, and leaves standard output alone."""
+    assert list(timing.progress("abc", "bench")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for item in timing.progress("abc", "bench"):
+        print(item)
+    assert capsys.readouterr().out == "a\nb\nc\n"
+    assert "bench" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 # ---- A saved result ----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
+import multiprocessing
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -244,6 +246,37 @@ def test_tuned_launches_win_over_the_rule(tuned_file: Path) -> None:
     assert rules.flat(128, 10**6, True, False) == replace(by_rule[2], segments=2)
     with tuned.trying({"norm 4096 128 1": {}}):
         assert rules.norm(4096, 128, 1) == by_rule[0]
+
+
+def _write_ten(file: Path, process: int) -> None:
+    for number in range(10):
+        tuned.write(file, {f"row {number} {process}": {"threads": 64}}, {})
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(tuned_file: Path) -> None:
+    """Forked: they have this process's GPU that is none."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_ten, args=(tuned_file, process)) for process in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    forget()
+    assert len(tuned.choices()) == 40
+
+
+def test_a_file_of_its_own_has_only_what_was_measured(tuned_file: Path, tmp_path: Path) -> None:
+    tuned.write(tuned_file, {"row 1 1": {"threads": 64}}, {})
+    tuned.write(tmp_path / "own" / "launches.json", {"row 2 1": {"threads": 64}}, {})
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["launches.json"]
+    assert list(json.loads((tmp_path / "own" / "launches.json").read_text())["launches"]) == ["row 2 1"]
+
+
+def test_where_the_cache_is(tuned_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AITER_FUSION_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tuned.path() == tmp_path / "cache" / "aiter_fusion" / tuned_file.name
 
 
 def test_code_compiled_with_other_launches_is_not_reused(tuned_file: Path) -> None:
