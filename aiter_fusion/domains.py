@@ -73,6 +73,19 @@ class Tensors(NamedTuple):
         return None
 
 
+class Each(NamedTuple):
+    """A list of at most ``most`` values, at least one, all of them of this domain."""
+
+    of: Any
+    most: int
+
+    def why_not(self, name: str, value: Any, width: Any) -> str | None:
+        if not 1 <= len(value) <= self.most:
+            return f"{name} are {len(value)}, not 1 to {self.most}"
+        found = (self.of.why_not(f"{name}[{index}]", entry, width) for index, entry in enumerate(value))
+        return next((why for why in found if why is not None), None)
+
+
 class Activations(NamedTuple):
     """The name of an activation, behind which stand its numbers, if it has any: ``silu``, ``clamped_swiglu=1.702,7.0``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ NAMESPACE = "aiter_fusion"
 _LIBRARIES: list[torch.library.Library] = []
 
 Implementation = Callable[..., Any]
+T = TypeVar("T")
 # Sizes and dtype of a dense tensor and, unless it is contiguous, its dimensions, the outermost in memory first.
 Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, Sequence[int]]
 
@@ -65,6 +66,9 @@ class FusedOp:
     domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
                 named; of others that are not, all values of their type are.
     stages:     what it computes, one after another; empty for an op that is not made of stages.
+    each:       an argument, a list: the op computes as many tensors as this has entries, and returns them as one list,
+                the one of ``outputs``. ``reference`` and ``shape`` then give them by names of their own, in order.
+    products:   whether it computes sums of products, whose order is a library's own.
     """
 
     family: str
@@ -79,6 +83,8 @@ class FusedOp:
     order_free: frozenset[str] = frozenset()
     domains: Mapping[str, Domain] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    each: str = ""
+    products: bool = False
     table: ClassVar[str] = "ops"
 
     @property
@@ -87,7 +93,8 @@ class FusedOp:
         return self.family, self.features
 
     def admit(self, registry: Registry) -> None:
-        """Raise a ValueError if an argument is text, and nothing says which, or a domain is of no argument."""
+        """Raise a ValueError if an argument is text, and nothing says which, a domain is of no argument, or what a list
+        of outputs is as long as is no list."""
         for argument, kind in self.arguments.items():
             if kind.startswith("str") and argument not in self.domains:
                 raise ValueError(
@@ -95,6 +102,8 @@ class FusedOp:
                 )
         if unknown := self.domains.keys() - self.arguments:
             raise ValueError(f"{self.name}: domains of {', '.join(sorted(unknown))}, which are no arguments")
+        if self.each and (not self.arguments.get(self.each, "").endswith("[]") or len(self.outputs) != 1):
+            raise ValueError(f"{self.name}: each is {self.each}: it names a list argument of an op with one output")
 
     def stage(self, kind: str) -> Stage | None:
         """The stage of this kind, if there is one."""
@@ -124,18 +133,30 @@ class FusedOp:
     def allocate(self, **arguments: Any) -> dict[str, Tensor]:
         """The outputs, uninitialised: the fake implementation, and what kernels write to."""
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
-        specs = self.shape(**arguments)
-        return {name: dense(specs[name], first.new_empty) for name in self.outputs}
+        specs = self.returned(self.shape(**arguments))
+        return {name: dense(spec, first.new_empty) for name, spec in specs.items()}
 
-    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """The outputs as the op returns them: one tensor alone, several as a tuple."""
-        ordered = [outputs[name] for name in self.outputs]
-        return ordered[0] if len(ordered) == 1 else tuple(ordered)
+    def returned(self, outputs: Mapping[str, T]) -> dict[str, T]:
+        """What the op returns of something that there is for each of its outputs, and maybe for more, in order."""
+        return dict(outputs) if self.each else {name: outputs[name] for name in self.outputs}
+
+    @property
+    def returns_one(self) -> bool:
+        """Whether the op returns a tensor, not several."""
+        return len(self.outputs) == 1 and not self.each
+
+    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+        """The outputs as the op returns them: one tensor alone, several as a tuple, as many as arguments as a list."""
+        ordered = list(self.returned(outputs).values())
+        if self.each:
+            return ordered
+        return ordered[0] if self.returns_one else tuple(ordered)
 
 
 class BridgeOp(FusedOp):
     """An op that no fusion makes: it stands alone, in a model's own code."""
 
+    products: bool = True
     table: ClassVar[str] = "bridge"
 
 
@@ -184,7 +205,8 @@ def define(
     """
     names = [*declaration.arguments, "provider"]
     arguments = ", ".join(f"{kind} {name}" for name, kind in declaration.arguments.items())
-    returns = ", ".join(f"Tensor {name}" for name in declaration.outputs)
+    returned = "Tensor[]" if declaration.each else "Tensor"
+    returns = ", ".join(f"{returned} {name}" for name in declaration.outputs)
     suffix = f".{declaration.overload_name}" if declaration.features else ""
     qualified = f"{declaration.family}{suffix}"
     schema = f'{qualified}({arguments}, str provider="{unsaid}") -> ({returns})'
@@ -203,12 +225,12 @@ def define(
     _LIBRARIES.append(library)
     library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
-    def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def call(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
         provider = args[len(names) - 1] if len(args) == len(names) else unsaid
         run = implementation(in_force[0], provider)
         return in_force[0].pack(run(**dict(zip(names[:-1], args, strict=False))))
 
-    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
         return in_force[0].pack(in_force[0].allocate(**dict(zip(names[:-1], args, strict=False))))
 
     library.impl(qualified, call, "CompositeExplicitAutograd")

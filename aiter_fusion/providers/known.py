@@ -37,6 +37,7 @@ TRITON = REGISTRY.register(
         run=_body("triton", "run"),
         terms=_body("triton", "terms"),
         exact=True,
+        inexact=frozenset({"fp8_linear"}),  # sums products in an order, and of a precision, of its own
         reorders=True,
         prepare=_body("triton", "prepare"),
         state=_body("triton", "state"),

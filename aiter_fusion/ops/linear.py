@@ -1,0 +1,166 @@
+"""FP8 linear layers that read one quantised value: their matrix products as one op, a fused op and none of the bridge.
+
+It is the one op whose numbers of arguments and of outputs vary, so that any few layers are one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..domains import FLAG, Each, OneOf, Tensors
+from ..formats import FORMATS
+from ..op import FusedOp, Spec, define
+from ..providers.choice import implementation
+
+F32 = torch.float32
+BLOCK = 128
+# How many layers one op computes at most.
+MOST = 8
+FP8 = tuple(FORMATS)
+
+# What shares a scale: a tensor; a row of x and a column of the weight; 128 elements of a row and 128 x 128 of the weight.
+TENSORS, ROWS, BLOCKS = "tensorwise", "rowwise", "blockwise"
+
+
+def granularity(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor) -> str | None:
+    """What shares a scale in a product (of tensors that may be fakes), or None if it is none of the three.
+
+    Sizes that are symbolic are compared without a guard. As in ``_scaled_mm``, one scale each is one a tensor.
+    """
+    # not before: it loads sympy, which registering ops must not
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    def is_shaped(scale: Tensor, *sizes: Any) -> bool:
+        return scale.dim() == 2 and all(statically_known_true(a == b) for a, b in zip(scale.shape, sizes, strict=True))
+
+    (rows, k), n = x.shape, weight.shape[1]
+    if statically_known_true(x_scale.numel() == 1) and statically_known_true(weight_scale.numel() == 1):
+        return TENSORS
+    if is_shaped(x_scale, rows, 1) and is_shaped(weight_scale, 1, n):
+        return ROWS
+    blocks = -(-k // BLOCK)
+    if is_shaped(x_scale, rows, blocks) and is_shaped(weight_scale, blocks, -(-n // BLOCK)):
+        return BLOCKS
+    return None
+
+
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    x_scale: Tensor,
+    weight_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    fast_accum: bool,
+) -> dict[str, Tensor]:
+    """``y[i] = (x @ weights[i]) * x_scale * weight_scales[i] + biases[i]``: FP8 values, scales of one granularity.
+
+    Each is the ``_scaled_mm`` that the graph had, bit for bit; but for scales of blocks on a CPU, where PyTorch has no
+    such product: there the dequantised values are multiplied in float32.
+
+    Args:
+        x: ``[M, K]`` FP8.
+        weights: ``[K, N_i]`` each, of the dtype of x: transposed views of ``[N_i, K]``; 1 to 8 of them.
+        x_scale: float32 dequantisation scales: ``[M, 1]``, one element, or ``[M, K / 128]`` of any strides.
+        weight_scales: the same for each weight: ``[1, N_i]``, one element, or ``[K / 128, ceil(N_i / 128)]``.
+        biases: None or ``[N_i]`` for each weight.
+        dtype: of the results.
+        fast_accum: whether a GPU may add products up less precisely (``use_fast_accum``).
+
+    Returns:
+        For each weight a contiguous ``[M, N_i]`` of ``dtype``, under names in the order of the weights.
+    """
+    results = {}
+    for index, (weight, scale, bias) in enumerate(zip(weights, weight_scales, biases, strict=True)):
+        if x.device.type == "cpu" and granularity(x, weight, x_scale, scale) == BLOCKS:
+            results[f"y{index}"] = _by_blocks(x, weight, x_scale, scale, bias, dtype)
+        else:
+            product = torch.ops.aten._scaled_mm.default
+            results[f"y{index}"] = product(x, weight, x_scale, scale, bias, None, dtype, fast_accum)
+    return results
+
+
+def _by_blocks(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    k, n = weight.shape
+    values = x.to(F32) * x_scale.repeat_interleave(BLOCK, 1)[:, :k]
+    scales = weight_scale.t().repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
+    y = values @ (weight.t().to(F32) * scales).t()
+    return (y if bias is None else y + bias.to(F32)).to(dtype)
+
+
+def shape(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, **_: Any) -> dict[str, Spec]:
+    """Sizes and dtype of what ``reference`` returns."""
+    return {f"y{index}": ((x.shape[0], weight.shape[1]), dtype) for index, weight in enumerate(weights)}
+
+
+def operands(
+    rows: int, k: int, widths: Sequence[int], scales: str, fp8: torch.dtype = torch.float8_e4m3fn, seed: int = 0
+) -> dict[str, Any]:
+    """A value, weights of these widths as ``[N, K]`` rows read transposed, and their scales, of normal values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scale(*sizes: int) -> Tensor:
+        return torch.rand(sizes, generator=generator) * 0.01 + 0.005
+
+    blocks = -(-k // BLOCK)
+    sizes = {TENSORS: (1, 1), ROWS: (rows, 1), BLOCKS: (rows, blocks)}[scales]
+    of_weight = {TENSORS: lambda n: (1, 1), ROWS: lambda n: (1, n), BLOCKS: lambda n: (blocks, -(-n // BLOCK))}[scales]
+    return {
+        "x": torch.randn(rows, k, generator=generator).to(fp8),
+        "weights": [torch.randn(n, k, generator=generator).to(fp8).t() for n in widths],
+        "x_scale": scale(*sizes),
+        "weight_scales": [scale(*of_weight(n)) for n in widths],
+    }
+
+
+def samples() -> Iterator[dict[str, Any]]:
+    """Calls of every granularity: one layer and eight, with and without biases, one row, many and none."""
+    half, cases = torch.bfloat16, ((5, 64, (48,)), (1, 256, (32, 16, 16)), (0, 32, (64, 32)), (17, 384, (16,) * MOST))
+    for seed, (rows, k, widths) in enumerate(cases):
+        for scales in (TENSORS, ROWS, BLOCKS):
+            if scales == BLOCKS and k % BLOCK:
+                continue
+            for fp8 in FP8:
+                for dtype, biased in ((half, seed % 2), (torch.float16, False), (F32, False)):
+                    given = operands(rows, k, widths, scales, fp8, seed)
+                    biases = [torch.ones(n, dtype=dtype) if biased and n != 32 else None for n in widths]
+                    yield {**given, "biases": biases, "dtype": dtype, "fast_accum": bool(seed % 2)}
+
+
+LINEAR = define(
+    FusedOp(
+        family="fp8_linear",
+        features=frozenset(),
+        arguments={
+            "x": "Tensor",
+            "weights": "Tensor[]",
+            "x_scale": "Tensor",
+            "weight_scales": "Tensor[]",
+            "biases": "Tensor?[]",
+            "dtype": "ScalarType",
+            "fast_accum": "bool",
+        },
+        outputs=("y",),
+        reference=reference,
+        shape=shape,
+        samples=samples,
+        domains={
+            "x": Tensors(FP8),
+            "weights": Each(Tensors(FP8), MOST),
+            "x_scale": Tensors((F32,)),
+            "weight_scales": Each(Tensors((F32,)), MOST),
+            "biases": Each(Tensors((torch.bfloat16, torch.float16, F32), optional=True), MOST),
+            "dtype": OneOf((torch.bfloat16, torch.float16, F32, *FP8)),
+            "fast_accum": FLAG,
+        },
+        each="weights",
+        products=True,
+    ),
+    implementation,
+)
