@@ -37,7 +37,8 @@ REASONS = {
     "no_kernel": "no provider on this machine has a kernel",
     "provider": "the provider refuses this call",
     "preference": "the provider is to be used only if it is asked for by name",
-    "slower": "by the provider's measurements, Inductor's own code is faster",
+    "unmeasured": "nobody has measured whether the provider's kernel is faster on this GPU",
+    "slower": "by the provider's measurements, the graph's own code is faster",
     "overload": "no overload of the fused op takes these inputs and returns these outputs",
     "layout": "an output of the fused op differs in shape, stride, dtype or device from the value it replaces",
     "order": "an output is read before the last input exists",
@@ -59,6 +60,7 @@ class Site:
               what it goes without and why: ``without residual_add: the residual is broadcast``.
     where:    the module whose computation it is, e.g. ``model.layers.0.input_layernorm``.
     records:  how many recognised forms it accounts for.
+    products: how many matrix products its op computes, or would; 0 in a family whose ops compute none.
     """
 
     family: str
@@ -69,6 +71,7 @@ class Site:
     reason: str
     where: str
     records: int = 1
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class FusionReport:
             f"{len(skipped)} skipped",
             f"{len(self.bare)} bare",
         ]
+        if launches := [site for site in replaced if site.products]:
+            parts.append(f"{sum(site.products for site in launches)} products in {len(launches)} launches")
         if providers := sorted({site.provider for site in replaced}):
             parts.append(f"provider {', '.join(providers)}")
         parts.append("from cache" if self.from_cache else f"{self.milliseconds:.1f} ms")
@@ -136,7 +141,8 @@ class FusionReport:
         """A table: equal sites in one row, with their number and where the first of them is."""
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
-            key = (site.status, site.family, site.variant, site.provider, site.reason)
+            variant = f"{site.variant}, {site.products} products" if site.products > 1 else site.variant
+            key = (site.status, site.family, variant, site.provider, site.reason)
             groups.setdefault(key, []).append(site)
         rows = [
             [status, len(sites), family, variant, provider, _span([s.where for s in sites]), reason]

@@ -20,6 +20,7 @@ from ..providers import PROVIDERS, Provider, candidates
 from ..record import where
 from ..registry import REGISTRY
 from ..report import BARE, REPLACED, SKIPPED, Site
+from . import join as joining
 from .matcher import arguments as arguments_of
 from .recognise import Recognised, Record, behind, selects_rows
 
@@ -30,7 +31,7 @@ WRITING = frozenset({"triton_kernel_wrapper_mutation"})
 
 
 # What a provider must pass to be chosen, in this order; each has its reason code.
-HURDLES = ("numerics", "preference", "provider", "slower")
+HURDLES = ("numerics", "preference", "provider", "unmeasured", "slower")
 
 
 class Refused(Exception):  # noqa: N818 (not an error: the normal way for a site to stay as it is)
@@ -77,6 +78,10 @@ class Plan:
     fakes:     its outputs by name, as fake tensors.
     replaced:  for each node that the op replaces, the output that takes its place, and how.
     nodes:     all nodes of the records; those without users are erased afterwards.
+    after:     the node after which the op goes; inputs that come later are views, which are made anew. None: after its
+               last input.
+    equal:     for other inputs of the records those that are equal to them and that the op reads.
+    exact:     whether the op's reference computes what the nodes do bit by bit.
     """
 
     op: FusedOp
@@ -87,6 +92,9 @@ class Plan:
     fakes: Mapping[str, Tensor]
     replaced: Mapping[fx.Node, tuple[str, Fit]]
     nodes: frozenset[fx.Node]
+    after: fx.Node | None = None
+    equal: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    exact: bool = True
 
 
 @dataclass
@@ -112,11 +120,13 @@ class _Draft:
     at: fx.Node
     plan: Plan | None = None
     without: list[Record] = field(default_factory=list)  # what a larger fusion, which was refused, would have included
+    products: int = 0
 
     def site(self) -> Site:
         op, provider = (self.plan.op.name, self.plan.provider.name) if self.plan else ("", "")
         records = len(self.records) or 1  # a value that no form explains counts as one
-        return Site(self.family, self.variant, op, provider, self.status, self.reason, where(self.at), records)
+        said = self.family, self.variant, op, provider, self.status, self.reason
+        return Site(*said, where(self.at), records, self.products)
 
     def nodes(self) -> frozenset[fx.Node]:
         """The original nodes of the site."""
@@ -149,7 +159,8 @@ def plan(
         accounted.update(dict.fromkeys(draft.records, draft))
         drafts.append(draft)
 
-    ends = {fusion.chain[-1] for fusion in fusions}
+    joined = {fusion.chain[-1] for fusion in fusions if fusion.join is not None}
+    ends = {fusion.chain[-1] for fusion in fusions} - joined
     inner = {kind for fusion in fusions for kind in fusion.chain[:-1]}
     for group in _groups(recognised.records, ends - inner):
         account(planner.decide(group))
@@ -160,6 +171,8 @@ def plan(
             draft.status == REPLACED or (draft.status == SKIPPED and accounted.keys().isdisjoint(group))
         ):
             account(draft)
+    for draft in planner.join(_groups(recognised.records, joined)):
+        account(draft)
     for draft in drafts:
         for record in draft.without:
             if record not in accounted:
@@ -206,7 +219,7 @@ class _Planner:
         self._value_of = {record.root: record for record in recognised.records}
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
-        self._writes = list(_writes(graph))
+        self._graph, self._writes = graph, list(_writes(graph))
         self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
         for record in recognised.records:
             for name in record.shared:
@@ -217,7 +230,7 @@ class _Planner:
         """The largest fusion that is possible, else the first that was refused, else a bare site."""
         tail, refused, misfit = group[0], None, None
         for fusion in self._fusions:
-            chain = _chain(tail, fusion, self._value_of)
+            chain = _chain(tail, fusion, self._value_of) if fusion.join is None else None
             if chain is None:
                 continue
             # the value that the fused op computes; a chain of one kind has no records before its tail
@@ -256,6 +269,101 @@ class _Planner:
             return refused
         reason = f"producer: {misfit}" if misfit is not None else self._where_from(tail.inputs["x"])
         return _Draft(list(group), tail.kind, tail.variant, BARE, reason, tail.root)
+
+    def join(self, groups: Sequence[list[Record]]) -> list[_Draft]:
+        """Sites of the kinds of which one op computes several records; fusions that compute one are tried before."""
+        if not groups:
+            return []
+        drafts: list[_Draft] = []
+        equal = joining.Equal(self._graph, self._is_written)
+        bundles: dict[Any, tuple[Fusion, FusedOp, list[Record], list[str]]] = {}
+        for group in groups:
+            first = group[0]
+            several, others = [], []
+            for fusion in self._fusions:
+                if fusion.chain == (first.kind,):
+                    (others if fusion.join is None else several).append(fusion)
+            draft = self.decide(group) if others else None
+            if draft is not None and (draft.status == REPLACED or not several):
+                drafts.append(draft)
+                continue
+            fusion = several[0]
+            assert fusion.join is not None
+            op = REGISTRY.overload(fusion.op, first.features)
+            assert op is not None, "its registration has seen to that"
+            known = {**first.attributes, **first.inputs}
+            common = [known.get(name) for name in op.arguments if name not in fusion.join.lists]
+            key = (fusion.family, fusion.op, repr(fusion.join), first.features, equal.key(common))
+            _, _, members, refusals = bundles.setdefault(key, (fusion, op, [], []))
+            members += group
+            refusals += [draft.reason] if draft is not None and draft.status == SKIPPED else []
+        for fusion, op, members, refusals in bundles.values():
+            assert fusion.join is not None
+            first_choice = f"first choice refused: {refusals[0]}" if refusals else ""
+            for parts, apart in joining.groups(fusion.join, op, members, equal, self._written_between):
+                drafts += self._joined(fusion, op, parts, equal, apart or first_choice)
+        return drafts
+
+    def _joined(
+        self, fusion: Fusion, op: FusedOp, parts: Sequence[joining.Part], equal: joining.Equal, reason: str
+    ) -> list[_Draft]:
+        """One site of these parts; where only some of them can be taken, one of these and one each of the others."""
+
+        def draft(parts: Sequence[joining.Part], made: Plan | str) -> _Draft:
+            records = [record for part in parts for record in part.records]
+            first = records[0]
+            variant, is_plan = fusion.variant(first.features, first.attributes, first.root), isinstance(made, Plan)
+            status, why = (REPLACED, reason) if is_plan else (SKIPPED, made)
+            plan = made if is_plan else None
+            return _Draft(records, fusion.family, variant, status, why, first.root, plan, [], len(parts))  # type: ignore[arg-type]
+
+        made = self._together(fusion, op, parts, equal)
+        if isinstance(made, Plan) or len(parts) == 1:
+            return [draft(parts, made)]
+        alone = [(part, self._together(fusion, op, [part], equal)) for part in parts]
+        taken = [part for part, single in alone if isinstance(single, Plan)]
+        if not taken:
+            return [draft(parts, made)]
+        if len(taken) == len(parts):
+            return [draft([part], single) for part, single in alone]
+        left = [draft([part], single) for part, single in alone if not isinstance(single, Plan)]
+        return [*self._joined(fusion, op, taken, equal, reason), *left]
+
+    def _together(
+        self, fusion: Fusion, op: FusedOp, parts: Sequence[joining.Part], equal: joining.Equal
+    ) -> Plan | str:
+        """The plan for one op that computes these parts, or why there is none."""
+        try:
+            return _attempt_joined(
+                fusion, op, parts, equal, self._options, self._training, self._written_between, self._agree
+            )
+        except (Refused, joining.Misplaced) as refusal:
+            return str(refusal)
+        except Exception as error:
+            # A defect concerns this site alone: nothing has been changed yet, and the report says what happened.
+            if self._options.strict:
+                raise
+            logger.warning("aiter_fusion: planning %s failed", parts[0].records[0].root.name, exc_info=True)
+            return f"error: {type(error).__name__}: {error}"
+
+    def _is_written(self, node: fx.Node) -> bool:
+        """Whether something in the graph writes to the memory of a node."""
+        storage = _storage(node)
+        return any(storages is None or storage in storages for _, storages in self._writes)
+
+    def _written_between(self, nodes: Iterable[fx.Node], a: fx.Node, b: fx.Node) -> fx.Node | None:
+        """A node between two others, in either order, that writes to the memory of one of ``nodes``."""
+        if not self._writes:
+            return None
+        touched = {_storage(node) for node in nodes} - {0}
+        return next(
+            (
+                writer
+                for writer, storages in self._writes
+                if min(a, b) < writer < max(a, b) and (storages is None or storages & touched)
+            ),
+            None,
+        )
 
     def _share(self, record: Record) -> None:
         """Refuse what differs from other records of its kind in an input that all that read one value must share."""
@@ -371,18 +479,7 @@ def _attempt(
     if op is None or extra - set(op.outputs):
         raise Refused(f"overload: no overload of {fusion.op} also returns {', '.join(sorted(extra))}")
 
-    for record in records:
-        if record.refusal is not None:
-            raise Refused(record.refusal)
-    needed = max([fusion.level, *(fusion.levels.get(feature, 1) for feature in features)])
-    reason = options.why_not(fusion.family, needed)
-    if reason is not None:
-        raise Refused(reason)
-    if objections := fusion.against():
-        raise Refused(f"preference: {op.family}: {'; '.join(objections)}")
-    if training:
-        raise Refused("training: fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
-
+    _check_wanted(fusion, op, records, features, options, training)
     arguments = _arguments(op, records)
     selected = _selected(arguments, selections)
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
@@ -397,6 +494,64 @@ def _attempt(
     provider = _provider(op, laid.given, options, fusion.only)
     arguments |= laid.layout
     return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes), features
+
+
+def _check_wanted(
+    fusion: Fusion,
+    op: FusedOp,
+    records: Iterable[Record],
+    features: frozenset[str],
+    options: Options,
+    training: bool,
+) -> None:
+    """Refuse what no op can compute, and what nobody wants."""
+    for record in records:
+        if record.refusal is not None:
+            raise Refused(record.refusal)
+    needed = max([fusion.level, *(fusion.levels.get(feature, 1) for feature in features)])
+    reason = options.why_not(fusion.family, needed)
+    if reason is not None:
+        raise Refused(reason)
+    if objections := fusion.against():
+        raise Refused(f"preference: {op.family}: {'; '.join(objections)}")
+    if training:
+        raise Refused("training: fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
+
+
+def _attempt_joined(
+    fusion: Fusion,
+    op: FusedOp,
+    parts: Sequence[joining.Part],
+    equal: joining.Equal,
+    options: Options,
+    training: bool,
+    written: Callable[[Iterable[fx.Node], fx.Node, fx.Node], fx.Node | None],
+    agree: Callable[[Fusion, Mapping[str, Any]], None],
+) -> Plan:
+    """The plan for one op that computes all parts, with an output for each."""
+    assert fusion.join is not None
+    records = [record for part in parts for record in part.records]
+    _check_wanted(fusion, op, records, records[0].features, options, training)
+    after = joining.place(fusion.join, op, parts, written)
+    arguments = joining.gathered(fusion.join, op, parts)
+    known = fx.map_arg(arguments, lambda node: node.meta["val"])
+    permuted = {name: dims for name, dims in fusion.join.permuted.items() if name in arguments}
+    given = {**known, **{name: permute(known[name], dims) for name, dims in permuted.items()}}
+    fakes = _outputs(op, given)
+    fitted: dict[fx.Node, tuple[str, Fit]] = {}
+    for part, (name, fake) in zip(parts, fakes.items(), strict=True):
+        for root in part.roots:
+            fitted |= {node: (name, fit) for node, fit in _fits(root, name, fake, None, set(), ())}
+    agree(fusion, arguments)
+    provider = _provider(op, given, options, fusion.only, fusion.exact)
+    same = joining.same(fusion.join, op, parts)
+    nodes = frozenset().union(*(record.nodes for record in records), equal.copies(same))
+    return Plan(op, provider, arguments, {}, permuted, fakes, fitted, nodes, after, same, fusion.exact)
+
+
+def permute(value: Any, dims: Sequence[int]) -> Any:
+    """A tensor, or each of a list of tensors, permuted."""
+    return [tensor.permute(dims) for tensor in value] if isinstance(value, list) else value.permute(dims)
 
 
 def _way(record: Record) -> tuple[fx.Node, ...]:
@@ -536,8 +691,10 @@ def _storage(node: fx.Node) -> int:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
 
 
-def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None) -> Provider:
-    """The first provider that accepts the call, of those that the fusion is for.
+def _provider(
+    op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None, exact: bool = True
+) -> Provider:
+    """The first provider that accepts the call, of those that the fusion is for; ``exact``: as in ``Plan``.
 
     A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
     compute the call, and not faster, before one that cannot, and that before those that were not even asked.
@@ -549,12 +706,14 @@ def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: fro
         raise Refused(f"no_kernel: none for {device.type} ({why})")
     refusals: list[tuple[str, str]] = []
     for provider in asked:
-        if not provider.exact and not options.allows_kernel_numerics:
+        if not (exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
             refusals.append(("numerics", f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
             refusals.append(("preference", f"{provider.name}: {reason}"))
         elif (reason := provider.why_not(op, known)) is not None:
             refusals.append(("provider", f"{provider.name}: {reason}"))
+        elif options.provider == "auto" and (reason := provider.unmeasured(op, known)) is not None:
+            refusals.append(("unmeasured", f"{provider.name}: {reason}"))
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:
             refusals.append(("slower", f"{provider.name}: {reason}"))
         else:
@@ -568,8 +727,8 @@ def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:
     first = next(value for value in given.values() if isinstance(value, Tensor))
     if not isinstance(first, FakeTensor):
         return op.allocate(**given)
-    specs, empty = op.shape(**given), partial(torch.empty, device="meta")
-    return {name: FakeTensor(first.fake_mode, dense(specs[name], empty), first.device) for name in op.outputs}
+    specs, empty = op.returned(op.shape(**given)), partial(torch.empty, device="meta")
+    return {name: FakeTensor(first.fake_mode, dense(spec, empty), first.device) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from torch import fx
 
 from .. import config
 from ..families import FAMILIES
+from ..ops.linear import MOST
 from ..registry import REGISTRY
 from ..stage import Family
 from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
-from .language import Form, Fusion, shape
+from .language import Form, Fusion, Join, shape
 
 
 def linear_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
-    """``rowwise`` or ``blockwise``."""
+    """``rowwise``, ``tensorwise`` or ``blockwise``."""
     return "+".join(sorted(features))
 
 
@@ -31,6 +32,22 @@ def _linear(kind: str, op: str, unasked: bool = True) -> Fusion:
         op=op,
         only=frozenset({"aiter"}),
         against=list if unasked else lambda: config.against(op),
+    )
+
+
+def _joined(kind: str, weight: str = "b", transposed: bool = False, exact: bool = True) -> Fusion:
+    """Matrix products of one value as one op. AITER's products, where it has them, come first."""
+    lists = {"weights": weight, "weight_scales": "w_scale", "biases": "bias"}
+    permuted = {"weights": (1, 0), "weight_scales": (1, 0)} if transposed else {}
+    return Fusion(
+        "fp8_linear",
+        (kind,),
+        linear_variant,
+        level=3,
+        op="fp8_linear",
+        only=frozenset({"triton", "reference"}),
+        join=Join(lists, MOST, permuted),
+        exact=exact,
     )
 
 
@@ -66,6 +83,9 @@ for _fusion in (
     _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
+    _joined("scaled_mm"),
+    _joined("product"),
+    _joined("block_mm", weight="w", transposed=True, exact=False),
 ):
     REGISTRY.register(_fusion)
 
