@@ -293,7 +293,7 @@ class _Planner:
             assert op is not None, "its registration has seen to that"
             known = {**first.attributes, **first.inputs}
             common = [known.get(name) for name in op.arguments if name not in fusion.join.lists]
-            key = (fusion.family, fusion.op, repr(fusion.join), first.features, equal.key(common))
+            key = (fusion.family, fusion.op, id(fusion.join), first.features, equal.key(common))
             _, _, members, refusals = bundles.setdefault(key, (fusion, op, [], []))
             members += group
             refusals += [draft.reason] if draft is not None and draft.status == SKIPPED else []
@@ -329,9 +329,7 @@ class _Planner:
         left = [draft([part], single) for part, single in alone if not isinstance(single, Plan)]
         return [*self._joined(fusion, op, taken, equal, reason), *left]
 
-    def _together(
-        self, fusion: Fusion, op: FusedOp, parts: Sequence[joining.Part], equal: joining.Equal
-    ) -> Plan | str:
+    def _together(self, fusion: Fusion, op: FusedOp, parts: Sequence[joining.Part], equal: joining.Equal) -> Plan | str:
         """The plan for one op that computes these parts, or why there is none."""
         try:
             return _attempt_joined(
@@ -535,8 +533,13 @@ def _attempt_joined(
     after = joining.place(fusion.join, op, parts, written)
     arguments = joining.gathered(fusion.join, op, parts)
     known = fx.map_arg(arguments, lambda node: node.meta["val"])
-    permuted = {name: dims for name, dims in fusion.join.permuted.items() if name in arguments}
-    given = {**known, **{name: permute(known[name], dims) for name, dims in permuted.items()}}
+    permuted, selected, given = fusion.join.permuted, {}, dict(known)
+    given |= {name: permute(known[name], dims) for name, dims in permuted.items()}
+    for name, sizes in fusion.join.reshaped.items():
+        view = View(torch.ops.aten.reshape.default, (sizes(records[0].inputs),))
+        given[name] = view.of(known[name])
+        if not same_shape(given[name].shape, known[name].shape):
+            selected[name] = (view,)
     fakes = _outputs(op, given)
     fitted: dict[fx.Node, tuple[str, Fit]] = {}
     for part, (name, fake) in zip(parts, fakes.items(), strict=True):
@@ -546,12 +549,12 @@ def _attempt_joined(
     provider = _provider(op, given, options, fusion.only, fusion.exact)
     same = joining.same(fusion.join, op, parts)
     nodes = frozenset().union(*(record.nodes for record in records), equal.copies(same))
-    return Plan(op, provider, arguments, {}, permuted, fakes, fitted, nodes, after, same, fusion.exact)
+    return Plan(op, provider, arguments, selected, permuted, fakes, fitted, nodes, after, same, fusion.exact)
 
 
 def permute(value: Any, dims: Sequence[int]) -> Any:
     """A tensor, or each of a list of tensors, permuted."""
-    return [tensor.permute(dims) for tensor in value] if isinstance(value, list) else value.permute(dims)
+    return value.permute(*dims) if isinstance(value, Tensor) else [tensor.permute(*dims) for tensor in value]
 
 
 def _way(record: Record) -> tuple[fx.Node, ...]:

@@ -7,6 +7,7 @@ with a scale for each 128 columns of a row and each 128 x 128 of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .language import (
     aten,
     dtype,
     same_shape,
+    same_size,
     shape,
 )
 
@@ -106,14 +108,17 @@ def _complete_blocks(root: fx.Node, found: Found) -> Completion | str:
     if dtype(x) not in FP8 or dtype(weight) is not dtype(x):
         return f"the operands are {dtype(x)} and {dtype(weight)}"
     (rows, k), n = shape(x), shape(weight)[0]
-    for name, of, sizes in (
-        ("x_scale", f"{BLOCK} columns of a row", (rows, -(-k // BLOCK))),
-        ("w_scale", f"{BLOCK} x {BLOCK} of the weight", (-(-n // BLOCK), -(-k // BLOCK))),
-    ):
-        scale = found.inputs[name]
-        if dtype(scale) is not F32 or not same_shape(shape(scale), sizes):
-            return f"{scale.name} is not one float32 scale for each {of}"
+    x_scale, w_scale = found.inputs["x_scale"], found.inputs["w_scale"]
+    if dtype(x_scale) is not F32 or not same_size(shape(x_scale).numel() * BLOCK, rows * k):
+        return f"{x_scale.name} is not one float32 scale for each {BLOCK} columns of a row"
+    if dtype(w_scale) is not F32 or not same_shape(shape(w_scale), (-(-n // BLOCK), -(-k // BLOCK))):
+        return f"{w_scale.name} is not one float32 scale for each {BLOCK} x {BLOCK} of the weight"
     return Completion({"dtype": dtype(root), "fast_accum": False}, frozenset({BLOCKS}))
+
+
+def block_scales(inputs: Mapping[str, fx.Node]) -> list[int]:
+    """The shape of the scales of a product by blocks, which come as they lie in memory: a row for each of x."""
+    return [-1, -(-shape(inputs["x"])[-1] // BLOCK)]
 
 
 def _form(kind: str, name: str, pattern: Pattern, complete: Any) -> Form:
@@ -145,7 +150,9 @@ FORMS = (
     _form(
         "product",
         "scaled_mm",
-        Call((aten._scaled_mm.default,), (Var("x"), Var("b"), Var("x_scale"), Var("w_scale"), BIAS, NOTHING, ANY, FAST)),
+        Call(
+            (aten._scaled_mm.default,), (Var("x"), Var("b"), Var("x_scale"), Var("w_scale"), BIAS, NOTHING, ANY, FAST)
+        ),
         _complete_product,
     ),
     _form(

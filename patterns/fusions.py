@@ -35,20 +35,21 @@ def _linear(kind: str, op: str, unasked: bool = True) -> Fusion:
     )
 
 
-def _joined(kind: str, weight: str = "b", transposed: bool = False, exact: bool = True) -> Fusion:
-    """Matrix products of one value as one op. AITER's products, where it has them, come first."""
-    lists = {"weights": weight, "weight_scales": "w_scale", "biases": "bias"}
-    permuted = {"weights": (1, 0), "weight_scales": (1, 0)} if transposed else {}
-    return Fusion(
-        "fp8_linear",
-        (kind,),
-        linear_variant,
-        level=3,
-        op="fp8_linear",
-        only=frozenset({"triton", "reference"}),
-        join=Join(lists, MOST, permuted),
-        exact=exact,
-    )
+LISTS = {"weights": "b", "weight_scales": "w_scale", "biases": "bias"}
+# As ``_scaled_mm`` has its operands, and as torchao's product by blocks has them.
+JOIN = Join(LISTS, MOST)
+JOIN_BLOCKS = Join(
+    {**LISTS, "weights": "w"},
+    MOST,
+    permuted={"weights": (1, 0), "weight_scales": (1, 0)},
+    reshaped={"x_scale": fp8_linear.block_scales},
+)
+
+
+def _joined(kind: str, join: Join, exact: bool = True) -> Fusion:
+    """Matrix products of one value as one op; AITER's, where it has them, come first."""
+    only = frozenset({"triton", "reference"})
+    return Fusion("fp8_linear", (kind,), linear_variant, level=3, op="fp8_linear", only=only, join=join, exact=exact)
 
 
 def rows(family: Family) -> Iterator[Fusion]:
@@ -83,9 +84,9 @@ for _fusion in (
     _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
-    _joined("scaled_mm"),
-    _joined("product"),
-    _joined("block_mm", weight="w", transposed=True, exact=False),
+    _joined("scaled_mm", JOIN),
+    _joined("product", JOIN),
+    _joined("block_mm", JOIN_BLOCKS, exact=False),  # torchao's kernel sums in an order of its own
 ):
     REGISTRY.register(_fusion)
 

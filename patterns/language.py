@@ -301,11 +301,13 @@ class Join(NamedTuple):
     lists:    argument of the op -> the input of which each record gives it one, or None.
     most:     how many records, at most.
     permuted: argument -> the order of dimensions in which the op takes each of these, where it is another.
+    reshaped: argument -> the shape in which the op takes it, from a record's inputs, where it may be another.
     """
 
     lists: Mapping[str, str]
     most: int
     permuted: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    reshaped: Mapping[str, Callable[[Mapping[str, fx.Node]], list[int]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
