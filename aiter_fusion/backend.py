@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
-from . import config, dynamo, families, machine, ops, report  # noqa: F401  (importing them registers ops)
+from . import config, dynamo, families, journal, machine, ops, report  # noqa: F401  (importing them registers ops)
 from .passes.manager import PassManager, compose, in_group
 from .passes.oracle import Oracle, graphs_anew
 from .patterns import fusions  # noqa: F401  (importing it registers forms and fusions)
@@ -71,7 +71,7 @@ class Backend:
         machine.require_torch(torch.__version__)
         untested = machine.why_untested(torch.__version__)
         if untested is not None:
-            report.configure_logging()
+            journal.configure_logging()
             _warn_once(untested)
         self.options = config.options(
             level=level,
@@ -136,8 +136,8 @@ class Backend:
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, inductor: dict[str, Any]
     ) -> Callable[..., Any]:
-        report.configure_logging()
-        dynamo.notice_limits(_is_ours, report.logger)
+        journal.configure_logging()
+        dynamo.notice_limits(_is_ours, journal.logger)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a graph would be compiled while a CUDA graph is captured: call aiter_fusion.warmup(model, inputs) "
@@ -149,23 +149,23 @@ class Backend:
         manager.publish()
         if self.options.does_nothing:
             compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
-            check(self.options, report.keep(report.FusionReport(note=LEVEL_0)))
+            check(self.options, journal.keep(report.FusionReport(note=LEVEL_0)))
             return compiled  # type: ignore[return-value]
-        report.begin(counters["inductor"])
-        with graphs_anew() if report.is_recording() else nullcontext():
+        journal.begin(counters["inductor"])
+        with graphs_anew() if journal.is_recording() else nullcontext():
             compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
-        made = report.collect(counters["inductor"])
+        made = journal.collect(counters["inductor"])
         jointly = frozenset(fusion.family for fusion in REGISTRY.fusions.values() if fusion.jointly)
         if made is not None and jointly & made.replaced.keys() and manager.why_unlike():
             # It came from the cache, where it was put when all processes compiled alike; no pass has asked again.
-            report.discard(made)
+            journal.discard(made)
             without = replace(
                 self.options, disable=self.options.disable | jointly, enable=self.options.enable - jointly
             )
             patches[SLOT] = compose(existing, without)
-            report.begin(counters["inductor"])
+            journal.begin(counters["inductor"])
             compiled = compile_fx(gm, example_inputs, config_patches=patches)
-            made = report.collect(counters["inductor"])
+            made = journal.collect(counters["inductor"])
         if made is not None:
             check(self.options, made)
         return compiled  # type: ignore[return-value]
@@ -175,7 +175,7 @@ class GraphPass(PassManager):
     """What ``Backend.graph_pass`` returns: the pass without a backend around it, so it does what that does besides."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        report.configure_logging()
+        journal.configure_logging()
         self.publish()
         super().__call__(graph)
 
@@ -185,7 +185,7 @@ class GraphPass(PassManager):
         return super().run(graph, is_inference)
 
     def deliver(self, made: report.FusionReport) -> None:
-        check(self.options, report.keep(made))
+        check(self.options, journal.keep(made))
 
     def uuid(self) -> Any | None:
         """As the manager's, and ``expect``, since nobody checks it where a graph comes from a cache. None (no caching)
@@ -216,7 +216,7 @@ def _warn_once(message: str) -> None:
     """One line a process."""
     if message not in _warned:
         _warned.add(message)
-        report.logger.warning("aiter_fusion: %s", message)
+        journal.logger.warning("aiter_fusion: %s", message)
 
 
 def aiter_fusion(
@@ -271,15 +271,15 @@ def explain(
         return backend(gm, example_inputs)
 
     compiler.__name__ = backend.__name__
-    known = len(report.reports())
+    known = len(journal.reports())
     grad = torch.is_grad_enabled() and getattr(model, "training", False)
-    with torch.set_grad_enabled(grad), report.recording():
+    with torch.set_grad_enabled(grad), journal.recording():
         note = dynamo.call_once(model, args, kwargs or {}, compiler)
     if not compiled:
         note = NOTHING
         if backend.options.strict or backend.options.expect is not None:
             raise FusionError(f"strict or expect was asked for, but {note}")
-    made = report.merge(report.reports()[known:])
+    made = report.merge(journal.reports()[known:])
     return replace(made, note="; ".join(filter(None, [made.note, note])))
 
 
@@ -327,7 +327,7 @@ def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[s
     for given in calls:
         if given is inputs or not isinstance(given, Mapping):
             _require_arguments("warmup(model, [(x,)])", given)
-    known = len(report.reports())
+    known = len(journal.reports())
     on_gpu = torch.cuda.is_available()
     if on_gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup inside a CUDA-graph capture is too late: call it before")
@@ -340,14 +340,14 @@ def warmup(model: Callable[..., Any], inputs: Iterable[Sequence[Any] | Mapping[s
                 model(**given) if isinstance(given, Mapping) else model(*given)  # type: ignore[arg-type]
     if on_gpu:
         torch.cuda.synchronize()
-    return report.merge(report.reports()[known:])
+    return report.merge(journal.reports()[known:])
 
 
 def reports() -> list[report.FusionReport]:
     """One report for each graph compiled in this process, oldest first; also for graphs that came from the cache."""
-    return report.reports()
+    return journal.reports()
 
 
 def reset() -> None:
     """Forget the reports. Compiled code and caches stay (``torch._dynamo.reset()`` is for those)."""
-    report.reset()
+    journal.reset()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .reasons import Reason, Refusal
 from .registry import REGISTRY
 
 NUMERICS = ("exact", "kernel")
@@ -93,13 +94,13 @@ class Options:
         """Whether a provider may round differently from the graph."""
         return self.numerics == "kernel" if self.numerics is not None else self.level >= 2
 
-    def why_not(self, family: str, needed: int) -> str | None:
+    def why_not(self, family: str, needed: int) -> Refusal | None:
         """Why a fusion of this family that needs this level is not wanted, or None if it is."""
         if family in self.disable:
-            return f"disabled: {family} is in 'disable'"
+            return Refusal(Reason.DISABLED, f"{family} is in 'disable'")
         if family in self.enable or self.level >= needed:
             return None
-        return f"level: needs level {needed}, this is level {self.level}"
+        return Refusal(Reason.LEVEL, f"needs level {needed}, this is level {self.level}")
 
     @property
     def does_nothing(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .arithmetic import parse
+from .scale_program import parse
 
 Dtypes = tuple[torch.dtype, ...]
 
@@ -116,7 +116,7 @@ def _is_number(text: str) -> bool:
 
 
 class Steps(NamedTuple):
-    """A program (``aiter_fusion/arithmetic.py``) of steps with these names."""
+    """A program (``aiter_fusion/scale_program.py``) of steps with these names."""
 
     names: tuple[str, ...]
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import torch
 from torch._inductor import config as inductor_config
 
-from . import report
+from . import journal, report
 
 
 @contextlib.contextmanager
@@ -41,11 +41,11 @@ def dump(folder: str | os.PathLike[str]) -> Iterator[None]:
     if any(path.iterdir()):
         raise FileExistsError(f"{path} is not empty: name a new folder")
     torch._dynamo.reset()
-    known = len(report.reports())
+    known = len(journal.reports())
     with contextlib.ExitStack() as stack:
         stack.callback(_write_index, path, known)
         stack.enter_context(inductor_config.patch(force_disable_caches=True))
-        stack.enter_context(report.recording())
+        stack.enter_context(journal.recording())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*trying to debug `torch.compile`", UserWarning)
             stack.enter_context(depyf.prepare_debug(str(path)))
@@ -54,7 +54,7 @@ def dump(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _write_index(path: Path, known: int) -> None:
     """List depyf's files: those named after a compiled function belong to its compilation, in the order of writing."""
-    made = report.reports()[known:]
+    made = journal.reports()[known:]
     compilations: dict[str, list[str]] = {}
     for file in sorted(path.iterdir(), key=lambda file: (file.stat().st_mtime_ns, file.name)):
         function = file.name.partition(".")[0]

@@ -13,8 +13,8 @@ from typing import Any
 
 from . import families, op
 from .op import FusedOp
+from .patterns.form import Form, Fusion
 from .patterns.fusions import rows
-from .patterns.language import Form, Fusion
 from .providers import Provider, implementation
 from .registry import REGISTRY, Entry
 from .stage import Family

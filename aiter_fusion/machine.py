@@ -6,15 +6,16 @@ from __future__ import annotations
 import importlib.metadata
 
 import torch
+from packaging.version import Version
 
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 15)
 
 
 def release(version: str) -> tuple[int, int]:
-    """``(2, 13)`` for ``2.13.0+cpu``."""
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int(minor)
+    """``(2, 13)`` for ``2.13.0+cpu``, and for every build before 2.13.0 too: its code is that of 2.13."""
+    parsed = Version(version)
+    return parsed.major, parsed.minor
 
 
 def require_torch(version: str = torch.__version__) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .record import NodeText
+from .graph_text import NodeText
 
 if TYPE_CHECKING:
     from .report import FusionReport

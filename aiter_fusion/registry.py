@@ -20,7 +20,7 @@ import torch
 
 if TYPE_CHECKING:
     from .op import FusedOp
-    from .patterns.language import Form, Fusion
+    from .patterns.form import Form, Fusion
     from .providers import Provider
     from .stage import Family
 

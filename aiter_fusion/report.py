@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tabulate import tabulate
+from .graph_text import Recorded
 
-from .record import Recorded
-
-logger = logging.getLogger("aiter_fusion")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 REPLACED, SKIPPED, BARE = "replaced", "skipped", "bare"
-
-# Every reason why a site is not replaced starts with one of these codes and a colon; what follows is particular to it.
-REASONS = {
-    "producer": "what is quantised comes from an operation that no fusion takes",
-    "boundary": "the value comes from outside the graph: its producer is an input or in the graph before a break",
-    "unquantised": "the value is not quantised to FP8",
-    "unnormalised": "no RMSNorm reads the all-reduced value",
-    "unknown": "a cast to FP8 whose arithmetic no form describes",
-    "rows": "only some rows of a value are quantised, and the others are needed too or cannot be left out",
-    "starved": "another site has taken the value that this one would fuse with",
-    "level": "the optimisation level does not include this fusion",
-    "disabled": "the fusion is switched off by name",
-    "training": "the graph is compiled for training",
-    "collective": "the reduction or its group is none that a fused op takes, or its processes do not compile alike",
-    "numerics": "the provider rounds differently from the graph, and numerics='exact' was asked for",
-    "no_kernel": "no provider on this machine has a kernel",
-    "provider": "the provider refuses this call",
-    "preference": "the provider is to be used only if it is asked for by name",
-    "unmeasured": "nobody has measured whether the provider's kernel is faster on this GPU",
-    "slower": "by the provider's measurements, the graph's own code is faster",
-    "overload": "no overload of the fused op takes these inputs and returns these outputs",
-    "layout": "an output of the fused op differs in shape, stride, dtype or device from the value it replaces",
-    "order": "an output is read before the last input exists",
-    "mutation": "an input is written to between the nodes that would become one",
-    "error": "planning the site raised an exception",
-}
+# The colours of statuses on a terminal, in the order in which reports list them.
+STYLES = {REPLACED: "green", SKIPPED: "yellow", BARE: "dim"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +29,7 @@ class Site:
     op:       the fused op, e.g. ``aiter_fusion::rms_norm_quant.add``; empty unless replaced.
     provider: what computes it; empty unless replaced.
     status:   ``replaced``, ``skipped`` or ``bare``.
-    reason:   why it was not replaced: a code of ``REASONS``, a colon, the particulars. For a replaced site empty, or
+    reason:   why it was not replaced: a code of ``reasons.py``, a colon, the particulars. For a replaced site empty, or
               what it goes without and why: ``without residual_add: the residual is broadcast``.
     where:    the module whose computation it is, e.g. ``model.layers.0.input_layernorm``.
     records:  how many recognised forms it accounts for.
@@ -138,24 +111,38 @@ class FusionReport:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        """A table: equal sites in one row, with their number and where the first of them is."""
+        """A table in plain text: equal sites in one row, with their number, and where the first and the last are."""
+        from .tables import plain
+
+        return plain(self._drawn({"where": 44, "reason": 60}))
+
+    def __rich__(self) -> RenderableType:
+        """The same table for ``rich.print``: it has colours, and folds only where a terminal is too narrow."""
+        return self._drawn({"where": None, "reason": None})
+
+    def _drawn(self, folds: Mapping[str, int | None]) -> RenderableType:
+        """The table between the summary and the number of records; ``folds``: see ``tables.table``."""
+        from rich.console import Group  # here: whoever imports the backend may never look at a report
+        from rich.text import Text
+
+        from .tables import table
+
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
             variant = f"{site.variant}, {site.products} products" if site.products > 1 else site.variant
             key = (site.status, site.family, variant, site.provider, site.reason)
             groups.setdefault(key, []).append(site)
+        order = list(STYLES)
         rows = [
-            [status, len(sites), family, variant, provider, _span([s.where for s in sites]), reason]
-            for (status, family, variant, provider, reason), sites in groups.items()
+            [Text.assemble((status, STYLES[status])), str(len(sites)), family, variant, provider, _span(sites), reason]
+            for (status, family, variant, provider, reason), sites in sorted(
+                groups.items(), key=lambda group: order.index(group[0][0])
+            )
         ]
-        order = [REPLACED, SKIPPED, BARE]
-        rows.sort(key=lambda row: order.index(str(row[0])))
-        table = tabulate(
-            rows,
-            headers=["status", "sites", "family", "variant", "provider", "where", "reason"],
-            maxcolwidths=[None, None, None, None, None, 44, 60],
-        )
-        return f"{self.summary()}\n{table}\n{self.records} records, {self.unaccounted} unaccounted for"
+        headers = ["status", "sites", "family", "variant", "provider", "where", "reason"]
+        drawn = table(headers, rows, left={*headers} - {"sites"}, folds=folds)
+        last = f"{self.records} records, {self.unaccounted} unaccounted for"
+        return Group(Text(self.summary()), drawn, Text(last))
 
     def to_json(self) -> str:
         """The report as a JSON object: this class's fields but ``recorded``, the sites as objects, ``replaced``."""
@@ -217,8 +204,8 @@ def merge(reports: Iterable[FusionReport]) -> FusionReport:
     )
 
 
-def _span(places: list[str]) -> str:
-    places = [place for place in places if place]
+def _span(sites: Iterable[Site]) -> str:
+    places = [site.where for site in sites if site.where]
     if len(set(places)) <= 1:
         return places[0] if places else ""
     return f"{places[0]} ... {places[-1]}"
@@ -229,7 +216,7 @@ def _span(places: list[str]) -> str:
 # them again when it is loaded, so a report travels as the name of a counter. It is taken out as soon as it has arrived:
 # counters are for ever, and a report is many kilobytes.
 
-_COUNTER = "aiter_fusion "
+COUNTER = "aiter_fusion "
 
 
 def to_counter(report: FusionReport) -> str:
@@ -239,160 +226,15 @@ def to_counter(report: FusionReport) -> str:
         "records": report.records,
         "note": report.note,
     }
-    return _COUNTER + json.dumps(content, separators=(",", ":"))
+    return COUNTER + json.dumps(content, separators=(",", ":"))
 
 
 def from_counter(name: str) -> FusionReport:
     """The report that the counter of this name carries, as one from the cache."""
-    content = json.loads(name.removeprefix(_COUNTER))
+    content = json.loads(name.removeprefix(COUNTER))
     return FusionReport(
         sites=tuple(Site(*values) for values in content["sites"]),
         records=content["records"],
         note=content["note"],
         from_cache=True,
     )
-
-
-def _take(counters: MutableMapping[str, int]) -> list[tuple[str, int]]:
-    """Take the counters that carry reports out of these; each with how often it grew."""
-    return [(name, counters.pop(name)) for name in list(counters) if name.startswith(_COUNTER)]
-
-
-# ---- Reports of this process and the log ---------------------------------------------------------------------
-
-
-@dataclass
-class _Store:
-    reports: list[FusionReport] = field(default_factory=list)
-    # what the passes reported in this process: counter name -> one report for each run
-    fresh: dict[str, list[FusionReport]] = field(default_factory=dict)
-    recording: int = 0  # how many ask for graphs
-
-
-_STORE = _Store()
-
-
-def reports() -> list[FusionReport]:
-    """The reports of this process, one for each compiled graph, oldest first."""
-    return list(_STORE.reports)
-
-
-def reset() -> None:
-    """Forget the reports, also those that passes sent where no backend collects them."""
-    from torch._dynamo.utils import counters
-
-    begin(counters["inductor"])
-    _STORE.reports.clear()
-
-
-@contextmanager
-def recording(wanted: bool = True) -> Iterator[None]:
-    """Within, reports keep their graphs as text, and graphs are compiled anew: from a cache there is nothing to keep.
-
-    Else nothing is kept, since to write a graph down takes time and memory.
-    """
-    _STORE.recording += wanted
-    try:
-        yield
-    finally:
-        _STORE.recording -= wanted
-
-
-def is_recording() -> bool:
-    """Whether somebody asks for graphs."""
-    return _STORE.recording > 0
-
-
-def passed(report: FusionReport, counters: MutableMapping[str, int]) -> None:
-    """Called by the pass after a graph: send the report through Inductor's counters, and note that it is fresh."""
-    name = to_counter(report)
-    counters[name] = counters.get(name, 0) + 1
-    _STORE.fresh.setdefault(name, []).append(report)
-
-
-def begin(counters: MutableMapping[str, int]) -> None:
-    """Called before compiling. Forgets what passes reported elsewhere: Inductor can be called without a backend."""
-    _STORE.fresh.clear()
-    _take(counters)
-
-
-def collect(counters: MutableMapping[str, int]) -> FusionReport | None:
-    """The report of what was compiled since ``begin``: kept, and logged on rank 0. None if no pass ran."""
-    found = []
-    for name, count in _take(counters):
-        fresh = _STORE.fresh.pop(name, [])
-        found += [fresh.pop(0) if fresh else from_counter(name) for _ in range(count)]
-    if not found:
-        return None
-    return keep(merge(found))
-
-
-def keep(report: FusionReport) -> FusionReport:
-    """Add a report to those of this process and log it."""
-    from torch._logging._internal import trace_structured
-
-    _STORE.reports.append(report)
-    log(report)
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": "aiter_fusion_summary", "encoding": "json"},
-        payload_fn=report.to_json,
-    )
-    return report
-
-
-def discard(report: FusionReport) -> None:
-    """Forget the report of a graph that is compiled anew."""
-    _STORE.reports.remove(report)
-
-
-class _Handler(logging.StreamHandler):
-    """Standard error, until the program configures logging itself."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            self.stream = sys.stderr
-            super().emit(record)
-
-
-def configure_logging() -> None:
-    """Make the summary line visible, unless the program has configured logging; called when first compiling."""
-    wanted = os.environ.get("AITER_FUSION_LOG", "").upper()
-    if wanted:
-        if not isinstance(logging.getLevelName(wanted), int):
-            raise ValueError(f"AITER_FUSION_LOG={wanted!r}: use DEBUG, INFO, WARNING or ERROR")
-        logger.setLevel(wanted)
-    if logger.handlers or logging.getLogger().handlers:
-        return
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    if not wanted:
-        logger.setLevel(logging.INFO)
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def log(report: FusionReport) -> None:
-    """One line on rank 0: INFO, or WARNING with the top reasons if there were sites and none was replaced."""
-    if _rank() != 0:
-        return
-    line = f"aiter_fusion: {report.summary()}"
-    if report.skipped and not report.replaced:
-        top = Counter(site.reason for site in report.skipped).most_common(3)
-        logger.warning("%s; reasons: %s", line, "; ".join(f"{reason} ({count})" for reason, count in top))
-    else:
-        logger.info("%s", line)
-    for site in report.sites:
-        logger.debug(
-            "aiter_fusion: %s %s %s at %s: %s",
-            site.status,
-            site.family,
-            site.variant,
-            site.where or "?",
-            "; ".join(filter(None, [site.op and f"{site.op} ({site.provider})", site.reason])),
-        )

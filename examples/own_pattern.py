@@ -15,18 +15,9 @@ from torch import Tensor
 
 import aiter_fusion
 from aiter_fusion.op import Spec
-from aiter_fusion.patterns.language import (
-    Branch,
-    Call,
-    Const,
-    Form,
-    Named,
-    Var,
-    aten,
-    convert,
-    in_float32,
-    last_dim,
-)
+from aiter_fusion.patterns.form import Branch, Form
+from aiter_fusion.patterns.fx_facts import aten
+from aiter_fusion.patterns.language import Call, Const, Named, Var, convert, in_float32, last_dim
 from aiter_fusion.stage import Family, Sample, Stage, Value, maybe
 from aiter_fusion.stages.norm import RMS_NORM
 from aiter_fusion.stages.residual import INPUT, RESIDUAL

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.logging_utils import get_aot_compilation_context
@@ -20,13 +16,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import getArtifactLogger, trace_structured
 from torch.fx._utils import lazy_format_graph_code
 
-from .. import agreement, config, machine, record, report
+from .. import agreement, graph_text, journal, report
 from ..config import Options
 from ..patterns.fusions import forms_of
-from ..providers import PROVIDERS, can_be_asked
-from ..providers.aiter import installation
+from ..providers import can_be_asked
 from ..registry import REGISTRY
 from . import verify
+from .identity import canonical, environment, in_group, source_hash
 from .plan import Planned, plan
 from .recognise import Recognised, recognise
 from .rewrite import rewrite
@@ -73,7 +69,7 @@ class PassManager(CustomGraphPass):
 
     def deliver(self, made: report.FusionReport) -> None:
         """Send a report through Inductor's counters to the backend, which also finds it there on a cache hit."""
-        report.passed(made, counters["inductor"])
+        journal.passed(made, counters["inductor"])
 
     def run(self, graph: fx.Graph, is_inference: bool) -> report.FusionReport:
         """Rewrite a graph and say what was done.
@@ -81,7 +77,7 @@ class PassManager(CustomGraphPass):
         Raises:
             Exception: with ``strict``, whatever matching raised; with ``verify``, ``verify.MismatchError``.
         """
-        before = record.nodes(graph) if report.is_recording() else None
+        before = graph_text.nodes(graph) if journal.is_recording() else None
         start = time.perf_counter()
         notes = [] if is_inference else ["training graph, left alone"]
         try:
@@ -113,10 +109,10 @@ class PassManager(CustomGraphPass):
         if before is not None:
             fused = iter(inserted)
             places = [
-                (record.names(draft.nodes()), record.names(next(fused) if draft.plan else ()))
+                (graph_text.names(draft.nodes()), graph_text.names(next(fused) if draft.plan else ()))
                 for draft in planned.drafts
             ]
-            recorded = record.Recorded(record.compile_id(), before, record.nodes(graph), tuple(places))
+            recorded = graph_text.Recorded(graph_text.compile_id(), before, graph_text.nodes(graph), tuple(places))
             made = replace(made, recorded=(recorded,))
         return made
 
@@ -130,7 +126,7 @@ class PassManager(CustomGraphPass):
 
     def _facts(self) -> dict[str, str]:
         """All that the rewritten graph depends on besides the graph, by a name for messages."""
-        facts = {**_canonical(self.options), "the source of aiter_fusion": source_hash()[:12], **environment()}
+        facts = {**canonical(self.options), "the source of aiter_fusion": source_hash()[:12], **environment()}
         return {name: repr(value) for name, value in facts.items()}
 
     def uuid(self) -> Any | None:
@@ -140,7 +136,7 @@ class PassManager(CustomGraphPass):
         registered = REGISTRY.identity()
         if not all(theirs) or registered is None or (self.options.verify and in_group()):
             return None
-        options = repr(_canonical(self.options))
+        options = repr(canonical(self.options))
         return ("aiter_fusion", source_hash(), registered, options, repr(environment()), tuple(theirs))
 
 
@@ -163,58 +159,6 @@ def show(graph: fx.Graph, stage: str) -> None:
 
 def _name_of(user_pass: UserPass) -> str:
     return getattr(user_pass, "__name__", type(user_pass).__name__)
-
-
-def _canonical(options: Options) -> dict[str, Any]:
-    """The options that decide what becomes of a graph, in an order that does not depend on the process's hash seed."""
-    return {
-        "level": options.level,
-        "provider": options.provider,
-        "numerics": options.numerics,
-        "strict": options.strict,
-        "verify": options.verify,
-        "disable": sorted(options.disable),
-        "enable": sorted(options.enable),
-    }
-
-
-@lru_cache(maxsize=1)
-def source_hash() -> str:
-    """A hash of the sources of all three packages (``passes`` and ``patterns`` may be links, which rglob skips)."""
-    import aiter_fusion.passes
-    import aiter_fusion.patterns
-
-    digest = hashlib.sha256()
-    for package in (aiter_fusion, aiter_fusion.passes, aiter_fusion.patterns):
-        folder = Path(next(iter(package.__path__))).resolve()
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{package.__name__}/{path.relative_to(folder)}".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def in_group() -> bool:
-    """Whether this is one of the processes of a distributed job."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
-
-
-def environment() -> dict[str, Any]:
-    """Versions, architecture, process group and preferences, by a name for messages: what decides which provider a site
-    gets, and how that runs. Neither rank nor path."""
-    import torch.distributed as dist
-
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else "cpu"
-    return {
-        "torch": torch.__version__,
-        "AITER": installation.aiter_version(),
-        "triton": machine.triton_version(),
-        **{f"what {name} depends on": provider.state() for name, provider in PROVIDERS.items()},
-        "the architecture": machine.architecture() or capability,
-        "the process group": (dist.get_world_size(), dist.get_backend()) if in_group() else None,
-        "the preferences": tuple(map(config.preference, config.PREFERENCES)),
-    }
 
 
 def compose(existing: UserPass | Sequence[UserPass] | None, options: Options) -> PassManager:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from ..arithmetic import DTYPES, WITH_NUMBER, cast, step
-from ..patterns.language import (
+from ..patterns.form import Branch
+from ..patterns.fx_facts import (
     CHOICES,
+    CONVERT,
     STEPS,
     VIEWS,
-    Attr,
-    Both,
-    Branch,
-    Call,
-    Const,
-    Found,
-    Items,
-    Named,
-    OneOf,
-    Pattern,
-    Steps,
-    Var,
-    Views,
-    With,
+    arguments,
     dtype,
     is_number,
     readers,
@@ -35,41 +22,8 @@ from ..patterns.language import (
     same_shape,
     shape,
 )
-
-CONVERT = torch.ops.prims.convert_element_type.default
-
-
-REQUIRED = object()
-
-
-@cache
-def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
-    """The (name, default) of every argument; REQUIRED where there is none."""
-    return tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments)
-
-
-def arguments(node: fx.Node) -> tuple[list[Any], int]:
-    """The arguments of a call in schema order, and how many of them must be looked at: the rest are their defaults."""
-    args, kwargs = list(node.args), node.kwargs
-    if not isinstance(node.target, torch._ops.OpOverload):
-        args += kwargs.values()
-        return args, len(args)
-    schema = _schema(node.target)
-    args += [kwargs.get(name, default) for name, default in schema[len(args) :]]
-    count = len(args)
-    while count and _is_default(args[count - 1], schema[count - 1][1]):
-        count -= 1
-    return args, count
-
-
-def _is_default(given: Any, default: Any) -> bool:
-    """Whether a literal is the schema's default; 1 equals 1.0, but no number equals a bool."""
-    if given is default:
-        return True
-    if isinstance(given, (bool, fx.Node)) or isinstance(default, bool):
-        return False
-    numbers = isinstance(given, (int, float)) and isinstance(default, (int, float))
-    return (numbers or type(given) is type(default)) and given == default
+from ..patterns.language import Attr, Both, Call, Const, Found, Items, Named, OneOf, Pattern, Steps, Var, Views, With
+from ..scale_program import DTYPES, WITH_NUMBER, cast, step
 
 
 class Step(NamedTuple):

@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import fx
 
-from ..patterns.language import FP8, SELECTIONS, VIEWS, Form, heads, is_last_dim, operator, readers, same_shape, shape
-from .matcher import CONVERT, Matcher, arguments, follow
+from ..patterns.form import Form
+from ..patterns.fx_facts import behind, is_fp8_cast, operator, readers
+from ..patterns.language import heads
+from ..reasons import Reason, Refusal
+from .matcher import Matcher, follow
 
 logger = logging.getLogger("aiter_fusion")
 
@@ -27,7 +30,7 @@ class Record:
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     rows, shared: the names of inputs, as in ``Form``.
-    refusal: why no fused op can compute it, with the reason's code; None if one might.
+    refusal: why no fused op can compute it, None if one might.
     serves: the kind of record that this one was looked for as an input of; its site accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
@@ -42,12 +45,12 @@ class Record:
     features: frozenset[str]
     nodes: frozenset[fx.Node]
     root: fx.Node
+    alone: Refusal
     rows: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     serves: str | None = None
-    alone: str = ""
     listed: bool = True
-    refusal: str | None = None
+    refusal: Refusal | None = None
     rooted: Record | None = None
 
 
@@ -57,7 +60,7 @@ class Recognised:
     they end in, and why a value that would serve a record does not (kind and condition)."""
 
     records: list[Record] = field(default_factory=list)
-    unknown: list[tuple[fx.Node, str, str]] = field(default_factory=list)
+    unknown: list[tuple[fx.Node, str, Refusal]] = field(default_factory=list)
     by_target: Mapping[Any, Sequence[Form]] = field(default_factory=dict)
     unserved: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -96,14 +99,15 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         try:
             record = _first(matcher, candidates, node)
             if record is None and is_fp8_cast(node):
-                found.unknown.append((node, "fp8_quant", f"unknown: {_why(node, candidates)[0]}"))
+                found.unknown.append((node, "fp8_quant", Refusal(Reason.UNKNOWN, _why(node, candidates)[0])))
             return record if record is None or record.listed else None
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
             if strict:
                 raise
             logger.warning("aiter_fusion: matching %s failed", node.name, exc_info=True)
-            found.unknown.append((node, candidates[0].kind, f"error: {type(error).__name__}: {error}"))
+            refusal = Refusal(Reason.ERROR, f"{type(error).__name__}: {error}")
+            found.unknown.append((node, candidates[0].kind, refusal))
             return None
 
     for node in reversed(graph.nodes):
@@ -128,25 +132,6 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     found.records += [helper for helper in served.values() if helper is not None]
     found.records.sort(key=lambda record: record.root)
     return found
-
-
-def behind(node: fx.Node) -> fx.Node:
-    """The value of which a node is a view that has its rows, or some of them."""
-    while _keeps_rows(node) or selects_rows(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _keeps_rows(node: fx.Node) -> bool:
-    return node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:])  # type: ignore[arg-type]
-
-
-def selects_rows(node: fx.Node) -> bool:
-    """Whether a node is a view of some of the rows of its input."""
-    if node.target not in SELECTIONS:
-        return False
-    (_, dim, *_), _ = arguments(node)
-    return type(dim) is int and not is_last_dim(node, dim)
 
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
@@ -189,11 +174,6 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                     )
             return record
     return None
-
-
-def is_fp8_cast(node: fx.Node) -> bool:
-    """A conversion to FP8: what a quantiser ends in, whether or not a form explains it."""
-    return node.op == "call_function" and node.target is CONVERT and node.args[1] in FP8
 
 
 def _why(node: fx.Node, forms: Iterable[Form]) -> tuple[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -11,8 +11,11 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 
-from ..patterns.language import ASSERTIONS, VIEWS, readers
-from .plan import Plan, Size, View
+from ..patterns.fx_facts import ASSERTIONS, readers
+from .effects import mutates, sharing_memory
+from .layout import Size
+from .selection import View
+from .sites import Plan
 
 aten = torch.ops.aten
 
@@ -24,8 +27,8 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     """Insert every planned op after its last input, let its outputs take the place of what they replace, and erase
     the nodes that nothing reads any more, with the assertions about them: what these say of a value, the plan has found
     true of the output in its place. Returns the nodes inserted for each plan."""
-    returned = _sharing(graph.output_node().all_input_nodes)
-    written = _sharing([node for writer in graph.nodes if _writes(writer) for node in writer.all_input_nodes])
+    returned = sharing_memory(graph.output_node().all_input_nodes)
+    written = sharing_memory([node for writer in graph.nodes if mutates(writer) for node in writer.all_input_nodes])
     moved: dict[fx.Node, fx.Node] = {}
     inserted: list[list[fx.Node]] = []
     for plan in plans:
@@ -40,7 +43,7 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
         inserted.append(builder.added)
         fakes = plan.op.pack(plan.fakes)
         if plan.after is not None:
-            arguments = [fx.map_arg(value, builder.anew) for value in arguments]
+            arguments = fx.map_arg(arguments, builder.anew)
         arguments = [
             builder.select(value, plan.selected.get(name, ()))
             for name, value in zip(plan.arguments, arguments, strict=True)
@@ -137,28 +140,3 @@ class _Builder:
             for size in sizes
         ]
         return self.add(aten.reshape.default, (node, target), val.reshape(shape))
-
-
-def _sharing(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes whose memory any of ``nodes`` may share."""
-    stack = list(nodes)
-    sharing: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in sharing:
-            sharing.add(node)
-            if node.op == "call_function" and _may_alias(node.target):
-                stack += node.all_input_nodes
-    return sharing
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _may_alias(target: Any) -> bool:
-    if target in VIEWS or target is getitem:
-        return True
-    schema = getattr(target, "_schema", None)
-    return schema is not None and any(argument.alias_info is not None for argument in schema.arguments)

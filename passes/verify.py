@@ -14,7 +14,8 @@ from torch._dispatch.python import no_python_dispatcher
 
 from ..op import FusedOp
 from ..providers import Provider, implementation
-from .plan import Plan, permute
+from .join import permute
+from .sites import Plan
 
 
 class MismatchError(AssertionError):

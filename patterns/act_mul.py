@@ -13,32 +13,9 @@ from operator import getitem
 import torch
 from torch import fx
 
-from .language import (
-    FLOATS,
-    HALVES,
-    Attr,
-    Call,
-    Completion,
-    Const,
-    Form,
-    Found,
-    OneOf,
-    Pattern,
-    Target,
-    Var,
-    With,
-    add,
-    aten,
-    convert_to,
-    dtype,
-    in_float32,
-    is_last_dim,
-    mul,
-    number,
-    same_shape,
-    same_size,
-    shape,
-)
+from .form import Completion, Form
+from .fx_facts import FLOATS, HALVES, Target, aten, dtype, is_last_dim, same_shape, same_size, shape
+from .language import Attr, Call, Const, Found, OneOf, Pattern, Var, With, add, convert_to, in_float32, mul, number
 
 F32 = torch.float32
 

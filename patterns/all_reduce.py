@@ -9,24 +9,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .language import (
-    FLOATS,
-    VIEWS,
-    Call,
-    Completion,
-    Form,
-    Found,
-    Pattern,
-    Var,
-    Views,
-    add,
-    anything,
-    dtype,
-    prims,
-    readers,
-    same_size,
-    shape,
-)
+from ..reasons import Reason, Refusal
+from .form import Completion, Form
+from .fx_facts import FLOATS, VIEWS, dtype, prims, readers, same_size, shape
+from .language import Call, Found, Pattern, Var, Views, add, anything
 
 # Builds of PyTorch without torch.distributed have neither.
 WAIT, ALL_REDUCE = (
@@ -61,15 +47,15 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
     reductions = {str(found.attributes.get(name, "sum")) for name in ("reduction", "other_reduction")}
     refusal = None
     if reductions != {"sum"}:
-        refusal = f"collective: the reduction is {', '.join(sorted(reductions - {'sum'}))}, not sum"
+        refusal = Refusal(Reason.COLLECTIVE, f"the reduction is {', '.join(sorted(reductions - {'sum'}))}, not sum")
     elif not isinstance(group, str):
-        refusal = f"collective: the group is given by {type(group).__name__}, not by its name"
+        refusal = Refusal(Reason.COLLECTIVE, f"the group is given by {type(group).__name__}, not by its name")
     features = frozenset({"pair"}) if "other" in found.inputs else frozenset()
     return Completion({"group": group}, features, refusal=refusal)
 
 
 def _form(name: str, pattern: Pattern) -> Form:
-    alone = "unnormalised: no RMSNorm of this graph reads the reduced value"
+    alone = Refusal(Reason.UNNORMALISED, "no RMSNorm of this graph reads the reduced value")
     return Form("all_reduce", name, pattern, output="reduced", complete=_complete, alone=alone)
 
 

@@ -15,26 +15,9 @@ from torch import fx
 from torch.nn.functional import ScalingType
 
 from ..ops.linear import BLOCKS, ROWS, TENSORS, granularity
-from .language import (
-    FP8,
-    Attr,
-    Both,
-    Call,
-    Completion,
-    Const,
-    Form,
-    Found,
-    Items,
-    OneOf,
-    Pattern,
-    Var,
-    anything,
-    aten,
-    dtype,
-    same_shape,
-    same_size,
-    shape,
-)
+from .form import Completion, Form
+from .fx_facts import FP8, aten, dtype, same_shape, same_size, shape
+from .language import Attr, Both, Call, Const, Found, Items, OneOf, Pattern, Var, anything
 
 F32 = torch.float32
 BLOCK = 128

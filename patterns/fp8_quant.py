@@ -2,7 +2,7 @@
 
 A block is the set of elements that share a scale: consecutive elements of a row (a whole row is per token), or the
 whole tensor (``block`` 0). The arithmetic between maximum, scale and values differs from model to model and is
-captured as programs (``aiter_fusion/arithmetic.py``), not enumerated.
+captured as programs (``aiter_fusion/scale_program.py``), not enumerated.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from operator import getitem
 import torch
 from torch import fx
 
-from ..arithmetic import cast, is_inverse, parse
+from ..scale_program import cast, is_inverse, parse
 from ..stages.quantise import Granularity
+from .form import Branch, Completion, Form
+from .fx_facts import FLOATS, FP8, aten, dtype, same_shape, same_size, shape
 from .language import (
-    FLOATS,
-    FP8,
     Attr,
-    Branch,
     Call,
-    Completion,
-    Form,
     Found,
     Named,
     OneOf,
@@ -31,13 +28,8 @@ from .language import (
     Views,
     With,
     anything,
-    aten,
     convert_to,
-    dtype,
     in_float32,
-    same_shape,
-    same_size,
-    shape,
 )
 
 X = Views(in_float32(Views(Var("x"))))

@@ -13,7 +13,8 @@ from ..ops.linear import MOST
 from ..registry import REGISTRY
 from ..stage import Family
 from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
-from .language import Form, Fusion, Join, shape
+from .form import Form, Fusion, Join
+from .fx_facts import shape
 
 
 def linear_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:

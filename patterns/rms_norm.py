@@ -9,14 +9,11 @@ import torch
 from torch import fx
 
 from .all_reduce import is_reduced
+from .form import Branch, Completion, Form
+from .fx_facts import FLOATS, HALVES, aten, dtype, same_shape, same_size, shape
 from .language import (
-    FLOATS,
-    HALVES,
-    Branch,
     Call,
-    Completion,
     Const,
-    Form,
     Found,
     Named,
     OneOf,
@@ -25,16 +22,11 @@ from .language import (
     With,
     add,
     anything,
-    aten,
     convert_to,
-    dtype,
     in_float32,
     last_dim,
     mul,
     number,
-    same_shape,
-    same_size,
-    shape,
 )
 
 F32 = torch.float32

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tabulate import tabulate
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -32,6 +31,7 @@ from ..providers.triton.all_reduce.symmetric import check
 from ..registry import REGISTRY
 from ..stages.norm import rms_norm
 from ..stages.quantise import DYNAMIC
+from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, check_folder, conditions, need_gpu
 
 HIDDEN = (8192,)
@@ -81,8 +81,8 @@ class Result:
             ours, theirs = row.us["ours"], row.us[name]
             return f"{ours / theirs:.2f}" if ours and theirs else "-"
 
-        table = [
-            [row.world, row.hidden, row.rows, row.chosen]
+        cells = [
+            [str(row.world), str(row.hidden), str(row.rows), row.chosen]
             + [f"{row.us[name]:.1f}" if row.us.get(name) else "-" for name in NAMES]
             + [ratio(row, "nccl"), ratio(row, "symmetric")]
             + [f"{(row.us['ours'] or math.nan) * 1e-6 * self.link_rate / row.floor_bytes:.2f}"]
@@ -90,7 +90,8 @@ class Result:
         ]
         headers = ["GPUs", "hidden", "rows", "way", *(f"{name} us" for name in NAMES)]
         headers += ["ours / NCCL", "ours / symmetric", "ours / link"]
-        return f"{self.conditions}\nlink {self.link_rate / 1e9:.0f} GB/s one way\n\n{tabulate(table, headers=headers)}"
+        drawn = plain(table(headers, cells, left=("way",)))
+        return f"{self.conditions}\nlink {self.link_rate / 1e9:.0f} GB/s one way\n\n{drawn}"
 
 
 def rest(reduced: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..report import FusionReport, merge
+from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, in_turn, need, need_gpu, progress
 
 WORKLOADS = ("decode-1", "decode-32", "decode-128", "prefill-2048", "prefill-16384")
@@ -140,7 +140,6 @@ class Result:
         if all(row.host_us is None for row in self.rows):
             keep = [index for index in range(len(headers)) if not len(headers) - 4 <= index < len(headers) - 1]
             headers, *lines = ([line[index] for index in keep] for line in (headers, *lines))
-        align = ["left" if index < 2 else "right" for index in range(len(headers))]
         star = [] if all(row.captured for row in self.rows) else ["* not captured in a CUDA graph: the host's time too"]
         return "\n".join(
             [
@@ -148,7 +147,7 @@ class Result:
                 f"Llama, torchao FP8 per row: hidden {sizes.hidden}, intermediate {sizes.intermediate}, "
                 f"layers {sizes.layers}; measured in {self.seconds:.0f} s",
                 "",
-                tabulate(lines, headers=headers, disable_numparse=True, colalign=align if lines else None),
+                plain(table(headers, lines, left=("workload", "replaced"))),
                 *star,
             ]
         )

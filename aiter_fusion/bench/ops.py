@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from tabulate import tabulate
 from torch import Tensor
 
 from .. import families  # noqa: F401  (importing it registers ops)
@@ -30,6 +29,7 @@ from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
 from ..registry import REGISTRY
 from ..stage import Setting
+from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
 VARIANTS = (
@@ -156,11 +156,9 @@ class Result:
             "ours / Inductor": (".3f", [row.ratio for row in self.rows]),
         }
         shown = {name: column for name, column in columns.items() if any(value is not None for value in column[1])}
-        table = tabulate(
-            list(zip(*(values for _, values in shown.values()), strict=True)),
-            headers=list(shown),
-            floatfmt=[style for style, _ in shown.values()],
-        )
+        cells = [["" if value is None else f"{value:{style}}" for value in values] for style, values in shown.values()]
+        rows = list(zip(*cells, strict=True))
+        drawn = plain(table(list(shown), rows, left=("op", "variant")))
         by_rows = {rows: [row.ratio for row in self.rows if row.rows == rows] for rows in {r.rows for r in self.rows}}
         means = [f"{rows} rows {statistics.geometric_mean(by_rows[rows]):.3f}" for rows in sorted(by_rows)]
         return "\n".join(
@@ -168,7 +166,7 @@ class Result:
                 str(self.conditions),
                 f"copy rate {self.copy_rate * 1e-12:.2f} TB/s (read and written); measured in {self.seconds:.0f} s",
                 "",
-                table,
+                drawn,
                 "",
                 f"ours / Inductor, geometric mean: {', '.join(means)}",
             ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from .. import __version__, machine
 
@@ -65,13 +67,14 @@ def need(module: str) -> Any:
         raise RuntimeError(f"{module} is not installed ({error}): {EXTRA}") from error
 
 
-def progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a bar on standard error if that is a terminal and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=what, file=sys.stderr, disable=None)
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items, with a progress bar on standard error if that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield from items
+        return
+    # Drawn when an item is done: a thread that draws meanwhile would take the host's time from what is measured.
+    with Progress(console=Console(file=sys.stderr), auto_refresh=False, redirect_stdout=False) as bar:
+        yield from bar.track(items, description=what)
 
 
 def capture(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int) -> torch.cuda.CUDAGraph:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from ..providers import PROVIDERS
 from ..providers.triton import rules, tuned
 from ..providers.triton.jit import native_fp8, nvidia
 from ..providers.triton.provider import run
+from ..tables import plain, table
 from .ops import Case
 from .timing import alternate, capture, conditions, need_gpu, progress
 
@@ -150,8 +150,9 @@ def command(args: Any) -> None:
     assert file is not None
     with torch.no_grad():
         answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
-    rows = [[a.question.key, dict(a.choice) or "the rule's", f"{a.ratio:.3f}"] for a in answers]
-    print(tabulate(rows, headers=["rule and arguments", "best", "time / rule's"], disable_numparse=True))
+    rows = [[a.question.key, str(dict(a.choice) or "the rule's"), f"{a.ratio:.3f}"] for a in answers]
+    headers = ("rule and arguments", "best", "time / rule's")
+    print(plain(table(headers, rows, left=headers[:2])))
     chosen = {answer.question.key: answer.choice for answer in answers if answer.choice}
     tuned.write(file, chosen, {k: str(v) for k, v in asdict(conditions(args.command_line)).items()})
     print(f"{len(chosen)} of {len(answers)} are faster than the rule's: written to {file}")

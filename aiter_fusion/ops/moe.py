@@ -54,6 +54,14 @@ def quantised(x: Tensor, quantisation: str, dtype: torch.dtype, given: Tensor | 
     return (q * scale).reshape(x.shape)
 
 
+def _assigned(ids: Tensor, experts: int, expert_mask: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """(tokens, places among a token's experts) of each of this rank's experts."""
+    if expert_mask is not None:
+        local = expert_mask.long().cumsum(0) - 1
+        ids = torch.where(expert_mask.bool(), local, -1)[ids]  # -1: on another rank
+    return [torch.where(ids == expert) for expert in range(experts)]
+
+
 def _require_known(activation: str, quantisation: str) -> None:
     """Raise a ValueError for an activation or a quantisation of another name."""
     for name, known in ((activation, EXPERT_ACTIVATIONS), (quantisation, QUANTISATIONS)):
@@ -168,13 +176,9 @@ def fused_moe(
     """
     _require_known(activation, quantisation)
     act = F.silu if activation == "silu" else F.gelu
-    ids = topk_ids.long()
-    if expert_mask is not None:
-        local = expert_mask.long().cumsum(0) - 1
-        ids = torch.where(expert_mask.bool(), local, -1)[ids]  # -1: on another rank
-    local = [torch.where(ids == expert) for expert in range(w1.shape[0])]  # (rows, places) of each expert
+    local = _assigned(topk_ids.long(), w1.shape[0], expert_mask)
     x = quantised(hidden.to(F32), quantisation, w1.dtype, a1_scale)
-    inner = x.new_zeros(*ids.shape, w2.shape[2])
+    inner = x.new_zeros(*topk_ids.shape, w2.shape[2])
     for expert, (rows, places) in enumerate(local):
         first = _dequantised(w1, w1_scale, quantisation, expert)
         gate_up = x[rows] @ first.t()

@@ -11,7 +11,7 @@ from ..registry import Registry
 from .terms import Terms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Provider:
     """An implementation of fused ops. A reason is one line of text; None stands for no objection.
 

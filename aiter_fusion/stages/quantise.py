@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
 from ..domains import Blocks, Domain, Steps, Tensors
 from ..formats import FORMATS
 from ..op import FusedOp, Spec
+from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
 from ..stage import Sample, Setting, Stage, Value
 
 
@@ -169,7 +169,7 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
     return {name: given[name] for name in STATIC.arguments}
 
 
-# The programs (arithmetic.py) between a maximum, its scale and the values, and the dtype of these.
+# The programs (scale_program.py) between a maximum, its scale and the values, and the dtype of these.
 _PROGRAMS = {"factor_steps": "str", "value_steps": "str", "quant_dtype": "ScalarType"}
 
 _OF_THE_MAXIMUM = Steps((*UNARY, *WITH_NUMBER, *DTYPES))

@@ -1,4 +1,4 @@
-"""The backend as users call it: options, levels, errors, logs, caches; with real code generation."""
+"""The backend does as its options say, reports what it did, and fails clearly; with real code generation and caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import pickle
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from torch._inductor import config as inductor_config
 
 import aiter_fusion
 from aiter_fusion import backend, config, machine
-from aiter_fusion.passes import manager, recognise
+from aiter_fusion.passes import identity, recognise
 from aiter_fusion.passes.manager import PassManager, compose
 from aiter_fusion.passes.verify import MismatchError
 from aiter_fusion.report import FusionReport
@@ -96,8 +95,8 @@ def test_explain_a_module_in_training_mode() -> None:
 
 # ---- levels and preferences ----------------------------------------------------------------------------------
 
-VALUE = cases.NORM_FUSIONS[3].call(cases.llama, cases.q3)
-GEMMA = cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)
+VALUE = cases.FUSION["norm_value"].call(cases.llama, cases.q3)
+GEMMA = cases.FUSION["norm"].call(cases.gemma, cases.q3)
 
 
 @pytest.mark.parametrize(("fn", "first_level"), [(site, 1), (VALUE, 2), (GEMMA, 2)], ids=["plain", "value", "gemma"])
@@ -107,7 +106,7 @@ def test_levels(fn, first_level: int) -> None:
         assert bool(made.replaced) == (level >= first_level)
         if not made.replaced:
             assert [s.reason for s in made.skipped] == [f"level: needs level {first_level}, this is level {level}"]
-    static = cases.NORM_FUSIONS[0].call(cases.llama, cases.q2_static)
+    static = cases.FUSION["norm"].call(cases.llama, cases.q2_static)
     assert checked_report(static, ("x", "w", "scale"), level=1).replaced == {}
     assert checked_report(static, ("x", "w", "scale"), level=2).replaced
 
@@ -382,8 +381,8 @@ def test_uuid_sees_all_three_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.as_posix()) or original(self))
-    manager.source_hash.cache_clear()
-    manager.source_hash()
+    identity.source_hash.cache_clear()
+    identity.source_hash()
     for name in ("aiter_fusion/backend.py", "passes/plan.py", "patterns/fp8_quant.py"):
         assert sum(path.endswith(name) for path in read) == 1, name
 
@@ -413,17 +412,21 @@ def test_a_second_process_reports_the_same_from_the_cache(tmp_path: Path) -> Non
     assert "reasons: level: needs level 2, this is level 1 (1)" in third.stderr
 
 
-def test_log_levels(tmp_path: Path) -> None:
-    quiet = run_script(SCRIPT, tmp_path, AITER_FUSION_LOG="ERROR")
-    assert "aiter_fusion:" not in quiet.stderr
-    detailed = run_script(SCRIPT, tmp_path, AITER_FUSION_LOG="debug")
-    assert (
-        "aiter_fusion: replaced rms_norm_quant token+value at ?: aiter_fusion::rms_norm_quant.value" in detailed.stderr
-    )
-    configured = run_script(
-        "import logging; logging.basicConfig(level='WARNING')\n" + textwrap.dedent(SCRIPT), tmp_path
-    )
-    assert "replaced 1 of 1" not in configured.stderr
+@pytest.mark.parametrize(("wanted", "lowest"), [("ERROR", logging.ERROR), ("debug", logging.DEBUG), ("", None)])
+def test_log_levels(
+    wanted: str, lowest: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The environment says what is shown; if it does not, the program's own logging, which here is pytest's."""
+    monkeypatch.setenv("AITER_FUSION_LOG", wanted)
+    caplog.set_level(logging.WARNING)
+    caplog.handler.setLevel(logging.NOTSET)
+    compiled(VALUE)
+    logger = logging.getLogger("aiter_fusion")
+    assert (logger.level, logger.handlers) == (lowest or logging.NOTSET, [])
+    lines = [record.getMessage() for record in caplog.records if record.name == "aiter_fusion"]
+    detail = "aiter_fusion: replaced rms_norm_quant token+value at ?: aiter_fusion::rms_norm_quant.value (reference)"
+    assert (detail in lines) == (lowest == logging.DEBUG)
+    assert any("replaced 1 of 1" in line for line in lines) == (lowest == logging.DEBUG)
 
 
 def test_from_cache_after_a_backward_pass() -> None:

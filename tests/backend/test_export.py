@@ -17,30 +17,12 @@ import aiter_fusion
 from aiter_fusion import backend
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
-from aiter_fusion.patterns.language import ASSERTIONS
+from aiter_fusion.patterns.fx_facts import ASSERTIONS
 from support import cases
 from support.checked import Checked, checked
+from support.rows import Row, Rows
 
 BF16 = torch.bfloat16
-Row = tuple[cases.FusionCase, cases.NormForm | cases.ActForm, cases.QuantForm]
-Q = {quant.name: quant for quant in cases.QUANTS}
-
-
-class Rows(nn.Module):
-    """Several rows, each with inputs of its own, as one model: exporting and compiling that takes less time."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        super().__init__()
-        self.calls = [case.call(producer.call, quant.call) for case, producer, quant in rows]
-        self.names = [(*case.inputs, *(["scale"] if quant.static else [])) for case, _, quant in rows]
-
-    def inputs(self, sizes: tuple[int, ...] = (2, 3)) -> tuple[Tensor, ...]:
-        return tuple(x for names in self.names for x in cases.tensors(names, sizes, BF16, "normal"))
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        left = iter(inputs)
-        pairs = zip(self.calls, self.names, strict=True)
-        return tuple(result for call, names in pairs for result in call(*itertools.islice(left, len(names))))
 
 
 def exported(rows: Sequence[Row], **options: object) -> Checked:
@@ -73,20 +55,20 @@ def test_every_part_exported() -> None:
     for position, parts in enumerate((cases.NORM_FUSIONS + cases.ACT_FUSIONS, cases.NORMS + cases.ACTS, cases.QUANTS)):
         assert set(parts) == {row[position] for row in rows}
     result = exported(rows)
-    assert sorted(result.variants) == sorted(cases.variant(*row) for row in rows)
+    assert sorted(result.variants) == Rows(rows).variants
     assert len(result.report.sites) == len(rows), result.report
 
 
 GROUPS: dict[str, list[Row]] = {
-    **{norm.name: [(cases.NORM_FUSIONS[0], norm, quant) for quant in cases.QUANTS] for norm in cases.NORMS},
+    **{norm.name: [(cases.FUSION["norm"], norm, quant) for quant in cases.QUANTS] for norm in cases.NORMS},
     **{
-        f"activations {name}": [(cases.ACT_FUSIONS[0], act, Q[name]) for act in cases.ACTS]
+        f"activations {name}": [(cases.FUSION["act"], act, cases.QUANT[name]) for act in cases.ACTS]
         for name in ("Q1r", "Q2", "Q3_tensor", "Q7_128")
     },
     **{
         f"fusions {name}": [
-            *((case, cases.NORMS[0], Q[name]) for case in cases.NORM_FUSIONS),
-            *((case, cases.ACTS[0], Q[name]) for case in cases.ACT_FUSIONS),
+            *((case, cases.NORM["R1"], cases.QUANT[name]) for case in cases.NORM_FUSIONS),
+            *((case, cases.ACT["S1"], cases.QUANT[name]) for case in cases.ACT_FUSIONS),
         ]
         for name in ("Q1r", "Q1t", "Q1b", "Q2", "Q5")
     },
@@ -98,13 +80,13 @@ GROUPS: dict[str, list[Row]] = {
 def test_every_row_exported(group: str) -> None:
     """The rows of test_forms.py."""
     result = exported(GROUPS[group])
-    assert sorted(result.variants) == sorted(cases.variant(*row) for row in GROUPS[group])
+    assert sorted(result.variants) == Rows(GROUPS[group]).variants
     assert len(result.report.sites) == len(GROUPS[group]), result.report
 
 
 def test_level_1() -> None:
     """It has no op that returns the value too, which an assertion about it is no reason for."""
-    row = (cases.NORM_FUSIONS[0], cases.NORMS[0], Q["Q3"])
+    row = (cases.FUSION["norm"], cases.NORM["R1"], cases.QUANT["Q3"])
     assert exported([row], level=1).variants == ["rms_norm_quant:token"]
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks on a GPU, end to end, on tiny shapes."""
+"""The benchmarks and the tuner run from end to end on a GPU, here on tiny shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line and the benchmarks, as far as they need no GPU."""
+"""Every command answers or fails in one clear line, and the benchmarks' parts are right, as far as they need no GPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import cli
-from aiter_fusion.bench import model, ops
+from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
+from aiter_fusion.cli import options
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
+from aiter_fusion.tables import plain
 from support import models
 from support.command import fails, run
 
@@ -209,9 +211,71 @@ def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_what_an_encoding_lacks(encoding: str, shown: str) -> None:
     report = FusionReport((Site("rms_norm_quant", "token", "", "", SKIPPED, "level: no", "größe \ud83d"),), 1)
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    cli._tell(report, Namespace(report=None, json=False), stream)
+    options.tell(report, Namespace(report=None, json=False), stream)
     stream.seek(0)
     assert shown in stream.read()
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 70 columns, which shows colours."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def test_a_report_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statuses have colours, and long cells fold; what does not fold needs more than these 70 columns."""
+    site = Site("rms_norm_quant", "token", "", "", SKIPPED, "level: " + "skipped by level " * 9, "layers.0")
+    report = FusionReport((site, replace(site, status=REPLACED, reason="")), 2)
+    options.tell(report, Namespace(report=None, json=False), terminal)
+    written = terminal.getvalue()
+    assert "\n\x1b[33mskipped\x1b[0m  " in written
+    assert "\n\x1b[32mreplaced\x1b[0m  " in written
+    assert written.count("\x1b") == 4
+    folded = [line for line in written.splitlines() if "\x1b" not in line]
+    assert len(folded) > 4
+    assert max(map(len, folded)) < 100 < max(map(len, plain(report).splitlines()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    options.tell(report, Namespace(report=None, json=False), terminal)
+    assert "\x1b" not in terminal.getvalue().removeprefix(written)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_info_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["info"]) == 0
+    assert "\x1b[32mcan run\x1b[0m\n" in terminal.getvalue()
+    assert "\x1b[33mcannot run\x1b[0m: " in terminal.getvalue()
+    assert max(len(line) for line in terminal.getvalue().splitlines() if "\x1b" not in line) <= 70
+
+
+def test_an_error_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one line, however long, for whoever copies a path from it."""
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["bench", "ops", "--from", "nothing" * 20]) == 2
+    assert terminal.getvalue().startswith("aiter-fusion: \x1b[31merror:\x1b[0m [Errno 2] No such file")
+    assert terminal.getvalue().count("\n") == 1
+
+
+def test_progress(terminal: Terminal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar is for terminals, and leaves standard output alone."""
+    assert list(timing.progress("abc", "bench")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for item in timing.progress("abc", "bench"):
+        print(item)
+    assert capsys.readouterr().out == "a\nb\nc\n"
+    assert "bench" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 # ---- A saved result ----------------------------------------------------------------------------------------------
@@ -300,8 +364,14 @@ def test_few_rows_stay_in_the_cache_and_many_exceed_it() -> None:
     assert replace(most, rows=1 << 21).calls(1, 4e12) == 1
 
 
-@pytest.mark.parametrize(("family", "variant"), ops.VARIANTS)
-@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize(
+    ("family", "variant", "fp8"),
+    [
+        *((*each, torch.float8_e4m3fn) for each in ops.VARIANTS),
+        ("rms_norm_quant", "add+token", torch.float8_e4m3fnuz),
+        ("act_mul_quant", "packed+token", torch.float8_e4m3fnuz),
+    ],
+)
 def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -> None:
     """The op takes them, its reference gives what its shape function says, and Dynamo traces both in one graph."""
     case = Case(family, variant, 256, 3)
@@ -315,7 +385,6 @@ def test_the_arguments_fit_the_op(family: str, variant: str, fp8: torch.dtype) -
         outputs = ops.outputs(given)
         for name, output in zip(case.op.outputs, outputs, strict=True):
             assert (tuple(output.shape), output.dtype) == (tuple(specs[name][0]), specs[name][1])
-    ops.verify(case.op, ops.outputs(fused(*tensors)), ops.outputs(reference(*tensors)))
 
 
 def test_different_results_are_not_compared() -> None:
@@ -355,7 +424,7 @@ def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.Mo
         return graph
 
     with torch.no_grad():
-        llama = model.build(model.Sizes(512, 1024, 2), "cpu")
+        llama = model.build(model.Sizes(512, 1024, 1), "cpu")
         # two backends of one module, called in turn, as the benchmark does
         ours, other = model.compiled(llama, oracle), model.compiled(llama, eager)
         for tokens in (torch.tensor([[1], [2]]), torch.tensor([[1, 2, 3]])):
@@ -364,7 +433,7 @@ def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.Mo
     assert len(oracle.graphs) == len(seen) == 2
     assert oracle.identical
     assert [graph.calls for graph in oracle.graphs] == [2, 2]
-    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [{"rms_norm_quant": 5, "act_mul_quant": 2}]
+    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [{"rms_norm_quant": 3, "act_mul_quant": 1}]
 
 
 def test_nothing_replaced_is_no_comparison() -> None:

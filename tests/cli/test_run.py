@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``explain``."""
+"""``run`` and ``explain`` leave a program's output, arguments and exit status as they are, and report beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
 from aiter_fusion import backend, cli, config
-from aiter_fusion.report import SKIPPED, FusionReport, Site, keep
+from aiter_fusion.journal import keep
+from aiter_fusion.report import SKIPPED, FusionReport, Site
 from aiter_fusion.run import default_backend, run_script
 from support.command import fails, run
 from support.scripts import TESTS
@@ -290,23 +291,3 @@ def test_strict_shows_what_was_skipped(
     assert status == 1
     assert "layers.0" in out
     assert err.splitlines()[-1] == "aiter-fusion: error: strict: 1 sites were skipped"
-
-
-def test_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For terminals only, and not where NO_COLOR is set; only status words have one."""
-
-    class Terminal:
-        def isatty(self) -> bool:
-            return True
-
-    site = Site("rms_norm_quant", "token", "", "", SKIPPED, "level: skipped by level", "layers.0")
-    text = str(FusionReport((site,), 1))
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    painted = cli._painted(text, Terminal())  # type: ignore[arg-type]
-    assert painted == text.replace("\nskipped  ", "\n\x1b[33mskipped\x1b[0m  ")
-    assert painted != text
-    assert "\x1b[31merror:\x1b[0m" in cli._painted("aiter-fusion: error: no", Terminal())  # type: ignore[arg-type]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert cli._painted(text, Terminal()) == text  # type: ignore[arg-type]
-    monkeypatch.delenv("NO_COLOR")
-    assert cli._painted(text, sys.__stdout__) == text or sys.__stdout__.isatty()  # type: ignore[arg-type,union-attr]

@@ -9,9 +9,11 @@ import json
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,32 @@ from support.checked import checked
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def run(name: str, *arguments: str | Path) -> str:
-    """What an example prints."""
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example as ``python`` does, but in this process, which has PyTorch; what it prints."""
+
+    def of(name: str, *arguments: str | Path) -> str:
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return of
+
+
+def started(name: str, *arguments: str | Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """An example in a process of its own."""
     command = [sys.executable, EXAMPLES / name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == status, done.stderr
+    return done
 
 
 @pytest.mark.slow  # CI runs it itself, twice
 def test_quickstart(tmp_path: Path) -> None:
     models.need_scaled_rows()
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    out = done.stdout
+    out = started("quickstart.py", TMPDIR=str(tmp_path)).stdout
     for graph in ("prefill", "decode"):
         counts = "replaced 13 of 13 sites (rms_norm_quant 9, act_mul_quant 4); 0 skipped; 4 bare; provider "
         assert f"{graph}: {counts}" in out
@@ -56,7 +67,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert len(named) == 2
 
 
-def test_torch_nn_block(tmp_path: Path) -> None:
+def test_torch_nn_block(tmp_path: Path, run: Callable[..., str]) -> None:
     out = run("torch_nn_block.py", tmp_path / "report.html")
     assert "replaced 3 of 3 sites (rms_norm_quant 2, act_mul_quant 1); 0 skipped; 1 bare; provider " in out
     assert "producer: its input is aten.permute.default" in out
@@ -65,7 +76,7 @@ def test_torch_nn_block(tmp_path: Path) -> None:
     assert "torch_nn_block.py:" in page, "the lines of the model"
 
 
-def test_depyf_dump(tmp_path: Path) -> None:
+def test_depyf_dump(tmp_path: Path, run: Callable[..., str]) -> None:
     out = run("depyf_dump.py", tmp_path)
     assert "replaced 1 of 1 sites (rms_norm_quant 1)" in out
     assert re.findall(r"AITER_FUSION_(\d)_(\w+)\.0\.py (- names the fused op)?$", out, re.MULTILINE) == [
@@ -77,7 +88,7 @@ def test_depyf_dump(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_aot_inductor(tmp_path: Path) -> None:
-    out = run("aot_inductor.py", tmp_path / "made")
+    out = started("aot_inductor.py", tmp_path / "made").stdout
     assert "replaced 2 of 2 sites (rms_norm_quant 2); 0 skipped; 0 bare; provider " in out
     assert "another process, which imports aiter_fusion: the same bits for (6, 1, 33) rows" in out
     assert (
@@ -88,7 +99,8 @@ def test_aot_inductor(tmp_path: Path) -> None:
 
 
 def test_own_pattern() -> None:
-    out = run("own_pattern.py")
+    """In a process of its own: PyTorch cannot forget an op."""
+    out = started("own_pattern.py").stdout
     assert "replaced 1 of 1 sites (rms_norm_int8 1)" in out
     assert "the same bits as the original graph: True" in out
     assert "opcheck: aiter_fusion::rms_norm_int8" in out
@@ -167,26 +179,20 @@ def test_the_configuration_for_vllm(vllm: types.ModuleType) -> None:
 def test_without_vllm() -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("needs an environment without vLLM")
-    done = subprocess.run([sys.executable, EXAMPLES / "vllm_pass.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("this example needs vLLM: ")
+    assert started("vllm_pass.py", status=1).stderr.startswith("this example needs vLLM: ")
 
 
-def test_availability() -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / "availability.py"], capture_output=True, text=True, check=True)
-    assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", done.stdout)
-    assert "preferences (AITER_FUSION_<name>): AITER=on" in done.stdout
+def test_availability(run: Callable[..., str]) -> None:
+    out = run("availability.py")
+    assert re.search(r"^AITER: +(not installed|unrelated library|import failed|ready)", out)
+    assert "preferences (AITER_FUSION_<name>): AITER=on" in out
 
 
-def test_tensor_parallel_llama(tmp_path: Path) -> None:
-    # headers compiled in advance pay only where many kernels follow
-    env = {**os.environ, "TMPDIR": str(tmp_path), "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "tp_llama.py"], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "replaced 7 of 7 sites (all_reduce_rms_norm 5, act_mul_quant 2); 0 skipped; 2 bare" in done.stdout
-    assert "reports of 2 processes: identical" in done.stdout
-    apart = re.search(r"to the quantised model in one process: relative (\S+)", done.stdout)
+@pytest.mark.slow  # tests/providers/triton/test_all_reduce.py has such models on two ranks, without code generation
+def test_tensor_parallel_llama() -> None:
+    out = started("tp_llama.py").stdout
+    assert "replaced 7 of 7 sites (all_reduce_rms_norm 5, act_mul_quant 2); 0 skipped; 2 bare" in out
+    assert "reports of 2 processes: identical" in out
+    apart = re.search(r"to the quantised model in one process: relative (\S+)", out)
     assert apart is not None
     assert float(apart[1]) < 0.25  # two quantised models, whose scales belong to other parts of the tensors

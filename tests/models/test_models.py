@@ -1,8 +1,8 @@
 """Real model families: every site that the model's own modules call for, bit-equal, and every other with a reason.
 
-By default every family is captured once and the main ones with more quantisers; AITER_FUSION_MATRIX=all takes every
-family with every quantiser, with static sizes, with marked dynamic ones and with all dynamic, and generates code for
-every family.
+By default every family is captured once, Llama and Gemma3 with more quantisers, and one layer with dynamic sizes;
+AITER_FUSION_MATRIX=all takes every family with every quantiser, with static sizes, with marked dynamic ones and with
+all dynamic, and generates code for every family.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import transformers
 
 import aiter_fusion
 from aiter_fusion import report
+from aiter_fusion.reasons import CODES
 from support import cases, models
 from support.checked import checked
 
 ALL = os.environ.get("AITER_FUSION_MATRIX") == "all"
-MAIN = ("Llama", "Qwen3", "Mistral", "Gemma3")
 SIZES = ("static", "marked", "dynamic")
 
 
@@ -29,23 +29,28 @@ def chosen() -> Sequence[tuple[str, str, str]]:
     every = product(models.FAMILIES, models.QUANTISATIONS, SIZES)
     if ALL:
         return [(f, q, s) for f, q, s in every if q != "engine" or f in models.ENGINES]
-    main = [(f, q, "static") for f in MAIN for q in ("PerRow", "PerTensor", "group128")]
-    once = [(f, "PerRow", "static") for f in models.FAMILIES if f not in MAIN]
     return [
-        *main,
-        *once,
-        *(("Llama", q, s) for q in ("bounded", "static") for s in SIZES[:2]),
-        ("Qwen2", "PerRow", "marked"),
-        ("Llama", "PerBlock", "static"),
-        ("Llama", "PerRow", "dynamic"),
+        *((family, "PerRow", "static") for family in models.FAMILIES),
+        *(("Llama", q, "static") for q in models.QUANTISATIONS if q not in ("PerRow", "engine")),
+        ("Gemma3", "PerTensor", "static"),
+        ("Gemma3", "group128", "static"),
         ("SGLang", "engine", "static"),
-        ("Llama", "compressed-tensors", "static"),
+        ("Qwen2", "PerRow", "marked"),
+        ("Llama", "static", "marked"),
+        ("Llama", "PerRow", "dynamic"),
     ]
+
+
+def built(family: str, sizes: str = "static") -> torch.nn.Module:
+    """Tracing with symbolic sizes takes the longest, and a second layer brings no site that one has not, unless layers
+    differ."""
+    few = sizes != "static" and not ALL
+    return models.build(family, **({"num_hidden_layers": 1} if few else {}))
 
 
 @pytest.mark.parametrize(("family", "quantisation", "sizes"), chosen())
 def test_counts(family: str, quantisation: str, sizes: str, record_property) -> None:
-    model = models.build(family)
+    model = built(family, sizes)
     models.QUANTISATIONS[quantisation](model)
     tokens = models.tokens(2)
     replaced, alone = models.expected(model, quantisation, tokens)
@@ -63,14 +68,14 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert sum(site.records for site in made.bare if site.family == "fp8_quant") == alone
     assert not made.skipped
     assert made.unaccounted == 0
-    assert all(site.reason.split(":")[0] in report.REASONS for site in made.bare)
+    assert all(site.reason.split(":")[0] in CODES for site in made.bare)
     assert all(site.where for site in made.sites)
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["static", "marked"])
 def test_prefill_of_generate(marked: bool) -> None:
     """Of the last norm only the last token is read: no more is normed, and no row of another is lost."""
-    model = models.build("Llama")
+    model = built("Llama", "marked" if marked else "static")
     models.QUANTISATIONS["PerRow"](model)
     tokens = models.tokens(2)
     replaced, alone = models.expected(model, "PerRow", tokens)
@@ -146,7 +151,7 @@ def test_a_draft_and_a_target_model() -> None:
     assert not oracle.report.skipped
 
 
-@pytest.mark.parametrize("family", models.FAMILIES if ALL else ("torch.nn", "SGLang"))
+@pytest.mark.parametrize("family", models.FAMILIES if ALL else ("SGLang",))
 def test_code_generation(family: str, record_property) -> None:
     """What Inductor compiles has the sites that the oracle captured, and runs."""
     model = models.build(family)
@@ -165,7 +170,7 @@ def test_code_generation(family: str, record_property) -> None:
 
 
 def test_one_dynamic_graph_serves_all_lengths() -> None:
-    model = models.build("Llama")
+    model = built("Llama", "dynamic")
     models.QUANTISATIONS["PerRow"](model)
     result = checked(model, dynamic=None)
     with torch.no_grad():

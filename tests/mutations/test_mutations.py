@@ -19,6 +19,8 @@ from support.mutations.keeps_bits import check, mutate
 from support.mutations.operators import MUTATIONS, Inexecutable, Mutation, other_summand, other_weight, wider_groups
 from support.mutations.sources import SOURCES, Source, base
 
+pytestmark = pytest.mark.xdist_group("mutations")  # every worker would capture the graphs for itself
+
 EXAMPLES = int(os.environ.get("AITER_FUSION_MUTATIONS", "400"))
 
 MUTATED = st.tuples(

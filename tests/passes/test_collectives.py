@@ -1,4 +1,4 @@
-"""Norms between collectives, as sequence parallelism places them; a group of one process stands for several."""
+"""Norms between a reduce-scatter and an all-gather are fused, and nothing moves across a collective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eps as a number and as a tensor of one, which Dynamo makes of a module's float when it sees a second value."""
+"""A norm is fused whether its eps is a number or, as Dynamo makes it of a second value, a tensor of one."""
 
 from __future__ import annotations
 

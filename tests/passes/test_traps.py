@@ -568,7 +568,7 @@ def test_nothing_replaced_is_the_identical_graph() -> None:
 
 def test_true_meta() -> None:
     """Every new node's fake has the shape, strides and dtype of the real value."""
-    for case, quant in ((cases.NORM_FUSIONS[4], cases.q7(64)), (cases.NORM_FUSIONS[1], cases.q1_tensor)):
+    for case, quant in ((cases.FUSION["add_norm_value"], cases.q7(64)), (cases.FUSION["add_norm"], cases.q1_tensor)):
         given = inputs(*case.inputs, sizes=(2, 3))
         result = fused(case.call(cases.llama, quant), *given)
         module = result.oracle.graphs[0].after

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,114 +14,95 @@ from torch import Tensor
 
 from aiter_fusion.report import REPLACED
 from support import cases
-from support.checked import Checked, checked
+from support.checked import checked
+from support.rows import Row, Rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = ((6,), (2, 3), (2, 2, 3))
 
 
 def run(
-    case: cases.FusionCase,
-    producer: cases.NormForm | cases.ActForm,
-    quant: cases.QuantForm,
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    rows: tuple[str, ...] = cases.ROWS,
-    weight: str = "w",
-) -> Checked:
-    names = tuple(weight if name == "w" else name for name in case.inputs) + (("scale",) if quant.static else ())
-    result = checked(case.call(producer.call, quant.call))
+    rows: Sequence[Row],
+    sizes: tuple[int, ...] = (2, 3),
+    dtype: torch.dtype = torch.bfloat16,
+    kinds: Sequence[str] = cases.ROWS,
+    **options: bool,
+) -> None:
+    """Each row is one site, replaced, with the original's bits on every kind of input."""
+    model = Rows(rows, **options)
+    result = checked(model)
     with torch.no_grad():
-        for kind in rows:
-            result.call(*cases.tensors(names, sizes, dtype, kind))
+        for kind in kinds:
+            result.call(*model.inputs(sizes, dtype, kind))
             assert result.oracle.identical, f"{kind} rows differ"
     assert result.report.unaccounted == 0
     assert not result.report.skipped, result.report
-    return result
+    assert len(result.variants) == len(result.report.sites) == len(rows)
+    if sizes != (1,):  # the maximum of one row is that of the whole tensor
+        assert sorted(result.variants) == model.variants
 
 
-@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
+def quants(*names: str) -> list[cases.QuantForm]:
+    return [cases.QUANT[name] for name in names]
+
+
 @pytest.mark.parametrize("norm", cases.NORMS, ids=lambda n: n.name)
-def test_every_norm_with_every_quantiser(norm: cases.NormForm, quant: cases.QuantForm) -> None:
-    case = cases.NORM_FUSIONS[0]
-    result = run(case, norm, quant, (2, 3), torch.bfloat16)
-    assert result.variants == [cases.variant(case, norm, quant)]
+def test_every_norm_with_every_quantiser(norm: cases.NormForm) -> None:
+    run([(cases.FUSION["norm"], norm, quant) for quant in cases.QUANTS])
 
 
-@pytest.mark.parametrize(
-    "quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q2", "Q3_tensor", "Q7_128")], ids=lambda q: q.name
-)
-@pytest.mark.parametrize("act", cases.ACTS, ids=lambda a: a.name)
-def test_every_activation(act: cases.ActForm, quant: cases.QuantForm) -> None:
-    case = cases.ACT_FUSIONS[0]
-    result = run(case, act, quant, (2, 3), torch.bfloat16)
-    assert result.variants == [cases.variant(case, act, quant)]
+@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128"), ids=lambda q: q.name)
+def test_every_activation(quant: cases.QuantForm) -> None:
+    run([(cases.FUSION["act"], act, quant) for act in cases.ACTS])
 
 
-@pytest.mark.parametrize(
-    "quant", [q for q in cases.QUANTS if q.name in ("Q1r", "Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name
-)
-@pytest.mark.parametrize("case", cases.NORM_FUSIONS, ids=lambda c: c.name)
-def test_every_norm_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    result = run(case, cases.NORMS[0], quant, (2, 3), torch.bfloat16)
-    assert result.variants == [cases.variant(case, cases.NORMS[0], quant)]
-
-
-@pytest.mark.parametrize(
-    "quant", [q for q in cases.QUANTS if q.name in ("Q1t", "Q1b", "Q2", "Q5")], ids=lambda q: q.name
-)
-@pytest.mark.parametrize("case", cases.ACT_FUSIONS, ids=lambda c: c.name)
-def test_every_activation_fusion(case: cases.FusionCase, quant: cases.QuantForm) -> None:
-    result = run(case, cases.ACTS[0], quant, (2, 3), torch.bfloat16)
-    assert result.variants == [cases.variant(case, cases.ACTS[0], quant)]
+@pytest.mark.parametrize("quant", quants("Q1r", "Q1t", "Q1b", "Q2", "Q5"), ids=lambda q: q.name)
+def test_every_fusion(quant: cases.QuantForm) -> None:
+    norms = [(case, cases.NORM["R1"], quant) for case in cases.NORM_FUSIONS]
+    run([*norms, *((case, cases.ACT["S1"], quant) for case in cases.ACT_FUSIONS)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", RANKS, ids=str)
-@pytest.mark.parametrize("norm", [n for n in cases.NORMS if n.name in ("R1", "R2'", "R3", "R4")], ids=lambda n: n.name)
-def test_every_dtype_and_rank(norm: cases.NormForm, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    case = cases.NORM_FUSIONS[1]
-    for quant in cases.QUANTS[:3]:
-        result = run(case, norm, quant, sizes, dtype, rows=("normal", "nonfinite"))
-        assert len(result.variants) == 1
+def test_every_dtype_and_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every norm that computes otherwise, with another quantiser in each of three combinations."""
+    quant = quants("Q1r", "Q1t", "Q1b")[(DTYPES.index(dtype) + RANKS.index(sizes)) % 3]
+    norms = [(cases.FUSION["add_norm"], cases.NORM[name], quant) for name in ("R1", "R2'", "R3", "R4")]
+    acts = ("S1", "S2", "S7", "S6", "S6_separate", "S6_rounded_late")
+    rows = [*norms, *((cases.FUSION["act"], cases.ACT[name], cases.QUANT["Q1r"]) for name in acts)]
+    run(rows, sizes, dtype, ("normal", "nonfinite"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", RANKS, ids=str)
-def test_activations_of_every_dtype_and_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    for act in (act for act in cases.ACTS if act.name in ("S1", "S2", "S7", "S6", "S6_separate", "S6_rounded_late")):
-        result = run(cases.ACT_FUSIONS[0], act, cases.QUANTS[0], sizes, dtype, rows=("normal", "nonfinite"))
-        assert len(result.variants) == 1
+def test_fp32_weight_with_half_input() -> None:
+    norms = [norm for norm in cases.NORMS if norm.fp32_weight]
+    run([(cases.FUSION["norm"], norm, cases.QUANT["Q2_product"]) for norm in norms], (6,), w32=True)
 
 
-@pytest.mark.parametrize("norm", [n for n in cases.NORMS if n.fp32_weight], ids=lambda n: n.name)
-def test_fp32_weight_with_half_input(norm: cases.NormForm) -> None:
-    result = run(cases.NORM_FUSIONS[0], norm, cases.QUANTS[6], (6,), torch.bfloat16, weight="w32")
-    assert len(result.variants) == 1
+def test_one_row() -> None:
+    rows = [(cases.FUSION["norm"], cases.NORM["R1"], quant) for quant in cases.QUANTS]
+    run(rows, (1,), kinds=("normal", "zero"))
 
 
-@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
-def test_one_row(quant: cases.QuantForm) -> None:
-    result = run(cases.NORM_FUSIONS[0], cases.NORMS[0], quant, (1,), torch.bfloat16, rows=("normal", "zero"))
-    assert len(result.variants) == 1
-
-
-@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
-def test_dynamic_rows(quant: cases.QuantForm) -> None:
+@pytest.mark.parametrize(
+    ("quantisers", "sizes"),
+    [(quants("Q1r", "Q1t", "Q1b", "Q2", "Q7_64"), [(6,), (1,), (9,)]), (cases.QUANTS, [(2, 3), (3, 5), (4, 7)])],
+    ids=["one", "two"],
+)
+def test_dynamic_rows(quantisers: Sequence[cases.QuantForm], sizes: list[tuple[int, ...]]) -> None:
     """One graph serves any number of rows, in one and in two symbolic dimensions."""
-    names = ("x", "r", "w", *(("scale",) if quant.static else ()))
-    for sizes in ([(6,), (1,), (9,)], [(2, 3), (3, 5), (4, 7)]):
-        result = checked(cases.NORM_FUSIONS[1].call(cases.llama, quant.call))
-        with torch.no_grad():
-            for size in sizes:
-                inputs = cases.tensors(names, size, torch.bfloat16, "normal")
-                for tensor in inputs[:2]:
-                    for dim in range(len(size)):
-                        torch._dynamo.maybe_mark_dynamic(tensor, dim)
-                result.call(*inputs)
-        assert result.oracle.identical
-        assert [len(r.sites) for r in result.reports] == [1] * len(result.reports)
-        assert all(r.replaced == {"rms_norm_quant": 1} for r in result.reports), result.report
+    model = Rows([(cases.FUSION["add_norm"], cases.NORM["R1"], quant) for quant in quantisers])
+    result = checked(model)
+    with torch.no_grad():
+        for size in sizes:
+            given = model.inputs(size)
+            for tensor, name in zip(given, itertools.chain(*model.names), strict=True):
+                for dim in range(len(size) if name in ("x", "r") else 0):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            result.call(*given)
+    assert result.oracle.identical
+    for report in result.reports:
+        assert report.replaced == {"rms_norm_quant": len(quantisers)}, report
+        assert len(report.sites) == len(quantisers)
 
 
 # How models put a number in the place of a maximum of 0, and the step that it is.
@@ -174,11 +156,10 @@ def test_a_number_for_zero(dtype: torch.dtype) -> None:
     assert sorted(found) == sorted([*steps, "if_zero=0.125"])
 
 
-@pytest.mark.parametrize("quant", [q for q in cases.QUANTS if q.granularity != "tensor"], ids=lambda q: q.name)
-def test_no_rows(quant: cases.QuantForm) -> None:
+def test_no_rows() -> None:
     """Nothing in, nothing out. (The maximum of no tensor at all does not exist, in eager PyTorch either.)"""
-    result = run(cases.NORM_FUSIONS[1], cases.NORMS[0], quant, (0,), torch.bfloat16, rows=("normal",))
-    assert len(result.variants) == 1
+    of_rows = [quant for quant in cases.QUANTS if quant.granularity != "tensor"]
+    run([(cases.FUSION["add_norm"], cases.NORM["R1"], quant) for quant in of_rows], (0,), kinds=("normal",))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -201,9 +182,7 @@ def test_any_combination(
     rows: str,
 ) -> None:
     """Every part with every other: a form is always found, and the bits are the same."""
-    producer = norm if case in cases.NORM_FUSIONS else act
-    result = run(case, producer, quant, sizes, dtype, rows=(rows,))
-    assert len(result.variants) == 1
+    run([(case, norm if case in cases.NORM_FUSIONS else act, quant)], sizes, dtype, (rows,))
 
 
 def test_no_mm_plus_residual_is_lost() -> None:

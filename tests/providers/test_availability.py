@@ -1,4 +1,4 @@
-"""Each answer about AITER, provoked with throw-away packages; nothing here is AITER's."""
+"""Each answer about AITER is given where it is true; all are provoked with throw-away packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What providers declare, by every door: what is declared runs, what is not is refused before anything is replaced."""
+"""What a provider declares runs, and what it does not declare is refused before anything is replaced."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import aiter_fusion
-from aiter_fusion import arithmetic, providers
+from aiter_fusion import providers, scale_program
 from aiter_fusion.domains import Activations, Anything, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes import plan
-from aiter_fusion.patterns.language import Call, Completion, Form, Var, aten, mul
+from aiter_fusion.passes import sites
+from aiter_fusion.patterns.form import Completion, Form
+from aiter_fusion.patterns.fx_facts import aten
+from aiter_fusion.patterns.language import Call, Var, mul
 from aiter_fusion.providers import PROVIDERS, Provider, Terms
 from aiter_fusion.providers.triton import launches
 from aiter_fusion.providers.triton import provider as kernels
 from aiter_fusion.providers.triton.all_reduce import calls
+from aiter_fusion.reasons import Refused
 from aiter_fusion.registry import REGISTRY
 from support import cases
 from support.aiter_double import Double
@@ -80,7 +83,7 @@ def inside(domain: Domain, given: Any, width: int) -> Iterator[Any]:
             yield from (f"{name}={','.join('1.5' for _ in of)}" if of else name for name, of in numbers.items())
         case Steps(names):
             for name in names:
-                yield f"{given} {name}{'=0.5' if name in arithmetic.WITH_NUMBER else ''}"
+                yield f"{given} {name}{'=0.5' if name in scale_program.WITH_NUMBER else ''}"
             yield f"{given} div=0.0"
         case Blocks():
             yield from (0, width, width // 2, 32, 1)
@@ -102,9 +105,9 @@ def outside(domain: Domain, given: Any, width: int) -> Iterator[tuple[Any, str]]
                 yield act, repr(act)
             assert "relu" not in numbers
         case Steps(names):
-            others = {*arithmetic.UNARY, *arithmetic.WITH_NUMBER, *arithmetic.WITH_SCALE, "round"} - set(names)
+            others = {*scale_program.UNARY, *scale_program.WITH_NUMBER, *scale_program.WITH_SCALE, "round"} - set(names)
             for name in others:
-                yield f"{given} {name}{'=0.5' if name in arithmetic.WITH_NUMBER else ''}", repr(name)
+                yield f"{given} {name}{'=0.5' if name in scale_program.WITH_NUMBER else ''}", repr(name)
         case Blocks(granularities, largest):
             yield from ((-1, "-1"), (width - 1, f"{width - 1} does not divide the hidden size {width}"))
             yield from ((0, "'tensor'"),) if "tensor" not in granularities else ()
@@ -303,13 +306,13 @@ def test_the_reason_names_every_provider_that_was_asked(
         replace(PROVIDERS["reference"], name=name, **REFUSALS[code][0])
         for name, code in (("one", first), ("two", second))
     ]
-    monkeypatch.setattr(plan, "candidates", lambda choice, device: asked)
+    monkeypatch.setattr(sites, "candidates", lambda choice, device: asked)
     op = REGISTRY.ops["rms_norm_quant", frozenset()]
     options = aiter_fusion.config.options(numerics="exact")
-    with pytest.raises(plan.Refused) as refused:
-        plan._provider(op, base(op, cases.FN, "cpu"), options, None)
+    with pytest.raises(Refused) as refused:
+        sites._provider(op, base(op, cases.FN, "cpu"), options, None)
     code = max(first, second, key=list(REFUSALS).index)
-    assert str(refused.value) == f"{code}: one: {REFUSALS[first][1]}; two: {REFUSALS[second][1]}"
+    assert str(refused.value.refusal) == f"{code}: one: {REFUSALS[first][1]}; two: {REFUSALS[second][1]}"
 
 
 def test_the_reference_takes_what_an_op_from_outside_is_defined_for() -> None:

@@ -1,4 +1,4 @@
-"""What others see of the passes: depyf, ``aiter_fusion.dump``, TORCH_LOGS and the structured trace."""
+"""Depyf, ``aiter_fusion.dump``, TORCH_LOGS and the structured trace show the graphs before and after the passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTML reports: their content, and in a real headless Chromium what a person does with them."""
+"""An HTML report is complete and safe, and in a headless Chromium does what a person asks of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import aiter_fusion
-from aiter_fusion.record import NodeText, Recorded
-from aiter_fusion.report import BARE, REPLACED, SKIPPED, FusionReport, Site, merge, recording
+from aiter_fusion.graph_text import NodeText, Recorded
+from aiter_fusion.journal import recording
+from aiter_fusion.report import BARE, REPLACED, SKIPPED, FusionReport, Site, merge
 from support import cases
 from support.checked import checked
 

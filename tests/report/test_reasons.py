@@ -1,4 +1,4 @@
-"""Every code of ``report.REASONS``, provoked; what is written in the README is that table."""
+"""Every reason can be provoked, and the table of reasons in ``passes/README.md`` is that of the code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from aiter_fusion import providers, report
 from aiter_fusion.config import options
-from aiter_fusion.passes import plan
+from aiter_fusion.passes import layout
+from aiter_fusion.passes import sites as sites_module
 from aiter_fusion.passes.manager import PassManager
+from aiter_fusion.reasons import CODES, Reason
 from aiter_fusion.registry import REGISTRY
 from support import cases
 from support.checked import checked
 from support.hand_built import hand_built
 
-SITE = cases.NORM_FUSIONS[0].call(cases.llama, cases.q3)
+SITE = cases.FUSION["norm"].call(cases.llama, cases.q3)
 
 
 def sites(fn: Callable[..., object] = SITE, names: tuple[str, ...] = ("x", "w"), **kwargs) -> Iterator[report.Site]:
@@ -51,18 +53,18 @@ def without_overloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
     returning = [op for features, op in REGISTRY.overloads("rms_norm_quant").items() if "value" in features]
     for op in returning:
         REGISTRY.unregister(op)
-    yield from sites(cases.NORM_FUSIONS[3].call(cases.llama, cases.q3))
+    yield from sites(cases.FUSION["norm_value"].call(cases.llama, cases.q3))
     for op in returning:
         REGISTRY.register(op)
 
 
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
-    monkeypatch.setattr(plan, "candidates", lambda choice, device: ())
+    monkeypatch.setattr(sites_module, "candidates", lambda choice, device: ())
     yield from sites()
 
 
 def defective(monkeypatch: pytest.MonkeyPatch) -> Iterator[report.Site]:
-    monkeypatch.setattr(plan, "_fit", lambda *_: 1 / 0)
+    monkeypatch.setattr(layout, "_fit", lambda *_: 1 / 0)
     yield from sites()
 
 
@@ -111,7 +113,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "unknown": lambda patch: sites(unknown, ("x",)),
     "rows": lambda patch: sites(last_row_and_all),
     "starved": lambda patch: sites(two_kinds),
-    "level": lambda patch: sites(level=1, fn=cases.NORM_FUSIONS[0].call(cases.gemma, cases.q3)),
+    "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),
     "training": lambda patch: sites(lambda x, w: [t.float().sum() for t in SITE(x, w)], grad=True),
     "numerics": lambda patch: refusing(patch, exact=False),
@@ -131,7 +133,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
 
 
 def test_every_code_is_provoked() -> None:
-    assert set(PROVOKE) == set(report.REASONS)
+    assert set(PROVOKE) == CODES
 
 
 @pytest.mark.parametrize("code", PROVOKE)
@@ -146,7 +148,8 @@ def test_reason(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_in_the_readme() -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    for code, sentence in report.REASONS.items():
+    for reason in Reason:
+        code, sentence = reason.code, reason.sentence
         assert f"| `{code}` | {sentence} |" in readme
 
 

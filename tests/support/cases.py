@@ -469,6 +469,13 @@ ACT_FUSIONS = (
 )
 
 
+# By name.
+NORM = {norm.name: norm for norm in NORMS}
+ACT = {act.name: act for act in ACTS}
+QUANT = {quant.name: quant for quant in QUANTS}
+FUSION = {fusion.name: fusion for fusion in NORM_FUSIONS + ACT_FUSIONS}
+
+
 def variant(case: FusionCase, producer: NormForm | ActForm, quant: QuantForm) -> str:
     """Family and variant of the one site that these make."""
     offset = producer.name == "R3"

@@ -12,7 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 import aiter_fusion
 from aiter_fusion.passes.oracle import Oracle, copy_graph
-from aiter_fusion.patterns.language import ASSERTIONS
+from aiter_fusion.patterns.fx_facts import ASSERTIONS
 from aiter_fusion.report import REPLACED, FusionReport
 
 

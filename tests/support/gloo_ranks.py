@@ -72,8 +72,7 @@ def family(name: str, quantisation: str) -> dict[str, Any]:
     }
 
 
-def families(asked: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {each: family(*each) for each in asked}
+FAMILIES = (("Llama", "PerTensor"), ("Mixtral", ""))
 
 
 class Block(nn.Module):
@@ -131,3 +130,12 @@ def unequal() -> list[list[tuple[str, str]]]:
         assert result.oracle.identical
         found.append([(f"{s.status} {s.family}:{s.variant}", s.reason) for s in result.report.sites])
     return found
+
+
+def everything() -> dict[str, Any]:
+    """What this rank found, by subject."""
+    return {
+        "families": {each: family(*each) for each in FAMILIES},
+        "dtensor": dtensor(),
+        "unequal": unequal(),
+    }

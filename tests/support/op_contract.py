@@ -49,7 +49,7 @@ def passes_opcheck(op: FusedOp, provider: str) -> None:
     """On ordinary rows: opcheck compares without regard for NaN, which a zero row quantises to."""
     generator = torch.Generator().manual_seed(0)
     samples = list(sampled(op, provider))
-    for given in samples[:: max(1, len(samples) // 6)]:
+    for given in samples[:: max(1, len(samples) // 3)]:
         for name, value in given.items():
             if isinstance(value, Tensor) and value.dim():
                 given[name] = torch.randn(value.shape, generator=generator).to(value)
@@ -98,9 +98,10 @@ def agrees_with_the_reference(op: FusedOp, provider: str) -> None:
 
 
 def every_promise(op: FusedOp, provider: str) -> None:
-    """All of the above."""
+    """All of the above, but for the reference's agreement with itself."""
     schema_is_functional(op)
     passes_opcheck(op, provider)
     fake_equals_real(op, provider)
     strided_rows_give_the_same_bits(op, provider)
-    agrees_with_the_reference(op, provider)
+    if provider != "reference":
+        agrees_with_the_reference(op, provider)

@@ -1,4 +1,4 @@
-"""The programs (``aiter_fusion/arithmetic.py``) that AITER's quantisers compute, apart from roundings.
+"""The programs (``aiter_fusion/scale_program.py``) that AITER's quantisers compute, apart from roundings.
 
 They compute ``scale = max(amax, 1e-10) / MAX`` and ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32. A
 given scale takes the place of the first.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...arithmetic import DTYPES, parse, result_dtype
+from ...scale_program import DTYPES, parse, result_dtype
 
 # The largest floor of the maximum that is taken for AITER's, 1e-10: only rows whose values are all below it differ, and
 # they count as zero rows.

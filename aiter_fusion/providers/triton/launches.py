@@ -185,37 +185,42 @@ def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, A
     return {"ACT": name, "ALPHA": alpha, "LIMIT": limit}
 
 
-def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
-    packed = "packed" in op.features
+def _gate_and_up(arguments: Mapping[str, Any], packed: bool, width: int) -> dict[str, Any]:
+    """Where a kernel finds gate and up: in two tensors, in halves of one, or in its even and odd columns."""
     gate = arguments["gate_up" if packed else "gate"]
-    up = gate if packed else arguments["up"]
-    width = width_of(op, gate)
-    found, apart = rows_of(gate), rows_of(up)
+    found, apart = rows_of(gate), rows_of(gate if packed else arguments["up"])
     assert found is not None
     assert apart is not None
-    rows, stride = found
-    interleaved = arguments.get("interleaved", False)
+    interleaved, gate_first = arguments.get("interleaved", False), arguments.get("gate_first", True)
     second = (1 if interleaved else width) if packed else 0
-    gate_first = arguments.get("gate_first", True)
+    return {
+        "gate": Ref("gate_up" if packed else "gate"),
+        "up": Ref("gate_up" if packed else "up"),
+        "rows": found[0],
+        "gate_stride": found[1],
+        "up_stride": apart[1],
+        "GATE_FROM": 0 if gate_first else second,
+        "UP_FROM": second if gate_first else 0,
+        "INTERLEAVED": interleaved,
+        "DENSE": not packed and all(statically_known_true(stride == width) for stride in (found[1], apart[1])),
+    }
+
+
+def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
+    packed = "packed" in op.features
+    width = width_of(op, arguments["gate_up" if packed else "gate"])
     value = op.shape(**arguments)["value"][1]
     quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     scales = granularity(op, arguments, width)
     by_row = scales is not None and scales.name == "token"
     common = quantiser | {
-        "gate": Ref("gate_up" if packed else "gate"),
-        "up": Ref("gate_up" if packed else "up"),
-        "rows": rows,
-        "gate_stride": stride,
-        "up_stride": apart[1],
+        **_gate_and_up(arguments, packed, width),
         "one": 1.0,
-        "GATE_FROM": 0 if gate_first else second,
-        "UP_FROM": second if gate_first else 0,
-        "INTERLEAVED": interleaved,
-        "DENSE": not packed and all(statically_known_true(s == width) for s in (stride, apart[1])),
         **_activation(arguments, value),
         "CAST_FIRST": arguments["cast_first"],
         "DTYPE": dtype_name(arguments["dtype"]),
     }
+    rows = common["rows"]
     if by_row:
         shape = rules.row(width, hint(rows, rules.FEW))
         grid = _programs(rows, 1)

@@ -1,4 +1,4 @@
-"""Programs (``aiter_fusion/arithmetic.py``) translated for the kernels: PyTorch's arithmetic on a GPU, spelled out."""
+"""Programs (``aiter_fusion/scale_program.py``) translated for the kernels: PyTorch's arithmetic on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ...arithmetic import parse, result_dtype
+from ...scale_program import parse, result_dtype
 
 Steps = tuple[tuple[str, float | None], ...]
 

@@ -1,8 +1,8 @@
 """Launch shapes that ``aiter-fusion tune`` measured on this machine. They take precedence over ``rules.py``.
 
-There is one JSON file for each GPU model and version of Triton, in ``$AITER_FUSION_CACHE``, else in ``aiter_fusion``
-under ``$XDG_CACHE_HOME`` or ``~/.cache``. It changes how kernels are launched, not what they compute; without a file
-the rules apply.
+There is one JSON file for each GPU model and version of Triton, in ``$AITER_FUSION_CACHE`` or else in the user's cache
+folder as ``platformdirs`` names it (``~/.cache/aiter_fusion`` on Linux). It changes how kernels are launched, not what
+they compute; without a file the rules apply.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
 
 from ... import machine
 
@@ -34,8 +36,8 @@ def path() -> Path | None:
     version = machine.triton_version()
     if version is None or not torch.cuda.is_available():
         return None
-    given, home = os.environ.get("AITER_FUSION_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else (Path(home) if home else Path.home() / ".cache") / "aiter_fusion"
+    given = os.environ.get("AITER_FUSION_CACHE")
+    folder = Path(given) if given else user_cache_path("aiter_fusion", appauthor=False)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     return folder / f"launches-{name}-triton-{version}.json"
 
@@ -101,18 +103,34 @@ def trying(candidates: Mapping[str, Choice]) -> Iterator[None]:
 
 
 def write(file: Path, measured: Mapping[str, Choice], conditions: Mapping[str, str | None]) -> None:
-    """Add measured choices to a file.
+    """Write measured choices to a file, which is created if it does not exist and replaced in one step if it does.
+
+    The file that this process reads (``path``) keeps its other choices, also those that another process writes at the
+    same time: a lock beside the file is held from reading to writing.
 
     Args:
-        file: created if it does not exist, replaced in one step if it does.
+        file: the file; its folder is made.
         measured: choices by ``key``.
-        conditions: of the measurement, kept beside the choices.
+        conditions: what the measurement ran on, kept beside the choices.
     """
-    known = dict(choices()) if file == path() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"conditions": conditions, "launches": dict(sorted({**known, **measured}.items()))}
+    if file != path():
+        _replace(file, measured, conditions)
+        return
+    with FileLock(file.with_name(f"{file.name}.lock")):
+        _forget()
+        _replace(file, {**choices(), **measured}, conditions)
+    _forget()
+
+
+def _replace(file: Path, launches: Mapping[str, Choice], conditions: Mapping[str, str | None]) -> None:
+    content = {"conditions": conditions, "launches": dict(sorted(launches.items()))}
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(file)
+
+
+def _forget() -> None:
+    """Read the file again when it is needed next."""
     _content.cache_clear()
     choices.cache_clear()

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 import triton  # type: ignore[import-not-found]  # Triton need not be installed
-from tabulate import tabulate
 from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
 from triton.compiler import ASTSource  # type: ignore[import-not-found]
 from triton.runtime.errors import OutOfResources  # type: ignore[import-not-found]
 
+from aiter_fusion import tables
 from aiter_fusion.bench.ops import ROUNDS, Case, functions, outputs, verify
 from aiter_fusion.bench.timing import Refused, alternate, capture, conditions, need_gpu
 
@@ -231,14 +231,14 @@ def table(written: Written, rows: Sequence[Row]) -> Iterator[str]:
         "Inductor, us",
         "ours / Inductor",
     ]
-    style = ("", "", "d", "d", "d", ".2f", ".2f", ".2f")
     cells = [
-        (f"`{r.op}`", r.variant, r.hidden, r.rows, r.kernels, r.ours_us, r.inductor_us, r.ratio)
+        (f"`{r.op}`", r.variant, *map(str, (r.hidden, r.rows, r.kernels)))
+        + tuple(f"{number:.2f}" for number in (r.ours_us, r.inductor_us, r.ratio))
         for r in sorted(rows, key=lambda r: (r.op, r.rows, r.variant, r.hidden))
     ]
     yield f"Inductor of torch {written.torch}; both compiled by triton {triton.__version__}"
     yield ""
-    yield tabulate(cells, headers, tablefmt="github", floatfmt=style)
+    yield tables.plain(tables.table(headers, cells, left=headers[:2], markdown=True))
     yield ""
     for count in sorted({r.rows for r in rows}):
         ratios = [r.ratio for r in rows if r.rows == count]

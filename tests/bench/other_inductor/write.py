@@ -3,7 +3,7 @@
     python tests/bench/other_inductor/write.py FOLDER --rows 1 128 4096 16384
 
 ``measure.py`` compares it with our kernels on a machine that has a GPU and another torch: so a version's code can be
-measured where that version is not installed. Needs a build of torch 2.15 for CUDA, which brings Triton, and tabulate.
+measured where that version is not installed. Needs a build of torch 2.15 for CUDA, which brings Triton.
 Written:
 
     plan.json                   for every case its buffers, its launches in order, its outputs; every kernel's launches

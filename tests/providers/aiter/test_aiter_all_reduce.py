@@ -1,4 +1,4 @@
-"""All-reduce fusions by AITER: two processes on a CPU, each with a double of the library, whose sums go over gloo."""
+"""AITER's all-reduces are called as each release takes them, and all ranks decide alike: two processes on a CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from aiter_fusion.providers.aiter import all_reduce, releases
 from support import aiter_double, aiter_ranks, processes
 from support.aiter_double import Double
 from support.aiter_drives import AITER, Drive
+
+pytestmark = pytest.mark.xdist_group("aiter_ranks")  # every worker would start the processes for itself
 
 Found = tuple[dict[tuple[str, str], Any], dict[tuple[str, str], Any]]
 

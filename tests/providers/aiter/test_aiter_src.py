@@ -1,4 +1,4 @@
-"""AITER's own Triton kernels against this project's references, from a checkout of AITER."""
+"""AITER's own Triton kernels, from a checkout, agree with this project's references."""
 
 from __future__ import annotations
 

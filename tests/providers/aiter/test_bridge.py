@@ -1,4 +1,4 @@
-"""The bridge: schema and fake, references against other formulations, AITER's side through a double of the library."""
+"""The bridge's ops keep their declarations, and their references agree with other formulations and AITER's double."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU: the reference against the oracle there, and the Triton kernels against the reference."""
+"""On a GPU the reference agrees with the oracle, and the Triton kernels agree with the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = [
 @pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda q: q.name)
 @pytest.mark.parametrize("norm", [n for n in cases.NORMS if n.name in ("R1", "R3", "R4")], ids=lambda n: n.name)
 def test_reference_on_the_gpu(norm: cases.NormForm, quant: cases.QuantForm) -> None:
-    case = cases.NORM_FUSIONS[1]
+    case = cases.FUSION["add_norm"]
     names = (*case.inputs, *(("scale",) if quant.static else ()))
     result = checked(case.call(norm.call, quant.call), provider="reference")
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_reference_on_the_gpu(norm: cases.NormForm, quant: cases.QuantForm) -> N
 
 @pytest.mark.parametrize("act", cases.ACTS, ids=lambda a: a.name)
 def test_activations_on_the_gpu(act: cases.ActForm) -> None:
-    result = checked(cases.ACT_FUSIONS[0].call(act.call, cases.q3), provider="reference")
+    result = checked(cases.FUSION["act"].call(act.call, cases.q3), provider="reference")
     with torch.no_grad():
         for rows in cases.ROWS:
             result.call(*(t.cuda() for t in cases.tensors(("x2",), (2, 3), torch.bfloat16, rows)))
@@ -70,14 +70,14 @@ def test_torchaos_blocks_on_the_gpu() -> None:
 
 
 def test_auto_leaves_to_inductor_what_it_does_faster() -> None:
-    result = checked(cases.NORM_FUSIONS[0].call(cases.llama, cases.q3_tensor))
+    result = checked(cases.FUSION["norm"].call(cases.llama, cases.q3_tensor))
     with torch.no_grad():
         result.call(*(t.cuda() for t in cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal")))
     assert [site.reason.split(":")[0] for site in result.report.skipped] == ["slower"]
 
 
 def test_auto_never_means_the_reference() -> None:
-    result = checked(cases.NORM_FUSIONS[0].call(cases.llama, cases.q3))
+    result = checked(cases.FUSION["norm"].call(cases.llama, cases.q3))
     with torch.no_grad():
         result.call(*(t.cuda() for t in cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal")))
     assert result.report.replaced == {"rms_norm_quant": 1}
@@ -495,7 +495,7 @@ def test_a_package_of_aot_inductor(dynamic: bool, tmp_path: Path, tmp_path_facto
 
 
 def test_one_graph_serves_any_number_of_rows() -> None:
-    fn = cases.NORM_FUSIONS[1].call(cases.llama, cases.q1_row)
+    fn = cases.FUSION["add_norm"].call(cases.llama, cases.q1_row)
     compiled = torch.compile(fn, backend=aiter_fusion.Backend())
     with torch.no_grad():
         for rows in (7, 3, 2048):

@@ -1,4 +1,4 @@
-"""Fused all-reduces on the GPUs of one host."""
+"""Fused all-reduces give every GPU of one host the same right bits, in graphs too, and name a rank that has stopped."""
 
 from __future__ import annotations
 

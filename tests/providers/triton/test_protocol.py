@@ -1,4 +1,4 @@
-"""The protocol of fused all-reduces, in every order in which its steps can happen.
+"""The protocol of fused all-reduces is right in every order in which its steps can happen.
 
 A model of ``kernels/all_reduce_rms_norm.py``: ranks run calls one after another, the rows of a call at once; what one
 writes to another's memory arrives at any later time, in any order. Memory is laid out as in the kernel. In every state

@@ -1,4 +1,4 @@
-"""The all-reduce kernel for every number of ranks, which here share one GPU: each has a stream, and memory of its own.
+"""The all-reduce kernel is right for every number of ranks, which here share one GPU: each has a stream and memory.
 
 What it computes, and how it waits, is the same as between GPUs; only the link is missing. A rank's blocks must all run
 beside those of the others, so rows are few.

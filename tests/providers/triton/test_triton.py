@@ -1,10 +1,12 @@
-"""The Triton provider, as far as it can be tested without a GPU: rules, arguments, refusals, programs, compilation."""
+"""Launches, arguments, refusals and programs of the Triton provider are right, and kernels compile, without a GPU."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import itertools
+import json
+import multiprocessing
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,16 +21,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion.arithmetic import WITH_NUMBER
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.manager import environment
+from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import WITH_NUMBER
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
@@ -117,7 +119,10 @@ def test_a_symbolic_number_of_rows_is_not_looked_at() -> None:
 
 # What the kernels refuse, with the reason's first words.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "elsewhere": ({"x": torch.empty(4, 256, dtype=torch.bfloat16)}, "its kernels are for GPUs"),
+    "elsewhere": (
+        {"x": torch.empty(4, 256, dtype=torch.bfloat16)},
+        "the tensors are on cpu, and its kernels are for GPUs",
+    ),
     "one elsewhere": ({"weight": torch.empty(256, dtype=torch.bfloat16)}, "weight is on cpu, x on cuda:0"),
     "format": (
         {"quant_dtype": FNUZ},
@@ -249,6 +254,37 @@ def test_tuned_launches_win_over_the_rule(tuned_file: Path) -> None:
     assert rules.flat(128, 10**6, True, False) == replace(by_rule[2], segments=2)
     with tuned.trying({"norm 4096 128 1": {}}):
         assert rules.norm(4096, 128, 1) == by_rule[0]
+
+
+def _write_ten(file: Path, process: int) -> None:
+    for number in range(10):
+        tuned.write(file, {f"row {number} {process}": {"threads": 64}}, {})
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(tuned_file: Path) -> None:
+    """Forked: they have this process's GPU that is none."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_ten, args=(tuned_file, process)) for process in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    forget()
+    assert len(tuned.choices()) == 40
+
+
+def test_a_file_of_its_own_has_only_what_was_measured(tuned_file: Path, tmp_path: Path) -> None:
+    tuned.write(tuned_file, {"row 1 1": {"threads": 64}}, {})
+    tuned.write(tmp_path / "own" / "launches.json", {"row 2 1": {"threads": 64}}, {})
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["launches.json"]
+    assert list(json.loads((tmp_path / "own" / "launches.json").read_text())["launches"]) == ["row 2 1"]
+
+
+def test_where_the_cache_is(tuned_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AITER_FUSION_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tuned.path() == tmp_path / "cache" / "aiter_fusion" / tuned_file.name
 
 
 def test_code_compiled_with_other_launches_is_not_reused(tuned_file: Path) -> None:

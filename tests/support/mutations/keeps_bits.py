@@ -17,8 +17,9 @@ from aiter_fusion.op import NAMESPACE
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
 from aiter_fusion.passes.verify import same_bits
-from aiter_fusion.patterns.language import FLOATS, same_shape
-from aiter_fusion.report import REASONS, FusionReport
+from aiter_fusion.patterns.fx_facts import FLOATS, same_shape
+from aiter_fusion.reasons import CODES
+from aiter_fusion.report import FusionReport
 from support.mutations.operators import Inexecutable, Mutation, calls, val
 from support.mutations.sources import Base
 
@@ -139,7 +140,7 @@ def check_report(report: FusionReport, graph: fx.Graph) -> None:
     assert report.note == ""
     for site in (*report.skipped, *report.bare):
         code = site.reason.split(":")[0]
-        assert code in REASONS, site
+        assert code in CODES, site
         assert code != "error", site
     fused = [n for n in calls(graph) if getattr(n.target, "namespace", "") == NAMESPACE]
     assert len(fused) == sum(report.replaced.values())

@@ -60,9 +60,7 @@ class Source:
 
 def combined(fusion: str, producer: str, quant: str, weight: str = "w", **shape: Any) -> Source:
     """A fusion, a norm or activation, and a quantiser of ``cases``, by their names."""
-    case = next(f for f in cases.NORM_FUSIONS + cases.ACT_FUSIONS if f.name == fusion)
-    first = next(p for p in cases.NORMS + cases.ACTS if p.name == producer)
-    last = next(q for q in cases.QUANTS if q.name == quant)
+    case, first, last = cases.FUSION[fusion], {**cases.NORM, **cases.ACT}[producer], cases.QUANT[quant]
     names = tuple(weight if name == "w" else name for name in case.inputs) + (("scale",) if last.static else ())
     return Source(f"{fusion}-{producer}-{quant}", case.call(first.call, last.call), names, **shape)
 

@@ -1,6 +1,6 @@
 """Device functions that the kernels share: programs of scalar arithmetic, and quantisation by a block's maximum.
 
-A program (``aiter_fusion/arithmetic.py``) arrives as a tuple of (name, number) pairs that ``programs.py`` translated.
+A program (``aiter_fusion/scale_program.py``) arrives as a tuple of (name, number) pairs, translated by ``programs.py``.
 Every step computes in float32 and rounds to the dtype of its value, which is what PyTorch's own kernels do.
 """
 

@@ -1,6 +1,6 @@
 """Graphs as text: what reports and pages show of a graph long after it has been compiled.
 
-Taken only when somebody asks (``report.recording``): it costs more than the pass. Nothing here holds on to a graph.
+Taken only when somebody asks (``journal.recording``): it costs more than the pass. Nothing here holds on to a graph.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""``aiter-fusion info``: what this machine can run, and what the environment variables prefer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from .. import __version__, cli, config, machine
+from ..patterns import fusions  # noqa: F401  (importing it registers the families)
+from ..providers import PROVIDERS
+from ..providers.aiter import installation
+from ..providers.triton import tuned
+from ..providers.triton.jit import native_fp8
+from ..registry import REGISTRY
+from .parser import Parser, Run
+from .streams import show
+
+
+def fill(parser: Parser) -> Run:
+    """Add the arguments."""
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    return command
+
+
+def information() -> dict[str, Any]:
+    """What ``info --json`` prints.
+
+    Some entries:
+        providers: for each provider, why it cannot run here, or None.
+        preferences: for each preference, its value and the environment variable that it comes from, or ``default``.
+        fusions: for each family, why these preferences disable it, or None.
+        backend_by_name: whether ``backend="aiter_fusion"`` works, for which the package must be installed.
+
+    Raises:
+        ValueError: the environment prefers something that does not exist.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.current_device() if gpu else 0
+    capability = "".join(map(str, torch.cuda.get_device_capability(device))) if gpu else ""
+    native = native_fp8(device) if gpu else None
+    chosen = config.options()
+    return {
+        "aiter_fusion": __version__,
+        "backend_by_name": bool(entry_points(group="torch_dynamo_backends", name="aiter_fusion")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": machine.triton_version(),
+        "device": torch.cuda.get_device_name(device) if gpu else None,
+        "architecture": machine.architecture(device) or (f"sm_{capability}" if gpu else None),
+        "native_fp8": str(native).removeprefix("torch.") if native else None,
+        "aiter": installation.aiter_version() if installation.is_aiter_found() else None,
+        "aiter_supported": installation.is_aiter_found_and_supported(),
+        "aiter_reason": installation.why_no_aiter(),
+        "providers": {name: provider.missing() for name, provider in PROVIDERS.items()},
+        "tuned": {"file": str(tuned.path()), "launches": len(tuned.choices())} if tuned.path() else None,
+        "preferences": _preferences(chosen),
+        "fusions": {fusion.family: chosen.why_not(fusion.family, 1) for fusion in REGISTRY.fusions.values()},
+    }
+
+
+def _preferences(chosen: config.Options) -> dict[str, dict[str, Any]]:
+    effective = {
+        "level": chosen.level,
+        "provider": chosen.provider,
+        "disable": sorted(chosen.disable),
+        "log": os.environ.get("AITER_FUSION_LOG", "").upper() or "INFO",
+        **{name.lower(): config.preference(name) for name in config.PREFERENCES},
+    }
+    found = {
+        name: {"value": value, "from": variable if os.environ.get(variable) else "default"}
+        for name, value in effective.items()
+        for variable in [f"AITER_FUSION_{name.upper()}"]
+    }
+    numerics = "kernel" if chosen.allows_kernel_numerics else "exact"
+    return found | {"numerics": {"value": numerics, "from": f"level {chosen.level}"}}
+
+
+def command(args: argparse.Namespace) -> None:
+    """Print the information as a table or as JSON."""
+    from rich.text import Text  # here: JSON does without
+
+    from ..tables import table
+
+    found = cli.information()
+    if args.json:
+        show(json.dumps(found, indent=1), sys.stdout)
+        return
+    nothing = "none: PyTorch sees no GPU"
+    can_run = Text.assemble(("can run", "green"))
+    rows: list[list[str | Text]] = [
+        ["aiter_fusion", found["aiter_fusion"]],
+        ["python", found["python"]],
+        ["torch", found["torch"]],
+        ["backend='aiter_fusion'", "works" if found["backend_by_name"] else "needs pip install; Backend() works"],
+        ["triton", found["triton"] or "not installed"],
+        ["device", found["device"] or nothing],
+        ["architecture", found["architecture"] or nothing],
+        ["native FP8", found["native_fp8"] or ("none" if found["device"] else nothing)],
+        ["AITER", found["aiter_reason"] or can_run + f": version {found['aiter'] or 'unknown'}"],
+    ]
+    for name, why in found["providers"].items():
+        rows.append([f"provider {name}", Text.assemble(("cannot run", "yellow"), f": {why}") if why else can_run])
+    if found["tuned"]:
+        rows.append(["tuned launches", f"{found['tuned']['launches']} in {found['tuned']['file']}"])
+    for name, preference in found["preferences"].items():
+        value = preference["value"]
+        if isinstance(value, bool):
+            text = "on" if value else "off"
+        else:
+            text = (", ".join(value) or "nothing") if isinstance(value, list) else value
+        rows.append([f"preferred {name}", f"{text} ({preference['from']})"])
+    for family, why in found["fusions"].items():
+        rows.append([f"fusion {family}", f"off: {why}" if why else "on"])
+    columns = ("name", "value")
+    show(table(columns, rows, left=columns, folds={"value": None}, header=False), sys.stdout)

@@ -1,0 +1,16 @@
+"""``aiter-fusion tune``: measure how the Triton kernels are best launched on this GPU."""
+
+from __future__ import annotations
+
+from .parser import Parser, Run, positive
+
+
+def fill(parser: Parser) -> Run:
+    """Add the arguments."""
+    from ..bench import tune
+
+    text = f"hidden sizes of norms and activations (default: {' '.join(map(str, tune.HIDDEN))})"
+    parser.add_argument("--hidden", type=positive, nargs="+", default=tune.HIDDEN, metavar="N", help=text)
+    text = "write the launches to this file instead of the user's cache; kernels do not read it"
+    parser.add_argument("--output", metavar="FILE.json", help=text)
+    return tune.command

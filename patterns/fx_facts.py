@@ -1,0 +1,181 @@
+"""Facts about FX nodes: what the tracer recorded of them, and what kind of call they are. No fact adds a guard."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..formats import FORMATS
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# What a call of a graph calls, or its name, where a library may register the operator later.
+Target = Callable[..., Any] | str
+
+HALVES = frozenset({torch.bfloat16, torch.float16})
+FLOATS = HALVES | {torch.float32}
+FP8 = frozenset(FORMATS)
+
+CONVERT = prims.convert_element_type.default
+
+# Views that keep the row-major order of the elements; clone changes strides, never order.
+VIEWS: frozenset[Target] = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.clone.default,
+    }
+)
+
+# Views of some of the rows, unless their argument ``dim`` is the last. (What takes rows by an index copies them.)
+SELECTIONS: frozenset[Target] = frozenset({aten.slice.Tensor, aten.select.int})
+
+# Calls that assert a tensor's dtype, device, layout, sizes or strides and return nothing. They held when the graph was
+# traced, and are no reason to compute a value. ``torch.export`` leaves one before each conversion; Inductor removes all
+# of them, but after our slot. What reads values is none (``_assert_async``), nor what returns a size, since others read
+# that: AOTAutograd takes a symbolic size from the tensor that brought it, an input or the result of a call such as
+# ``nonzero``, and these lie inside no form.
+ASSERTIONS: frozenset[Target] = frozenset({aten._assert_tensor_metadata.default})
+
+# Scalar operations that a program can hold, by ATen target; see aiter_fusion/scale_program.py.
+STEPS: Mapping[Target, tuple[str, ...]] = {
+    aten.reciprocal.default: ("reciprocal",),
+    aten.log2.default: ("log2",),
+    aten.exp2.default: ("exp2",),
+    aten.ceil.default: ("ceil",),
+    aten.floor.default: ("floor",),
+    aten.mul.Tensor: ("mul",),
+    aten.div.Tensor: ("div",),
+    aten.clamp_min.default: ("clamp_min",),
+    aten.clamp_max.default: ("clamp_max",),
+    aten.clamp.default: ("clamp_min", "clamp_max"),
+}
+
+# Choices between a value and a number, ``where(value <comparison> 0, .., ..)``, by the comparison and by whether it is
+# the value that stands where the comparison holds. NaN holds only for "not equal".
+CHOICES: Mapping[tuple[Target, bool], str] = {
+    (aten.gt.Scalar, True): "unless_positive",
+    (aten.eq.Scalar, False): "if_zero",
+    (aten.ne.Scalar, True): "if_zero",
+}
+
+
+def operator(target: Target) -> Callable[..., Any] | None:
+    """What a target calls, or None if it is the name of an operator that no library has registered."""
+    if not isinstance(target, str):
+        return target
+    namespace, name, overload = target.split(".")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return getattr(packet, overload, None)
+
+
+def is_number(node: fx.Node, value: Any) -> bool:
+    """A Python number, so neither a node nor a symbolic size."""
+    return type(value) in (int, float)
+
+
+def same_number(a: float, b: float) -> bool:
+    """Equal after rounding to float32."""
+    return ctypes.c_float(a).value == ctypes.c_float(b).value
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The calls that need a node's value: its users but for assertions about it, which go where it goes."""
+    return [user for user in node.users if user.target not in ASSERTIONS]
+
+
+def shape(node: fx.Node) -> torch.Size:
+    """The shape that the tracer recorded for a tensor node."""
+    return node.meta["val"].shape
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """The dtype that the tracer recorded for a tensor node."""
+    return node.meta["val"].dtype
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; never adds a guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two shapes are known to be equal; never adds a guard."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_last_dim(node: fx.Node, dims: Any) -> bool:
+    """``dims`` (an int or a list) is the last dimension of the first argument of ``node``, spelled either way."""
+    source = node.args[0]
+    rank = len(shape(source)) if isinstance(source, fx.Node) else 0
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return len(dims) == 1 and type(dims[0]) is int and rank > 0 and dims[0] % rank == rank - 1
+
+
+REQUIRED = object()
+
+
+@cache
+def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
+    """The (name, default) of every argument; REQUIRED where there is none."""
+    return tuple((a.name, a.default_value if a.has_default_value() else REQUIRED) for a in target._schema.arguments)
+
+
+def arguments(node: fx.Node) -> tuple[list[Any], int]:
+    """The arguments of a call in schema order, and how many of them must be looked at: the rest are their defaults."""
+    args, kwargs = list(node.args), node.kwargs
+    if not isinstance(node.target, torch._ops.OpOverload):
+        args += kwargs.values()
+        return args, len(args)
+    schema = _schema(node.target)
+    args += [kwargs.get(name, default) for name, default in schema[len(args) :]]
+    count = len(args)
+    while count and _is_default(args[count - 1], schema[count - 1][1]):
+        count -= 1
+    return args, count
+
+
+def _is_default(given: Any, default: Any) -> bool:
+    """Whether a literal is the schema's default; 1 equals 1.0, but no number equals a bool."""
+    if given is default:
+        return True
+    if isinstance(given, (bool, fx.Node)) or isinstance(default, bool):
+        return False
+    numbers = isinstance(given, (int, float)) and isinstance(default, (int, float))
+    return (numbers or type(given) is type(default)) and given == default
+
+
+def behind(node: fx.Node) -> fx.Node:
+    """The value of which a node is a view that has its rows, or some of them."""
+    while _keeps_rows(node) or selects_rows(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    return node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:])  # type: ignore[arg-type]
+
+
+def selects_rows(node: fx.Node) -> bool:
+    """Whether a node is a view of some of the rows of its input."""
+    if node.target not in SELECTIONS:
+        return False
+    (_, dim, *_), _ = arguments(node)
+    return type(dim) is int and not is_last_dim(node, dim)
+
+
+def is_fp8_cast(node: fx.Node) -> bool:
+    """A conversion to FP8: what a quantiser ends in, whether or not a form explains it."""
+    return node.op == "call_function" and node.target is CONVERT and node.args[1] in FP8
