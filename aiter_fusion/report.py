@@ -33,6 +33,7 @@ class Site:
               what it goes without and why: ``without residual_add: the residual is broadcast``.
     where:    the module whose computation it is, e.g. ``model.layers.0.input_layernorm``.
     records:  how many recognised forms it accounts for.
+    products: how many matrix products its op computes, or would; 0 in a family whose ops compute none.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Site:
     reason: str
     where: str
     records: int = 1
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class FusionReport:
             f"{len(skipped)} skipped",
             f"{len(self.bare)} bare",
         ]
+        if launches := [site for site in replaced if site.products]:
+            parts.append(f"{sum(site.products for site in launches)} products in {len(launches)} launches")
         if providers := sorted({site.provider for site in replaced}):
             parts.append(f"provider {', '.join(providers)}")
         parts.append("from cache" if self.from_cache else f"{self.milliseconds:.1f} ms")
@@ -125,7 +129,8 @@ class FusionReport:
 
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
-            key = (site.status, site.family, site.variant, site.provider, site.reason)
+            variant = f"{site.variant}, {site.products} products" if site.products > 1 else site.variant
+            key = (site.status, site.family, variant, site.provider, site.reason)
             groups.setdefault(key, []).append(site)
         order = list(STYLES)
         rows = [

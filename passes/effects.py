@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -70,6 +70,15 @@ def check_writes(
     for writer, storages in writes:
         if first < writer < last and (storages is None or storages & touched):
             raise Refused(Reason.MUTATION, f"{writer.name} ({writer.target}) writes to a tensor of this site")
+
+
+def written_between(
+    nodes: Iterable[fx.Node], a: fx.Node, b: fx.Node, writes: Sequence[tuple[fx.Node, set[int] | None]]
+) -> fx.Node | None:
+    """The first node between two others, in either order, that writes to the memory of one of ``nodes``."""
+    within = [(writer, storages) for writer, storages in writes if min(a, b) < writer < max(a, b)]
+    touched = {storage_of(node) for node in nodes} - {0} if within else set()
+    return next((writer for writer, storages in within if storages is None or storages & touched), None)
 
 
 def sharing_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -33,13 +33,13 @@ class Fit:
     dims: tuple[int, ...] | None
 
 
-def _outputs(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def outputs_of(op: FusedOp, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What ``op.allocate`` gives for fake tensors, made without the dispatcher: that takes a fifth of the pass."""
     first = next(value for value in given.values() if isinstance(value, Tensor))
     if not isinstance(first, FakeTensor):
         return op.allocate(**given)
-    specs, empty = op.shape(**given), partial(torch.empty, device="meta")
-    return {name: FakeTensor(first.fake_mode, dense(specs[name], empty), first.device) for name in op.outputs}
+    specs, empty = op.returned(op.shape(**given)), partial(torch.empty, device="meta")
+    return {name: FakeTensor(first.fake_mode, dense(spec, empty), first.device) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def laid_out(
                 if isinstance(value, Tensor) and value.dim() == len(dims) and same_shape(value.shape[:-1], rows)
             }
         given = known | {name: known[name].permute(dims) for name, dims in permuted.items()}
-        fakes = _outputs(op, given)
+        fakes = outputs_of(op, given)
         fitted: dict[fx.Node, tuple[str, Fit]] = {}
         try:
             for node, name in replaced.items():
-                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], order, dead, sizes)}
+                fitted |= {n: (name, fit) for n, fit in fits(node, name, fakes[name], order, dead, sizes)}
         except Refused as refused:
             refusals.append(refused.refusal)
         else:
@@ -107,13 +107,13 @@ def _transposed(
     copies = {node: _transposed_copies(node, dead) for node, name in replaced.items() if name in orders}
     if not copies or not all(copies.values()):
         return None
-    fakes = _outputs(op, given)
+    fakes = outputs_of(op, given)
     fitted: dict[fx.Node, tuple[str, Fit]] = {}
     between: set[fx.Node] = set()
     try:
         for node, name in replaced.items():
             if node not in copies:
-                fitted |= {n: (name, fit) for n, fit in _fits(node, name, fakes[name], None, dead, sizes)}
+                fitted |= {n: (name, fit) for n, fit in fits(node, name, fakes[name], None, dead, sizes)}
                 continue
             for copy, path in copies[node].items():
                 fitted[copy] = (name, _fit_transposed(copy, name, fakes[name], sizes))
@@ -181,7 +181,7 @@ def _order(want: Tensor, rows: Sequence[Any]) -> tuple[int, ...] | None:
     return None if inner == sorted(inner) else (*ones, *inner)
 
 
-def _fits(
+def fits(
     node: fx.Node,
     name: str,
     have: Tensor,

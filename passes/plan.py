@@ -12,11 +12,14 @@ from torch import fx
 
 from ..config import Options
 from ..graph_text import where
+from ..op import FusedOp
 from ..patterns.form import Fusion
 from ..patterns.fx_facts import VIEWS, behind
 from ..reasons import Reason, Refusal, Refused
+from ..registry import REGISTRY
 from ..report import BARE, REPLACED, SKIPPED, Site
 from .effects import writes_of
+from .join import Joiner
 from .recognise import Recognised, Record
 from .sites import Plan, attempt, chain_before, groups_of
 
@@ -46,11 +49,13 @@ class _Draft:
     at: fx.Node
     plan: Plan | None = None
     without: list[Record] = field(default_factory=list)  # what a larger fusion, which was refused, would have included
+    products: int = 0
 
     def site(self) -> Site:
         op, provider = (self.plan.op.name, self.plan.provider.name) if self.plan else ("", "")
         records = len(self.records) or 1  # a value that no form explains counts as one
-        return Site(self.family, self.variant, op, provider, self.status, self.reason, where(self.at), records)
+        said = self.family, self.variant, op, provider, self.status, self.reason
+        return Site(*said, where(self.at), records, self.products)
 
     def nodes(self) -> frozenset[fx.Node]:
         """The original nodes of the site."""
@@ -83,7 +88,8 @@ def plan(
         accounted.update(dict.fromkeys(draft.records, draft))
         drafts.append(draft)
 
-    ends = {fusion.chain[-1] for fusion in fusions}
+    joined = {fusion.chain[-1] for fusion in fusions if fusion.join is not None}
+    ends = {fusion.chain[-1] for fusion in fusions} - joined
     inner = {kind for fusion in fusions for kind in fusion.chain[:-1]}
     for group in groups_of(recognised.records, ends - inner):
         account(planner.decide(group))
@@ -94,6 +100,8 @@ def plan(
             draft.status == REPLACED or (draft.status == SKIPPED and accounted.keys().isdisjoint(group))
         ):
             account(draft)
+    for draft in planner.join(groups_of(recognised.records, joined)):
+        account(draft)
     for draft in drafts:
         for record in draft.without:
             if record not in accounted:
@@ -140,7 +148,7 @@ class _Planner:
         self._value_of = {record.root: record for record in recognised.records}
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
-        self._writes = list(writes_of(graph))
+        self._graph, self._writes = graph, list(writes_of(graph))
         self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
         for record in recognised.records:
             for name in record.shared:
@@ -151,7 +159,7 @@ class _Planner:
         """The largest fusion that is possible, else the first that was refused, else a bare site."""
         tail, refused, misfit = group[0], None, None
         for fusion in self._fusions:
-            chain = chain_before(tail, fusion, self._value_of)
+            chain = chain_before(tail, fusion, self._value_of) if fusion.join is None else None
             if chain is None:
                 continue
             # the value that the fused op computes; a chain of one kind has no records before its tail
@@ -190,6 +198,39 @@ class _Planner:
             return refused
         why = Refusal(Reason.PRODUCER, misfit) if misfit is not None else self._where_from(tail.inputs["x"])
         return _Draft(list(group), tail.kind, tail.variant, BARE, str(why), tail.root)
+
+    def join(self, groups: Sequence[list[Record]]) -> list[_Draft]:
+        """Sites of kinds of which one op computes several records; fusions that compute one are tried before."""
+        if not groups:
+            return []
+        drafts: list[_Draft] = []
+        joiner = Joiner(self._graph, self._writes, self._options, self._training, self._agree)
+        bundles: dict[Any, tuple[Fusion, FusedOp, list[Record], list[str]]] = {}
+        for group in groups:
+            kind = group[0].kind
+            others = any(fusion.chain == (kind,) for fusion in self._fusions if fusion.join is None)
+            draft = self.decide(group) if others else None
+            if draft is not None and draft.status == REPLACED:
+                drafts.append(draft)
+                continue
+            fusion = next(fusion for fusion in self._fusions if fusion.join is not None and fusion.chain == (kind,))
+            op = REGISTRY.overload(fusion.op, group[0].features)
+            assert fusion.join is not None
+            assert op is not None
+            shared = joiner.shared(fusion.join, op, group[0])
+            _, _, records, reasons = bundles.setdefault((op.key, id(fusion.join), shared), (fusion, op, [], []))
+            records += group
+            reasons += [draft.reason] if draft is not None and draft.status == SKIPPED else []
+        for fusion, op, records, reasons in bundles.values():
+            for some, products, made, apart in joiner.sites(fusion, op, records):
+                root, variant = some[0].root, fusion.variant(some[0].features, some[0].attributes, some[0].root)
+                if isinstance(made, Plan):
+                    said = apart or (f"first choice refused: {reasons[0]}" if reasons else "")
+                    draft = _Draft(some, fusion.family, variant, REPLACED, said, root, made, [], products)
+                else:
+                    draft = _Draft(some, fusion.family, variant, SKIPPED, str(made), root, None, [], products)
+                drafts.append(draft)
+        return drafts
 
     def _share(self, record: Record) -> None:
         """Refuse what differs from other records of its kind in an input that all that read one value must share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import getitem
 from typing import Any
 
@@ -31,29 +32,33 @@ def rewrite(graph: fx.Graph, plans: Sequence[Plan]) -> list[list[fx.Node]]:
     moved: dict[fx.Node, fx.Node] = {}
     inserted: list[list[fx.Node]] = []
     for plan in plans:
-        arguments = [moved.get(v, v) if isinstance(v, fx.Node) else v for v in plan.arguments.values()]
+        arguments = fx.map_arg(list(plan.arguments.values()), lambda node: moved.get(node, node))
         # not before the inputs that the plan was checked with, though what took their place may be earlier
         sizes = [view.others for views in plan.selected.values() for view in views]
         inputs: list[fx.Node] = []
         fx.map_arg((arguments, list(plan.arguments.values()), sizes), inputs.append)
+        if plan.after is not None:
+            inputs = [plan.after, *(moved[node] for node in inputs if node in moved)]
         builder = _Builder(graph, max(inputs), max(plan.replaced).meta)
         inserted.append(builder.added)
         fakes = plan.op.pack(plan.fakes)
+        if plan.after is not None:
+            arguments = fx.map_arg(arguments, builder.anew)
         arguments = [
             builder.select(value, plan.selected.get(name, ()))
             for name, value in zip(plan.arguments, arguments, strict=True)
         ]
         arguments = [
-            builder.permute(value, plan.permuted[name]) if name in plan.permuted else value
+            fx.map_arg(value, partial(builder.permute, dims=plan.permuted[name])) if name in plan.permuted else value
             for name, value in zip(plan.arguments, arguments, strict=True)
         ]
         if _captured_in_parts():
             device = next(iter(plan.fakes.values())).device
-            arguments = [builder.to(value, device) if isinstance(value, fx.Node) else value for value in arguments]
+            arguments = fx.map_arg(arguments, partial(builder.to, device=device))
         call = builder.add(plan.op.target, (*arguments, plan.provider.name), fakes)
         outputs = {
-            name: call if len(plan.op.outputs) == 1 else builder.add(getitem, (call, index), plan.fakes[name])
-            for index, name in enumerate(plan.op.outputs)
+            name: call if plan.op.returns_one else builder.add(getitem, (call, index), fake)
+            for index, (name, fake) in enumerate(plan.fakes.items())
         }
         sharing: dict[str, list[fx.Node]] = {name: [] for name in outputs}
         for node, (name, fit) in plan.replaced.items():
@@ -102,6 +107,13 @@ class _Builder:
         self._last.meta.update(self._meta, val=val)
         self.added.append(self._last)
         return self._last
+
+    def anew(self, node: fx.Node) -> fx.Node:
+        """A view of the graph's inputs, made here where the graph makes it later."""
+        if not self._last < node:
+            return node
+        args = fx.map_arg(node.args, self.anew)
+        return self.add(node.target, args, node.meta["val"])
 
     def select(self, node: Any, views: Sequence[View]) -> Any:
         """The rows of an argument that views select."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -21,7 +21,7 @@ from .recognise import Record
 from .selection import View, rows_of, selected_rows, selections_of, sizes_in, way_of
 
 # What a provider must pass to be chosen, in this order.
-HURDLES = (Reason.NUMERICS, Reason.PREFERENCE, Reason.PROVIDER, Reason.SLOWER)
+HURDLES = (Reason.NUMERICS, Reason.PREFERENCE, Reason.PROVIDER, Reason.UNMEASURED, Reason.SLOWER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,10 @@ class Plan:
     fakes:     its outputs by name, as fake tensors.
     replaced:  for each node that the op replaces, the output that takes its place, and how.
     nodes:     all nodes of the records; those without users are erased afterwards.
+    after:     the node after which the op goes; inputs that come later are views, which are made anew. None: after its
+               last input.
+    equal:     for other inputs of the records those that are equal to them and that the op reads.
+    exact:     whether the op's reference computes what the nodes do bit by bit.
     """
 
     op: FusedOp
@@ -44,6 +48,9 @@ class Plan:
     fakes: Mapping[str, Tensor]
     replaced: Mapping[fx.Node, tuple[str, Fit]]
     nodes: frozenset[fx.Node]
+    after: fx.Node | None = None
+    equal: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    exact: bool = True
 
 
 def groups_of(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:
@@ -116,18 +123,7 @@ def attempt(
     if op is None or extra - set(op.outputs):
         raise Refused(Reason.OVERLOAD, f"no overload of {fusion.op} also returns {', '.join(sorted(extra))}")
 
-    for record in records:
-        if record.refusal is not None:
-            raise Refused(*record.refusal)
-    needed = max([fusion.level, *(fusion.levels.get(feature, 1) for feature in features)])
-    unwanted = options.why_not(fusion.family, needed)
-    if unwanted is not None:
-        raise Refused(*unwanted)
-    if objections := fusion.against():
-        raise Refused(Reason.PREFERENCE, f"{op.family}: {'; '.join(objections)}")
-    if training:
-        raise Refused(Reason.TRAINING, "fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
-
+    check_wanted(fusion, op, records, features, options, training)
     arguments = _arguments(op, records)
     selected = selected_rows(arguments, selections)
     inputs = {value for value in arguments.values() if isinstance(value, fx.Node)}
@@ -139,9 +135,31 @@ def attempt(
     nodes = nodes.union(laid.fitted, laid.between)
     check_writes(inputs, nodes, writes)
     agree(fusion, arguments)
-    provider = _provider(op, laid.given, options, fusion.only)
+    provider = provider_for(op, laid.given, options, fusion)
     arguments |= laid.layout
     return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes), features
+
+
+def check_wanted(
+    fusion: Fusion,
+    op: FusedOp,
+    records: Iterable[Record],
+    features: frozenset[str],
+    options: Options,
+    training: bool,
+) -> None:
+    """Refuse what no op can compute, and what nobody wants."""
+    for record in records:
+        if record.refusal is not None:
+            raise Refused(*record.refusal)
+    needed = max([fusion.level, *(fusion.levels.get(feature, 1) for feature in features)])
+    unwanted = options.why_not(fusion.family, needed)
+    if unwanted is not None:
+        raise Refused(*unwanted)
+    if objections := fusion.against():
+        raise Refused(Reason.PREFERENCE, f"{op.family}: {'; '.join(objections)}")
+    if training:
+        raise Refused(Reason.TRAINING, "fused ops have no gradient; compile under torch.no_grad() or inference_mode()")
 
 
 def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
@@ -156,25 +174,27 @@ def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
     return {name: known.get(name) for name in op.arguments}
 
 
-def _provider(op: FusedOp, known: Mapping[str, Any], options: Options, only: frozenset[str] | None) -> Provider:
+def provider_for(op: FusedOp, known: Mapping[str, Any], options: Options, fusion: Fusion) -> Provider:
     """The first provider that accepts the call, of those that the fusion is for.
 
     A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
     compute the call, and not faster, before one that cannot, and that before those that were not even asked.
     """
     device = next(value.device for value in known.values() if isinstance(value, Tensor))
-    asked = [p for p in candidates(options.provider, device.type) if only is None or p.name in only]
+    asked = [p for p in candidates(options.provider, device.type) if fusion.only is None or p.name in fusion.only]
     if not asked:
         why = "; ".join(f"{p.name}: {p.missing()}" for p in PROVIDERS.values() if p.missing())
         raise Refused(Reason.NO_KERNEL, f"none for {device.type} ({why})")
     refusals: list[tuple[Reason, str]] = []
     for provider in asked:
-        if not provider.exact and not options.allows_kernel_numerics:
+        if not (fusion.exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
             refusals.append((Reason.NUMERICS, f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
             refusals.append((Reason.PREFERENCE, f"{provider.name}: {reason}"))
         elif (reason := provider.why_not(op, known)) is not None:
             refusals.append((Reason.PROVIDER, f"{provider.name}: {reason}"))
+        elif options.provider == "auto" and (reason := provider.unmeasured(op, known)) is not None:
+            refusals.append((Reason.UNMEASURED, f"{provider.name}: {reason}"))
         elif options.provider == "auto" and (reason := provider.slower(op, known)) is not None:
             refusals.append((Reason.SLOWER, f"{provider.name}: {reason}"))
         else:

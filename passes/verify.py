@@ -14,7 +14,8 @@ from torch._dispatch.python import no_python_dispatcher
 
 from ..op import FusedOp
 from ..providers import Provider, implementation
-from .plan import Plan
+from .join import permute
+from .sites import Plan
 
 
 class MismatchError(AssertionError):
@@ -58,13 +59,15 @@ def check(plan: Plan, site: str) -> str | None:
     Raises:
         MismatchError: they differ; the message names site, output and difference.
     """
-    inputs = [value for value in plan.arguments.values() if isinstance(value, fx.Node)]
+    inputs: list[fx.Node] = []
+    fx.map_arg(list(plan.arguments.values()), inputs.append)
     generator = torch.Generator(inputs[0].meta["val"].device).manual_seed(0)
     if any(_hint(size) is None for node in inputs for size in node.meta["val"].shape):
         return f"{site} was not verified: its sizes are known only at run time"
     known: dict[fx.Node, Any] = {node: _random_like(node.meta["val"], generator) for node in inputs}
     for node in {plan.arguments[name] for name in plan.op.order_free}.intersection(known):
         known[node] = known[node].to(torch.float8_e4m3fn).to(known[node].dtype)  # the sum of 16 fits in bfloat16
+    known |= {node: known[read] for node, read in plan.equal.items()}
     # Compilation has the Python dispatcher on, by which PyTorch 2.13 waits for a collective without giving up the
     # interpreter's lock. A thread of gloo that wants it, to let go of a tensor, then never comes to the collective.
     with no_python_dispatcher():
@@ -73,24 +76,26 @@ def check(plan: Plan, site: str) -> str | None:
 
 def _compare(plan: Plan, site: str, known: dict[fx.Node, Any]) -> None:
     original = {node: _evaluate(node, known) for node in plan.replaced}
-    arguments = {name: known.get(v, v) if isinstance(v, fx.Node) else v for name, v in plan.arguments.items()}
+    arguments = {name: fx.map_arg(value, known.__getitem__) for name, value in plan.arguments.items()}
     for name, views in plan.selected.items():
         for view in views:
             arguments[name] = view.of(arguments[name], _hint)
-    arguments |= {name: arguments[name].permute(dims) for name, dims in plan.permuted.items()}
+    arguments |= {name: permute(arguments[name], dims) for name, dims in plan.permuted.items()}
     fused = implementation(plan.op, plan.provider.name)(**arguments)
     for node, (name, fit) in plan.replaced.items():
         have = fused[name].reshape([_hint(size) for size in fit.shape])
         have = have if fit.dims is None else have.permute(fit.dims)
-        problem = difference(plan.op, plan.provider, name, original[node], have)
+        problem = difference(plan.op, plan.provider, name, original[node], have, plan.exact)
         if problem:
             raise MismatchError(
                 f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"
             )
 
 
-def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: Tensor) -> str | None:
-    """How an output differs from the original's by more than the provider may, or None.
+def difference(
+    op: FusedOp, provider: Provider, name: str, want: Tensor, have: Tensor, exact: bool = True
+) -> str | None:
+    """How an output differs from the original's by more than the provider may, or None; ``exact``: as in ``Plan``.
 
     A provider that keeps the graph's roundings and the order of its sums: not at all. One that sums in another order:
     one code in a share of the elements, or in a few. One with roundings of its own: one code.
@@ -98,23 +103,24 @@ def difference(op: FusedOp, provider: Provider, name: str, want: Tensor, have: T
     tolerance = op.tolerance
     if same_bits(want, have):
         return None
-    if provider.exact and not provider.reorders:
+    exact = exact and provider.keeps_roundings(op)
+    if exact and not provider.reorders:
         return "not bit-identical"
     if name == "q":
         codes = differing_codes(want, have)
         if codes > tolerance.codes:
             return f"{codes} FP8 codes apart"
-        count = int((want.view(torch.uint8) != have.view(torch.uint8)).sum()) if provider.exact else 0
+        count = int((want.view(torch.uint8) != have.view(torch.uint8)).sum()) if exact else 0
         return (
             f"{count} of {want.numel()} codes differ"
             if count > max(tolerance.few, tolerance.share * want.numel())
             else None
         )
-    if op.table == "bridge":
+    if op.products:
         largest = want.float().abs().amax(-1, keepdim=True) if want.numel() else want.float()
         near = (want.float() - have.float()).abs() <= tolerance.sums * largest
         return None if bool(near.all()) else f"more than {tolerance.sums:.0e} of the row's largest value apart"
-    apart = tolerance.scale if provider.exact else tolerance.kernel
+    apart = tolerance.scale if exact else tolerance.kernel
     close = torch.allclose(want.float(), have.float(), rtol=apart, atol=0.0, equal_nan=True)
     return None if close else f"more than {apart:.0e} apart"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 
@@ -98,6 +99,21 @@ class Form:
             raise ValueError(f"form {self.name} can end in any call: let its pattern be a Call, or OneOf of them")
 
 
+class Join(NamedTuple):
+    """How one op computes several records that are equal but for some inputs, of which it takes lists.
+
+    lists:    argument of the op -> the input of which each record gives it one, or None.
+    most:     how many records, at most.
+    permuted: argument -> the order of dimensions in which the op takes each of these, where it is another.
+    reshaped: argument -> the shape in which the op takes it, from a record's inputs, where it may be another.
+    """
+
+    lists: Mapping[str, str]
+    most: int
+    permuted: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    reshaped: Mapping[str, Callable[[Mapping[str, fx.Node]], list[int]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Fusion:
     """A chain of kinds that one fused op computes, each the input ``x`` of the next.
@@ -113,6 +129,8 @@ class Fusion:
     one:     attributes that must be the same at all sites of a graph that are taken; the first site decides.
     jointly: all processes must take it or none: it is taken only if all of them compile alike.
     op:      the name in ``torch.ops.aiter_fusion``; empty: the family's.
+    join:    how the op computes several records (of a chain of one kind); None: it computes one.
+    exact:   whether the op's reference computes what the records do bit by bit; not where a library's own kernel does.
     """
 
     family: str
@@ -126,6 +144,8 @@ class Fusion:
     op: str = ""
     against: Callable[[], list[str]] = list
     only: frozenset[str] | None = None
+    join: Join | None = None
+    exact: bool = True
     table: ClassVar[str] = "fusions"
 
     def __post_init__(self) -> None:

@@ -9,15 +9,16 @@ from torch import fx
 
 from .. import config
 from ..families import FAMILIES
+from ..ops.linear import MOST
 from ..registry import REGISTRY
 from ..stage import Family
 from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
-from .form import Form, Fusion
+from .form import Form, Fusion, Join
 from .fx_facts import shape
 
 
 def linear_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
-    """``rowwise`` or ``blockwise``."""
+    """``rowwise``, ``tensorwise`` or ``blockwise``."""
     return "+".join(sorted(features))
 
 
@@ -33,6 +34,23 @@ def _linear(kind: str, op: str, unasked: bool = True) -> Fusion:
         only=frozenset({"aiter"}),
         against=list if unasked else lambda: config.against(op),
     )
+
+
+LISTS = {"weights": "b", "weight_scales": "w_scale", "biases": "bias"}
+# As ``_scaled_mm`` has its operands, and as torchao's product by blocks has them.
+JOIN = Join(LISTS, MOST)
+JOIN_BLOCKS = Join(
+    {**LISTS, "weights": "w"},
+    MOST,
+    permuted={"weights": (1, 0), "weight_scales": (1, 0)},
+    reshaped={"x_scale": fp8_linear.block_scales},
+)
+
+
+def _joined(kind: str, join: Join, exact: bool = True) -> Fusion:
+    """Matrix products of one value as one op; AITER's, where it has them, come first."""
+    only = frozenset({"triton", "reference"})
+    return Fusion("fp8_linear", (kind,), linear_variant, level=3, op="fp8_linear", only=only, join=join, exact=exact)
 
 
 def rows(family: Family) -> Iterator[Fusion]:
@@ -67,6 +85,9 @@ for _fusion in (
     _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
+    _joined("scaled_mm", JOIN),
+    _joined("product", JOIN),
+    _joined("block_mm", JOIN_BLOCKS, exact=False),  # torchao's kernel sums in an order of its own
 ):
     REGISTRY.register(_fusion)
 

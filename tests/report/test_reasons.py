@@ -120,6 +120,9 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "no_kernel": nowhere,
     "provider": lambda patch: refusing(patch, refuse=lambda op, arguments: "rows are too long"),
     "preference": lambda patch: refusing(patch, numerics=None, unwanted=lambda op, arguments: "experimental"),
+    "unmeasured": lambda patch: refusing(
+        patch, numerics=None, unmeasured=lambda op, arguments: "run aiter-fusion tune"
+    ),
     "slower": lambda patch: refusing(patch, numerics=None, slower=lambda op, arguments: "two kernels"),
     "overload": without_overloads,
     "layout": lambda patch: sites(lambda x, w: cases.q3(cases.llama(x.view(2, 2, -1).transpose(0, 1), w))),
@@ -214,7 +217,7 @@ def test_a_near_miss_names_the_first_node_that_does_not_fit(name: str) -> None:
     assert f"almost one of the forms, but {node} (aten." in site.reason
 
 
-@pytest.mark.parametrize("why", ["slower", "unwanted"])
+@pytest.mark.parametrize("why", ["slower", "unmeasured", "unwanted"])
 def test_what_is_not_chosen_unasked_can_be_asked_for_by_name(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = replace(providers.PROVIDERS["reference"], **{why: lambda op, arguments: "two kernels"})
     monkeypatch.setitem(providers.PROVIDERS, "reference", changed)
