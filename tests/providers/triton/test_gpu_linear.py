@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
 
-# Our relative error to float64 over that of the product that is replaced, at most: another order of sums differs less.
+# Our error to float64 over that of the product that is replaced, at most: sums in another order differ by less.
 WORSE = 1.02
 # Microseconds that a call may take longer on the host than the calls that it replaces.
 HOST = 5.0
