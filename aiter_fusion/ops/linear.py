@@ -6,6 +6,7 @@ It is the one op whose numbers of arguments and of outputs vary, so that any few
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BLOCK = 128
 MOST = 8
 FP8 = tuple(FORMATS)
 
-# What shares a scale: a tensor; a row of x and a column of the weight; 128 elements of a row and 128 x 128 of the weight.
+# What shares a scale: a tensor; a row of x, a column of the weight; 128 elements of a row, 128 x 128 of the weight.
 TENSORS, ROWS, BLOCKS = "tensorwise", "rowwise", "blockwise"
 
 
@@ -74,14 +75,36 @@ def reference(
     Returns:
         For each weight a contiguous ``[M, N_i]`` of ``dtype``, under names in the order of the weights.
     """
-    results = {}
-    for index, (weight, scale, bias) in enumerate(zip(weights, weight_scales, biases, strict=True)):
-        if x.device.type == "cpu" and granularity(x, weight, x_scale, scale) == BLOCKS:
-            results[f"y{index}"] = _by_blocks(x, weight, x_scale, scale, bias, dtype)
-        else:
-            product = torch.ops.aten._scaled_mm.default
-            results[f"y{index}"] = product(x, weight, x_scale, scale, bias, None, dtype, fast_accum)
-    return results
+    layers = enumerate(zip(weights, weight_scales, biases, strict=True))
+    return {f"y{index}": product(x, w, x_scale, scale, bias, dtype, fast_accum) for index, (w, scale, bias) in layers}
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """One of the products of ``reference``."""
+    if x.device.type == "cpu" and granularity(x, weight, x_scale, weight_scale) == BLOCKS:
+        return _by_blocks(x, weight, x_scale, weight_scale, bias, dtype)
+    x, x_scale, weight_scale = _strided(x, x.shape[1]), _strided(x_scale), _strided(weight_scale)
+    return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, None, dtype, fast_accum)
+
+
+def _strided(tensor: Tensor, row: int = 1) -> Tensor:
+    """The tensor with the strides that ``_scaled_mm`` asks for where a dimension has one element: compiled code gives
+    such a dimension any."""
+    if 1 not in tensor.shape:
+        return tensor
+    strides = [
+        own if size != 1 else row if dim == 0 else 1
+        for dim, (size, own) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    ]
+    return tensor.as_strided(tensor.shape, strides)
 
 
 def _by_blocks(
@@ -120,17 +143,19 @@ def operands(
 
 
 def samples() -> Iterator[dict[str, Any]]:
-    """Calls of every granularity: one layer and eight, with and without biases, one row, many and none."""
-    half, cases = torch.bfloat16, ((5, 64, (48,)), (1, 256, (32, 16, 16)), (0, 32, (64, 32)), (17, 384, (16,) * MOST))
-    for seed, (rows, k, widths) in enumerate(cases):
+    """Calls of every granularity, format and result: one layer and eight, some with biases; one row, many, none."""
+    halves, formats, results = (torch.bfloat16, torch.float16), cycle(FP8), cycle((torch.bfloat16, torch.float16, F32))
+    for seed, (rows, k, widths) in enumerate(
+        ((5, 64, (48,)), (1, 256, (32, 16, 16)), (0, 32, (64,)), (17, 384, (16,) * MOST))
+    ):
         for scales in (TENSORS, ROWS, BLOCKS):
             if scales == BLOCKS and k % BLOCK:
                 continue
-            for fp8 in FP8:
-                for dtype, biased in ((half, seed % 2), (torch.float16, False), (F32, False)):
-                    given = operands(rows, k, widths, scales, fp8, seed)
-                    biases = [torch.ones(n, dtype=dtype) if biased and n != 32 else None for n in widths]
-                    yield {**given, "biases": biases, "dtype": dtype, "fast_accum": bool(seed % 2)}
+            dtype = next(results)
+            biased = seed % 2 and dtype in halves
+            biases = [torch.ones(n, dtype=dtype) if biased and n != 32 else None for n in widths]
+            given = operands(rows, k, widths, scales, next(formats), seed)
+            yield {**given, "biases": biases, "dtype": dtype, "fast_accum": bool(seed % 2)}
 
 
 LINEAR = define(
