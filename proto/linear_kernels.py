@@ -98,7 +98,9 @@ def gemv_kernel(
         value *= tl.load(c + c_row * ws_row)[:, None]
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
-        bias = tl.load(pick(index, b0, b1, b2, b3) + column, mask=(column < n) & ((biased >> index) & 1 != 0), other=0.0)
+        bias = tl.load(
+            pick(index, b0, b1, b2, b3) + column, mask=(column < n) & ((biased >> index) & 1 != 0), other=0.0
+        )
         value += bias.to(tl.float32)[:, None]
     out = tl.arange(0, ROWS)[None, :]
     rounded_store(y, out * n + column[:, None], value, (out < m) & (column < n)[:, None])

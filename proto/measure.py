@@ -96,7 +96,11 @@ def mms(rows: int, forms: tuple[str, ...]) -> list[Config]:
             found.append(Config("fp8", rows, block_n, block_k, stages, warps))
     if "sliced" in forms:
         for block_n, block_k, stages, warps in product((16, 32, 64), (256, 512, 1024), (3, 4, 6), (2, 4, 8)):
-            if block_k // warps in (64, 128, 256) and block_n * rows <= 2048 and 16 * 1024 <= block_n * block_k * stages:
+            if (
+                block_k // warps in (64, 128, 256)
+                and block_n * rows <= 2048
+                and 16 * 1024 <= block_n * block_k * stages
+            ):
                 found.append(Config("sliced", rows, block_n, block_k, stages, warps))
     if "promoted" in forms:
         for block_n, block_k, stages, warps in product((64, 128), (128, 256), (3, 4, 5, 6), (4, 8)):
@@ -129,7 +133,12 @@ def fitted(c: Config, k: int, ns: tuple[int, ...], rows: int) -> list[Config]:
         return [c] if tiles >= 200 else []
     found = [c] if tiles >= 48 else []
     for split in (2, 4, 8):
-        if 64 <= tiles * split <= 600 and tiles <= 140 and k // split >= 4 * c.block_k and (c.block_n >= 64 or c.form == "sliced" and c.block_n == 32):
+        if (
+            64 <= tiles * split <= 600
+            and tiles <= 140
+            and k // split >= 4 * c.block_k
+            and (c.block_n >= 64 or c.form == "sliced" and c.block_n == 32)
+        ):
             found.append(replace(c, split=split, pdl=True))
     return found
 
@@ -244,7 +253,9 @@ class Data:
         first = [(device.random(n, k, seed=i) * 2).to(torch.float8_e4m3fn) for i, n in enumerate(ns)]
         whole = torch.cat(first)
         self.merged = [whole] + [whole.clone() for _ in range(copies - 1)]
-        self.weights = [list(w.split(list(ns))) for w in self.merged]  # rows as stored; each has its own storage's start
+        self.weights = [
+            list(w.split(list(ns))) for w in self.merged
+        ]  # rows as stored; each has its own storage's start
         self.x = (device.random(most_rows, k, seed=99) * 2).to(torch.float8_e4m3fn)
         self.x_scale = device.random(most_rows, 1, seed=98).abs() + 0.5
         self.w_scale = device.random(sum(ns), 1, seed=97).abs() + 0.5
@@ -315,7 +326,9 @@ def checked_scales(config: Config) -> list[tuple[str, bool]]:
 def rows_checked(config: Config) -> tuple[int, ...]:
     if config.form == "gemv":
         return (config.rows,)
-    return tuple(r for r in (1, 2, 5, 16, 17, 33, 64, 128) if r <= config.rows or (config.rows, r) in ((16, 17), (64, 128)))
+    return tuple(
+        r for r in (1, 2, 5, 16, 17, 33, 64, 128) if r <= config.rows or (config.rows, r) in ((16, 17), (64, 128))
+    )
 
 
 def spread(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -350,11 +363,16 @@ def check(device: Device, compiler: Compiler, args: argparse.Namespace, results:
                 if scales == "row":
                     xs, ws = device.random(rows, 1, seed=5).abs() + 0.1, [device.random(n, 1, seed=6).abs() for n in ns]
                 elif scales == "tensor":
-                    xs, ws = torch.full((1, 1), 0.3, device=device.name), [torch.full((1, 1), 0.1 + n, device=device.name) for n in ns]
+                    xs, ws = (
+                        torch.full((1, 1), 0.3, device=device.name),
+                        [torch.full((1, 1), 0.1 + n, device=device.name) for n in ns],
+                    )
                 else:
                     xs = device.random(rows, width // 128, seed=5).abs() + 0.1
                     ws = [device.random(cdiv(n, 128), width // 128, seed=6).abs() + 0.1 for n in ns]
-                biases = [device.random(n, seed=8).bfloat16() * 50 if bias and i != 1 else None for i, n in enumerate(ns)]
+                biases = [
+                    device.random(n, seed=8).bfloat16() * 50 if bias and i != 1 else None for i, n in enumerate(ns)
+                ]
                 try:
                     if device.dry:
                         ys = [torch.zeros(rows, n) for n in ns]
@@ -370,7 +388,9 @@ def check(device: Device, compiler: Compiler, args: argparse.Namespace, results:
                 for y, w, s, b in zip(ys, weights, ws, biases, strict=True):
                     if scales == "block":
                         wide_x = x.double() * xs.double().repeat_interleave(128, 1)
-                        wide_w = w.double() * s.double().repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)
+                        wide_w = w.double() * s.double().repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(
+                            128, 1
+                        )
                         exact = wide_x @ wide_w.T
                     else:
                         exact = (x.double() @ w.double().T) * xs.double() * s.double().T
@@ -446,7 +466,10 @@ def main() -> None:
     for rows, kind in groups:
         if not args.only_check:
             ask(rows, grids[rows, kind], list(SIZES))
-    print(f"{len(compiler.jobs)} kernels to compile; grids {({f'{r} {k}': len(c) for (r, k), c in grids.items()})}", flush=True)
+    print(
+        f"{len(compiler.jobs)} kernels to compile; grids { ({f'{r} {k}': len(c) for (r, k), c in grids.items()}) }",
+        flush=True,
+    )
 
     device = Device(args.dry)
     if not args.dry:
@@ -502,9 +525,19 @@ def main() -> None:
         goal = GOALS[name][(1, 16, 64).index(rows)] if rows in (1, 16, 64) else None
         times.append(
             {
-                "size": name, "k": k, "ns": ns, "rows": rows, "kind": kind, "ours": ours, "config": str(again[0][1]),
-                "floor": floor, "ratio": ours / base, "goal": goal, "scaled_mm": theirs,
-                "finals": [(t, str(c)) for t, c in again], "screened": [(round(t, 2), str(c)) for t, c in found],
+                "size": name,
+                "k": k,
+                "ns": ns,
+                "rows": rows,
+                "kind": kind,
+                "ours": ours,
+                "config": str(again[0][1]),
+                "floor": floor,
+                "ratio": ours / base,
+                "goal": goal,
+                "scaled_mm": theirs,
+                "finals": [(t, str(c)) for t, c in again],
+                "screened": [(round(t, 2), str(c)) for t, c in found],
                 "problems": problems,
             }  # fmt: skip
         )
@@ -535,14 +568,25 @@ def main() -> None:
             configs += [replace(c, rows=128, stages=max(2, c.stages - 1), split=1, pdl=False) for c in source]
         if rows == 4:
             configs += [replace(c, rows=8) for c in configs if c.block_n < 64 or c.warps < 4 or kind == "fast"]
-            configs += [Config("gemv", 4, 4, 1024, 1, 4), Config("gemv", 4, 8, 1024, 1, 4), Config("gemv", 4, 4, 512, 1, 2)]
+            configs += [
+                Config("gemv", 4, 4, 1024, 1, 4),
+                Config("gemv", 4, 8, 1024, 1, 4),
+                Config("gemv", 4, 4, 512, 1, 2),
+            ]
         configs = [c for c in dict.fromkeys(configs) if c.form == "gemv" or stage_bytes(c) * c.stages <= SHARED - 2048]
         ask(rows, configs, [name])
         plans.append((name, rows, kind, configs))
     for name, rows, kind, configs in plans:
         if configs and left(args) > 15:
             row(name, rows, kind, configs, 2)
-    print("goals missed:", [(t["size"], t["rows"], round(t["ratio"], 3), t["goal"]) for t in times if t["goal"] and t["kind"] == "fast" and t["ratio"] > t["goal"]])  # type: ignore[operator]
+    print(
+        "goals missed:",
+        [
+            (t["size"], t["rows"], round(t["ratio"], 3), t["goal"])
+            for t in times
+            if t["goal"] and t["kind"] == "fast" and t["ratio"] > t["goal"]
+        ],
+    )  # type: ignore[operator]
     save()
     sys.stdout.flush()
     compiler.end()

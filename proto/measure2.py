@@ -69,43 +69,22 @@ def warm(job: tuple[Any, ...]) -> str:
 
 def check(args: Any) -> None:
     """Provider triton against float64 and ``_scaled_mm``, bits over runs, over a grid of calls."""
-    from dataclasses import replace
-
     from aiter_fusion.bench import linear as bench
     from aiter_fusion.providers import PROVIDERS
 
     op, triton = bench.LINEAR, PROVIDERS["triton"]
     failures, worst, count = [], 0.0, 0
-    sizes = (
-        "4240x1040,528,16",
-        "4096x1024",
-        "28672x1024",
-        "1024x512,512,512,512,512",
-        "14336x4096",
-        "4096x4096,1024,1024",
-    )
-    for size, rows, fast, scales in product(
-        sizes, (1, 2, 16, 17, 33, 64, 100, 128), (True, False), ("row", "tensor", "block")
-    ):
-        if left(args) < 200:
-            failures.append("stopped: no time")
+    for case in checked_cases():
+        if left(args) < 170:
+            failures.append(f"stopped before {case}: no time")
             break
-        case = bench.Case(
-            bench.Size.parse(size),
-            rows,
-            fast,
-            scales,
-            bias=rows in (2, 33),
-            dtype=torch.float32 if scales == "tensor" and rows == 16 else torch.bfloat16,
-        )
-        if scales == "block" and (case.size.k % 128 or fast):
+        rows, scales = case.rows, case.scales
+        if problem := JOBS[case].result():
+            failures.append(problem)
             continue
-        if scales == "tensor" and case.dtype is torch.float32:
-            case = replace(case, bias=False)
         for kind in ("normal", "positive", "outliers", "zeros"):
             if kind != "normal" and (rows not in (1, 16, 64) or scales == "tensor"):
                 continue
-            torch.cuda.empty_cache()
             a = case.arguments("cuda", rows)
             if kind == "positive":
                 a["x"], a["weights"] = (
@@ -164,6 +143,23 @@ def check(args: Any) -> None:
         print("   reference refuses", key, text.replace("\n", " ")[:160])
     big(args)
     save()
+
+
+def checked_cases() -> list[Any]:
+    from aiter_fusion.bench import linear as bench
+
+    made = []
+    sizes = ("4240x1040,528,16", "28672x1024", "14336x4096", "1024x512,512,512,512,512", "4096x4096,1024,1024")
+    for size, rows, fast, scales in product(
+        sizes, (1, 16, 64, 128, 2, 17, 33, 100), (True, False), ("row", "block", "tensor")
+    ):
+        dtype = torch.float32 if scales == "tensor" and rows == 16 else torch.bfloat16
+        bias = rows in (2, 33) and scales != "block"
+        case = bench.Case(bench.Size.parse(size), rows, fast, scales, bias, dtype)
+        if scales == "block" and (case.size.k % 128 or fast):
+            continue
+        made.append(case)
+    return made
 
 
 def run_kernel(a: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -228,6 +224,9 @@ def table(args: Any) -> None:
             break
         case = bench.Case(bench.Size.parse(size), rows, not precise)
         try:
+            if problem := JOBS[case].result():
+                print(problem)
+                continue
             row = measured(case, rate)
         except RuntimeError as problem:
             print(f"{case}: {type(problem).__name__} {str(problem)[:300]}", flush=True)
@@ -322,7 +321,6 @@ def host(args: Any) -> None:
         a = bench.Case(bench.Size.parse(size), rows).arguments("cuda")
         values = [*a.values(), "triton"]
         x, ws, xs, ss = a["x"], a["weights"], a["x_scale"], a["weight_scales"]
-        outs = [torch.empty(rows, w.shape[1], dtype=torch.bfloat16, device="cuda") for w in ws]
 
         def replaced() -> None:  # as Inductor writes it
             for w, s in zip(ws, ss):
@@ -410,6 +408,7 @@ def tiles_of(rows: int, fast: bool) -> list[tuple[tuple[str, int], ...]]:
     return made
 
 
+JOBS: dict[Any, Any] = {}
 GRID_JOBS: dict[Any, list[Any]] = {}
 
 
@@ -417,9 +416,14 @@ def ask(pool: Any, only: list[str]) -> None:
     """Compile in worker processes what will be wanted, before CUDA is touched."""
     from aiter_fusion.bench import linear as bench
 
+    if "check" in only:
+        for case in checked_cases():
+            JOBS[case] = pool.submit(warm, (case, {}))
     if "bench" in only:
         for precise, rows, size in product((False, True), (1, 16, 64, 4, 32, 128), GOALS):
-            pool.submit(warm, (bench.Case(bench.Size.parse(size), rows, not precise), {}))
+            case = bench.Case(bench.Size.parse(size), rows, not precise)
+            if case not in JOBS:
+                JOBS[case] = pool.submit(warm, (case, {}))
     if "grid" in only:
         wanted = [("4096x4096", 16, True), ("4096x4096", 64, True), ("14336x4096", 64, True), ("14336x4096", 16, True),
                   ("4096x4096,1024,1024", 64, True), ("8192x28672,28672", 1, True), ("4096x14336,14336", 16, True),

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..report import merge
+from ..tables import plain, table
 from .model import BATCHES, HEAD, VOCABULARY, Sizes, build, peak, profiled, wall
 from .timing import Conditions, Refused, check_folder, conditions, need, need_gpu, progress
 
@@ -83,7 +83,7 @@ class Result:
             "kernels",
             "peak GB",
             "compile s",
-            "diff.",
+            "difference",
         ]
         lines = []
         for row in self.rows:
@@ -109,7 +109,7 @@ class Result:
                 f"{sizes.layers}; one token over a static cache of {self.context}; measured in {self.seconds:.0f} s",
                 "ratio: ours over that backend's",
                 "",
-                tabulate(lines, headers=headers, disable_numparse=True),
+                plain(table(headers, lines, left=("backend",))),
                 *star,
                 *replaced,
             ]

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from tabulate import tabulate
 from torch import Tensor
 
 from ..ops.linear import LINEAR
 from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
+from ..tables import plain, table
 from .ops import copy_rate
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need_gpu, progress
 
@@ -167,31 +167,39 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        columns: dict[str, tuple[str, list[Any]]] = {
-            "K x N": ("", [row.size for row in self.rows]),
-            "rows": ("d", [row.rows for row in self.rows]),
-            "sums": ("", ["fast" if row.fast else "precise" for row in self.rows]),
-            "ours us": (".2f", [row.ours_us for row in self.rows]),
-            "_scaled_mm us": (".2f", [row.separate_us for row in self.rows]),
-            "max-autotune us": (".2f", [row.max_autotune_us for row in self.rows]),
-            "floor us": (".2f", [row.floor_us for row in self.rows]),
-            "ours / _scaled_mm": (".3f", [row.ratio for row in self.rows]),
-            "error ours": (".2e", [row.ours_error for row in self.rows]),
-            "error _scaled_mm": (".2e", [row.separate_error for row in self.rows]),
-        }
-        shown = {name: column for name, column in columns.items() if any(value is not None for value in column[1])}
-        table = tabulate(
-            list(zip(*(values for _, values in shown.values()), strict=True)),
-            headers=list(shown),
-            floatfmt=[style for style, _ in shown.values()],
-        )
+        headers = [
+            "K x N",
+            "rows",
+            "sums",
+            "ours us",
+            "_scaled_mm us",
+            "max-autotune us",
+            "floor us",
+            "ours / _scaled_mm",
+        ]
+        headers += ["error ours", "error _scaled_mm"]
+        lines = [
+            [
+                row.size,
+                str(row.rows),
+                "fast" if row.fast else "precise",
+                f"{row.ours_us:.2f}",
+                f"{row.separate_us:.2f}",
+                "" if row.max_autotune_us is None else f"{row.max_autotune_us:.2f}",
+                f"{row.floor_us:.2f}",
+                f"{row.ratio:.3f}",
+                f"{row.ours_error:.2e}",
+                f"{row.separate_error:.2e}",
+            ]
+            for row in self.rows
+        ]
         mean = statistics.geometric_mean(row.ratio for row in self.rows) if self.rows else math.nan
         return "\n".join(
             [
                 str(self.conditions),
                 f"copy rate {self.copy_rate * 1e-12:.2f} TB/s (read and written); measured in {self.seconds:.0f} s",
                 "",
-                table,
+                plain(table(headers, lines, left=("K x N", "sums"))),
                 "",
                 f"ours / _scaled_mm, geometric mean: {mean:.3f}",
             ]

@@ -12,6 +12,8 @@ def fill(parser: Parser) -> None:
     add_command(kinds, "ops", summary, _fill_ops)
     summary = "time a Llama quantised by torchao, compiled by both backends (needs the extra 'bench')"
     add_command(kinds, "model", summary, _fill_model)
+    summary = "time FP8 products of few rows, by the Triton kernels, against torch._scaled_mm"
+    add_command(kinds, "linear", summary, _fill_linear)
     summary = "time all-reduce, norm and quantiser on this host's GPUs, against NCCL and symmetric memory"
     add_command(kinds, "allreduce", summary, _fill_allreduce)
 
@@ -47,8 +49,25 @@ def _fill_model(parser: Parser) -> Run:
     parser.add_argument("--workloads", nargs="+", default=model.WORKLOADS, metavar="NAME", help=text)
     text = f"also measure the time that the host needs to launch {model.HOST_WORKLOAD} without CUDA graphs"
     parser.add_argument("--host", action="store_true", help=text)
+    text = f"time one token of N sequences over a static cache instead (default: {' '.join(map(str, model.BATCHES))})"
+    parser.add_argument("--decode", type=positive, nargs="*", metavar="N", help=text)
+    text = "with --decode: also time max-autotune, which compiles for minutes"
+    parser.add_argument("--max-autotune", action="store_true", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     return model.command
+
+
+def _fill_linear(parser: Parser) -> Run:
+    from ..bench import linear
+
+    text = f"K of a value, and N of each layer that reads it (default: {' '.join(linear.SIZES)})"
+    parser.add_argument("--sizes", nargs="+", default=linear.SIZES, metavar="KxN,N", help=text)
+    text = f"numbers of rows (default: {' '.join(map(str, linear.ROWS))})"
+    parser.add_argument("--rows", type=positive, nargs="+", default=linear.ROWS, metavar="N", help=text)
+    parser.add_argument("--precise", action="store_true", help="add up as use_fast_accum=False does, on both sides")
+    parser.add_argument("--max-autotune", action="store_true", help="also time max-autotune, which compiles for longer")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
+    return linear.command
 
 
 def _fill_allreduce(parser: Parser) -> Run:
