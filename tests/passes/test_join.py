@@ -191,8 +191,8 @@ class Block(nn.Module):
     def __init__(self, size: int = 256) -> None:
         super().__init__()
         self.first, self.second = nn.RMSNorm(size), nn.RMSNorm(size)
-        self.q, self.k, self.v, self.gate, self.up = (nn.Linear(size, n) for n in (size, 128, 128, 256, 256))
-        self.o, self.down, self.head = nn.Linear(size, size), nn.Linear(256, size), nn.Linear(size, 128)
+        self.q, self.k, self.v, self.gate, self.up = (nn.Linear(size, size) for _ in range(5))
+        self.o, self.down, self.head = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, 128)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
