@@ -252,7 +252,7 @@ def test_expect() -> None:
 
 
 def test_an_exception_outside_sites_leaves_the_graph_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["aiter_fusion.passes.plan"], "_writes", broken)
+    monkeypatch.setattr(sys.modules["aiter_fusion.passes.plan"], "writes_of", broken)
     made = checked_report(site)
     assert made.sites == ()
     assert made.note == "the graph is left as it was: ZeroDivisionError: a bug in the matcher"
@@ -269,7 +269,7 @@ def broken(*_: object) -> None:
 
 @pytest.mark.parametrize("where", ["recognise", "plan"])
 def test_an_exception_leaves_the_graph_unchanged(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["aiter_fusion.passes.plan"] if where == "plan" else recognise
+    module = sys.modules["aiter_fusion.passes.layout"] if where == "plan" else recognise
     monkeypatch.setattr(module, "_fit" if where == "plan" else "_first", broken)
     result = checked(site)
     with torch.no_grad():

@@ -309,8 +309,9 @@ def test_the_reason_names_every_provider_that_was_asked(
     monkeypatch.setattr(sites, "candidates", lambda choice, device: asked)
     op = REGISTRY.ops["rms_norm_quant", frozenset()]
     options = aiter_fusion.config.options(numerics="exact")
+    fusion = next(fusion for fusion in REGISTRY.fusions.values() if fusion.op == op.family)
     with pytest.raises(Refused) as refused:
-        sites._provider(op, base(op, cases.FN, "cpu"), options, None)
+        sites.provider_for(op, base(op, cases.FN, "cpu"), options, fusion)
     code = max(first, second, key=list(REFUSALS).index)
     assert str(refused.value.refusal) == f"{code}: one: {REFUSALS[first][1]}; two: {REFUSALS[second][1]}"
 

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
+from aiter_fusion.ops.linear import MOST
 from support import cases
 
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 128
@@ -366,6 +367,10 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
+# Those whose layers multiply FP8 values, by an operator that is there on a CPU.
+MULTIPLYING = ("PerRow", "PerTensor", "bounded", "compressed-tensors")
+
+
 def quantises(module: nn.Module) -> bool:
     """Whether a module is a linear layer that quantises its input."""
     by_torchao = isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter
@@ -379,11 +384,13 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
     layer. A norm that such a layer reads is one site; so is the product that enters one beside an activation; every
     other such layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads, which its
     reader sees joined to rows: only scales for the whole tensor fit both. T5's activation, ``act``, is not watched: it
-    is no form (``test_what_is_left_alone_of_t5``).
+    is no form (``test_what_is_left_alone_of_t5``). Layers that read one tensor are one FP8 product, or as many as it
+    takes where an op computes eight.
     """
     read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
     read: Counter[str] = Counter()
+    readers: Counter[tuple[Any, ...]] = Counter()  # tensor -> linear layers that read it
     keep: list[Tensor] = []  # so that no storage is used twice
     hooks = []
 
@@ -409,6 +416,7 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
     def linear_hook(parent: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             keep.append(args[0])
+            readers[args[0].data_ptr(), args[0].shape] += 1
             product = f"act_mul_quant {parent}" if parent in activated else ""
             read[read_from.setdefault(args[0].untyped_storage().data_ptr(), product)] += 1
 
@@ -429,7 +437,8 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
     for hook in hooks:
         hook.remove()
     alone = read.pop("", 0)
-    return Counter(name.split()[0] for name in read), alone
+    launches = sum(-(-count // MOST) for count in readers.values()) if quantisation in MULTIPLYING else 0
+    return Counter(name.split()[0] for name in read) + Counter(fp8_linear=launches), alone
 
 
 def tokens(batch: int = 1, length: int = 16) -> Tensor:
