@@ -60,8 +60,8 @@ def reference(
 ) -> dict[str, Tensor]:
     """``y[i] = (x @ weights[i]) * x_scale * weight_scales[i] + biases[i]``: FP8 values, scales of one granularity.
 
-    Each is the ``_scaled_mm`` that the graph had, bit for bit; but for scales of blocks on a CPU, where PyTorch has no
-    such product: there the dequantised values are multiplied in float32.
+    Each is the ``_scaled_mm`` that the graph had, bit for bit; but for scales of blocks that it does not take, on a CPU
+    or with a row for each of x in memory: then the dequantised values are multiplied in float32.
 
     Args:
         x: ``[M, K]`` FP8.
@@ -89,7 +89,8 @@ def product(
     fast_accum: bool,
 ) -> Tensor:
     """One of the products of ``reference``."""
-    if x.device.type == "cpu" and granularity(x, weight, x_scale, weight_scale) == BLOCKS:
+    by_blocks = granularity(x, weight, x_scale, weight_scale) == BLOCKS
+    if by_blocks and (x.device.type == "cpu" or x_scale.stride(0) != 1):
         return _by_blocks(x, weight, x_scale, weight_scale, bias, dtype)
     x, x_scale, weight_scale = _strided(x, x.shape[1]), _strided(x_scale), _strided(weight_scale)
     return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, None, dtype, fast_accum)

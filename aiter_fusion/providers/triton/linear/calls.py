@@ -81,6 +81,8 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
         return f"scales of {list(x_scale.shape)} and {shapes} are not of one tensor, row or block each"
     if BLOCKS in kinds and k % rules.BLOCK:
         return f"x has {k} columns, and scales by block need a multiple of {rules.BLOCK}"
+    if BLOCKS in kinds and not isinstance(x.shape[0], int):
+        return "the number of rows is known only at run time, and for many rows there is no product by blocks to call"
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         return "x has no rows, and its kernels need one"
     return None
@@ -123,7 +125,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     """
     x: Tensor = arguments["x"]
     rows = x.shape[0]
-    if rows > rules.MOST_ROWS or rows == 0:
+    if rows == 0 or (rows > rules.MOST_ROWS and arguments["x_scale"].shape[-1] == 1):
         return op.reference(**arguments)
     tensors = _tensors(arguments)
     pointers = [tensor.data_ptr() for tensor in tensors]
@@ -150,7 +152,8 @@ _prepared: dict[tuple[Any, ...], Launcher | None] = {}
 
 def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher | None:
     x = arguments["x"]
-    pays = _pays(arguments, x.shape[0], x.device.index or 0)
+    by_blocks = arguments["x_scale"].shape[-1] > 1  # PyTorch's product takes only some of them
+    pays = by_blocks or _pays(arguments, x.shape[0], x.device.index or 0)
     return launcher(op, arguments) if pays and refuse(arguments) is None else None
 
 

@@ -111,10 +111,32 @@ FAST: Mapping[int, Mapping[int, Tile | None]] = {
         57344: None,
     },
 }
+# Sums are kept in float32 for every 128 columns, whatever the tile's width: tiles of 256 columns gain nothing then.
 PRECISE: Mapping[int, Mapping[int, Tile | None]] = {
-    **FAST,
+    1: _ONE_ROW,
+    16: {
+        **_16_ROWS,
+        4096: Tile(16, 64, 128, 8, 4),
+        6144: Tile(16, 64, 128, 8, 4),
+        8192: Tile(16, 64, 128, 8, 4),
+        10240: Tile(16, 64, 128, 6, 4),
+    },
+    32: {
+        **_32_ROWS,
+        4096: Tile(32, 64, 128, 8, 4),
+        6144: Tile(32, 64, 128, 8, 4),
+        8192: Tile(32, 64, 128, 8, 4),
+        10240: Tile(32, 128, 128, 6, 4),
+    },
+    64: {
+        **_64_ROWS,
+        4096: Tile(64, 64, 128, 8, 4),
+        6144: Tile(64, 64, 128, 8, 4),
+        8192: Tile(64, 64, 128, 8, 4),
+        10240: Tile(64, 128, 128, 6, 4),
+    },
     128: {
-        4096: Tile(64, 64, 256, 5, 4),
+        4096: Tile(64, 64, 128, 8, 4),
         6144: Tile(64, 64, 128, 6, 4),
         8192: None,
         10240: Tile(128, 128, 128, 5, 8),
