@@ -1,6 +1,6 @@
 """RMSNorm: ``x * rsqrt(mean(x**2) + eps) * weight`` in the orders of rounding that models use.
 
-The letters are those of the form table in the documentation of each entry: R1 rounds before the weight, R2 after it.
+README.md has a code for each form: R1 rounds before the weight, R2 after it.
 """
 
 from __future__ import annotations

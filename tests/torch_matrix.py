@@ -2,7 +2,7 @@
 
     python tests/torch_matrix.py 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 
-Builds with CUDA take about 5 GB each, removed after the run. Prints a row of the README's table for each. Not run
+Builds with CUDA take about 5 GB each, removed after the run. Prints a row of the table in README.md for each. Not run
 by the suite. The counts of the model families are those that the tests derive from the models, so they are the same on
 every version if the tests pass.
 """

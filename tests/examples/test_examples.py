@@ -50,10 +50,18 @@ def started(name: str, *arguments: str | Path, status: int = 0, **environment: s
     return done
 
 
+def shown_report(text: str) -> str:
+    """A report without its time and what fills its lines up."""
+    return re.sub(r"[\d.]+ ms| +$", "", text, flags=re.MULTILINE)
+
+
 @pytest.mark.slow  # CI runs it itself, twice
 def test_quickstart(tmp_path: Path) -> None:
     models.need_scaled_rows()
     out = started("quickstart.py", TMPDIR=str(tmp_path)).stdout
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (shown,) = re.findall(r"^```\n(replaced .*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert shown_report(shown) in shown_report(out)
     for graph in ("prefill", "decode"):
         counts = "replaced 13 of 13 sites (rms_norm_quant 9, act_mul_quant 4); 0 skipped; 4 bare; provider "
         assert f"{graph}: {counts}" in out

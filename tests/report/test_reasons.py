@@ -147,7 +147,7 @@ def test_reason(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_in_the_readme() -> None:
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent.parent / "passes" / "README.md").read_text()
     for reason in Reason:
         code, sentence = reason.code, reason.sentence
         assert f"| `{code}` | {sentence} |" in readme
