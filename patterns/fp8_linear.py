@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.nn.functional import ScalingType
 
-from ..ops.linear import BLOCKS, ROWS, TENSORS, granularity
+from ..scaled_product import BLOCKS, ROWS, TENSORS, granularity
 from .form import Completion, Form
 from .fx_facts import FP8, aten, dtype, same_shape, same_size, shape
 from .language import Attr, Both, Call, Const, Found, Items, OneOf, Pattern, Var, anything

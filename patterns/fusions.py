@@ -9,8 +9,8 @@ from torch import fx
 
 from .. import config
 from ..families import FAMILIES
-from ..ops.linear import MOST
 from ..registry import REGISTRY
+from ..scaled_product import MOST
 from ..stage import Family
 from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
 from .form import Form, Fusion, Join

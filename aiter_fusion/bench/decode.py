@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..report import merge
 from ..tables import plain, table
-from .model import BATCHES, HEAD, VOCABULARY, Sizes, build, peak, profiled, wall
+from .model import HEAD, VOCABULARY, Sizes, build, peak, profiled, wall
 from .timing import Conditions, Refused, check_folder, conditions, need, need_gpu, progress
 
+BATCHES = (1, 8, 32)
 CONTEXT = 1024
 # Transformers moves the place of the next token on at every call; every measurement begins here, far from the end.
 BEGIN = CONTEXT // 2
@@ -212,8 +213,9 @@ def _measure(model: nn.Module, sizes: Sizes, batch: int, context: int, max_autot
     return Row(batch, report.replaced, len(report.skipped), measured)
 
 
-def command(args: Any, sizes: Sizes) -> None:
+def command(args: Any) -> None:
     """``bench model --decode``: measure, print, write what was asked for."""
+    sizes = Sizes(args.hidden, args.intermediate, args.layers)
     check_folder(args.json)
     result = bench(sizes, args.decode or BATCHES, max_autotune=args.max_autotune, command=args.command_line)
     print(result)

@@ -24,8 +24,6 @@ from ..report import FusionReport, merge
 from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, in_turn, need, need_gpu, progress
 
-# Sequences of ``--decode`` (``decode.py``).
-BATCHES = (1, 8, 32)
 WORKLOADS = ("decode-1", "decode-32", "decode-128", "prefill-2048", "prefill-16384")
 HOST_WORKLOAD = "decode-1"
 VOCABULARY = 32000
@@ -330,11 +328,6 @@ def wall(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], bool]:
 def command(args: Any) -> None:
     """``bench model``: measure, print, write what was asked for."""
     sizes = Sizes(args.hidden, args.intermediate, args.layers)
-    if args.decode is not None:
-        from . import decode  # which imports this module
-
-        decode.command(args, sizes)
-        return
     if args.max_autotune:
         raise ValueError("--max-autotune is for --decode: add that, or leave it out")
     workloads = [Workload.parse(name) for name in args.workloads]

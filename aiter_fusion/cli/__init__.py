@@ -92,10 +92,3 @@ def _parser() -> Parser:
 
 def _fill(name: str, parser: Parser) -> Run | None:
     return import_module(f".{name}", __name__).fill(parser)
-
-
-def information() -> dict[str, Any]:
-    """What ``aiter-fusion info --json`` prints: see ``aiter_fusion.cli.info.information``."""
-    from .info import information
-
-    return information()

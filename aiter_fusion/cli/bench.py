@@ -40,7 +40,7 @@ def _fill_ops(parser: Parser) -> Run:
 
 
 def _fill_model(parser: Parser) -> Run:
-    from ..bench import model
+    from ..bench import decode, model
 
     sizes = model.Sizes()
     for name, default in (("hidden", sizes.hidden), ("intermediate", sizes.intermediate), ("layers", sizes.layers)):
@@ -49,12 +49,12 @@ def _fill_model(parser: Parser) -> Run:
     parser.add_argument("--workloads", nargs="+", default=model.WORKLOADS, metavar="NAME", help=text)
     text = f"also measure the time that the host needs to launch {model.HOST_WORKLOAD} without CUDA graphs"
     parser.add_argument("--host", action="store_true", help=text)
-    text = f"time one token of N sequences over a static cache instead (default: {' '.join(map(str, model.BATCHES))})"
+    text = f"time one token of N sequences over a static cache instead (default: {' '.join(map(str, decode.BATCHES))})"
     parser.add_argument("--decode", type=positive, nargs="*", metavar="N", help=text)
     text = "with --decode: also time max-autotune, which compiles for minutes"
     parser.add_argument("--max-autotune", action="store_true", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
-    return model.command
+    return lambda args: model.command(args) if args.decode is None else decode.command(args)
 
 
 def _fill_linear(parser: Parser) -> Run:

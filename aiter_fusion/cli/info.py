@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, cli, config, machine
+from .. import __version__, config, machine
 from ..patterns import fusions  # noqa: F401  (importing it registers the families)
 from ..providers import PROVIDERS
 from ..providers.aiter import installation
@@ -88,7 +88,7 @@ def command(args: argparse.Namespace) -> None:
 
     from ..tables import table
 
-    found = cli.information()
+    found = information()
     if args.json:
         show(json.dumps(found, indent=1), sys.stdout)
         return

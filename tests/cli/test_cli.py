@@ -24,7 +24,7 @@ from aiter_fusion import cli
 from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
-from aiter_fusion.cli import options
+from aiter_fusion.cli import info, options
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
 from aiter_fusion.tables import plain
 from support import models
@@ -142,7 +142,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unexpected_error_names_its_type(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "information", lambda: {}["torch"])
+    monkeypatch.setattr(info, "information", lambda: {}["torch"])
     assert fails("info", capsys=capsys) == "aiter-fusion: error: KeyError: 'torch'"
 
 
@@ -158,7 +158,7 @@ def test_what_a_backend_raised_comes_unwrapped(
     def information() -> None:
         raise BackendCompilerFailed(lambda: None, ValueError("a bad value\nand more"), None)
 
-    monkeypatch.setattr(cli, "information", information)
+    monkeypatch.setattr(info, "information", information)
     assert fails("info", capsys=capsys) == "aiter-fusion: error: a bad value"
 
 
@@ -192,7 +192,7 @@ def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     def information() -> None:
         raise BrokenPipeError("of another process")
 
-    monkeypatch.setattr(cli, "information", information)
+    monkeypatch.setattr(info, "information", information)
     with pytest.raises(BrokenPipeError, match="of another process"):
         cli.main(["info"])
 

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 
 import aiter_fusion
 from aiter_fusion.op import FusedOp
-from aiter_fusion.ops.linear import BLOCKS, LINEAR, MOST, ROWS, TENSORS, granularity, operands
+from aiter_fusion.ops.linear import LINEAR, operands
 from aiter_fusion.passes.verify import difference, same_bits
 from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.scaled_product import BLOCKS, MOST, ROWS, TENSORS, granularity
 from support import models
 
 REFERENCE = PROVIDERS["reference"]

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
-from aiter_fusion.ops.linear import MOST
+from aiter_fusion.scaled_product import MOST
 from support import cases
 
 HIDDEN, LAYERS, VOCABULARY = 256, 2, 128

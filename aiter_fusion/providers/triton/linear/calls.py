@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ....domains import FLAG, Each, OneOf, Tensors
 from ....machine import is_capturing
 from ....op import FusedOp
-from ....ops.linear import BLOCKS, MOST, granularity
+from ....scaled_product import BLOCKS, MOST, granularity
 from ...terms import Terms
 from ..jit import compiling_nothing, kernel, native_fp8
 from ..launches import LINEAR, Launch, Ref, flat
