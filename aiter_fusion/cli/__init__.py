@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 from .. import __version__
 from .parser import Parser, Run, add_command
