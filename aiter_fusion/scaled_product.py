@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+FAMILY = "fp8_linear"
+
 # Sides of a block that shares a scale.
 BLOCK = 128
 # How many layers one op computes at most.

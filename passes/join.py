@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -58,7 +59,9 @@ class Equal:
         self._first: dict[fx.Node, fx.Node] = {}
         calls: dict[Any, fx.Node] = {}
         for node in graph.nodes:
-            comparable = _is_pure(node) and not any(map(self.is_written, [node, *node.all_input_nodes]))
+            comparable = node.op == "call_function" and _is_pure(node.target)
+            if comparable and writes:
+                comparable = not any(map(self.is_written, [node, *node.all_input_nodes]))
             key = (node.target, self.key(node.args), self.key(node.kwargs)) if comparable else node
             self._first[node] = calls.setdefault(key, node)
 
@@ -75,8 +78,10 @@ class Equal:
                 return tuple(map(self.key, value))
             case dict():
                 return tuple((name, self.key(entry)) for name, entry in value.items())
+            case int() | str() | None:
+                return type(value), value  # True is not 1
             case _:
-                return type(value), repr(value)  # -0.0 is not 0.0, nor True 1
+                return type(value), repr(value)  # -0.0 is not 0.0
 
     def copies(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Those of the nodes, and of what they are computed from, that an earlier node stands for."""
@@ -90,9 +95,9 @@ class Equal:
         return found
 
 
-def _is_pure(node: fx.Node) -> bool:
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+@cache
+def _is_pure(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
         return target is getitem
     is_random = torch.Tag.nondeterministic_seeded in target.tags
     return target.namespace in PURE and not target._schema.is_mutable and not is_random

@@ -63,10 +63,10 @@ def test_quickstart(tmp_path: Path) -> None:
     (shown,) = re.findall(r"^```\n(replaced .*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert shown_report(shown) in shown_report(out)
     for graph in ("prefill", "decode"):
-        counts = "replaced 13 of 13 sites (rms_norm_quant 9, act_mul_quant 4); 0 skipped; 4 bare; provider "
-        assert f"{graph}: {counts}" in out
+        counts = "replaced 30 of 30 sites (rms_norm_quant 9, fp8_linear 17, act_mul_quant 4); 0 skipped; 4 bare; "
+        assert f"{graph}: {counts}29 products in 17 launches; provider " in out
     assert re.search(r"^bare +4 +fp8_quant .* producer: its input is aten.permute.default", out, re.MULTILINE)
-    assert out.count("50 records, 0 unaccounted for") == 2
+    assert out.count("79 records, 0 unaccounted for") == 2
     assert "interpreted: bit-identical logits (9 calls)" in out
     assert re.search(r"aiter_fusion to eager: +max \|difference\| \d", out)
     dump = re.search(r"depyf dump: (.*)", out)

@@ -87,7 +87,7 @@ def test_the_reference(scales: str) -> None:
         want = want if given["biases"][index] is None else want + given["biases"][index].double()
         assert (y.double() - want).norm() <= 2**-8 * want.norm()
         if scales != BLOCKS:
-            theirs = torch._scaled_mm(
+            theirs = torch.ops.aten._scaled_mm(
                 given["x"], weight, *own, bias=given["biases"][index], out_dtype=torch.bfloat16, use_fast_accum=False
             )
             assert same_bits(y, theirs)

@@ -19,7 +19,7 @@ from aiter_fusion.passes.oracle import Oracle, copy_graph
 from support import models
 from support.checked import checked
 
-CALLS_A_LAYER = 36_000  # 23,500 with torch 2.13.0
+CALLS_A_LAYER = 36_000  # 34,200 with torch 2.13.0, 5,500 of them for the FP8 linear layers
 
 
 def llama(layers: int) -> Oracle:
@@ -31,7 +31,8 @@ def llama(layers: int) -> Oracle:
     result = checked(model)
     with torch.no_grad():
         result.call(models.tokens(), use_cache=False)
-    assert result.report.replaced == {"rms_norm_quant": 2 * layers + 1, "act_mul_quant": layers}
+    counts = {"rms_norm_quant": 2 * layers + 1, "act_mul_quant": layers, "fp8_linear": 4 * layers + 1}
+    assert result.report.replaced == counts
     return result.oracle
 
 

@@ -36,7 +36,9 @@ def tensors(*widths: int, k: int = K) -> list[Tensor]:
     return made
 
 
-def product(q: Tensor, scale: Tensor, w: Tensor, s: Tensor, fast: bool = True, **options: Any) -> Tensor:
+def product(*operands: Tensor, fast: bool = True, **options: Any) -> Tensor:
+    """Of a value and its scale, and of a weight ``[N, K]`` and its scale."""
+    q, scale, w, s = operands
     options = {"out_dtype": BF16, "use_fast_accum": fast} | options
     return torch.ops.aten._scaled_mm(q, w.t(), scale, s, **options)
 
@@ -177,7 +179,7 @@ def test_scales_of_tensors_by_both_calls() -> None:
 
         q, scale = cases.q3_tensor(x * 2)
         whole = ScalingType.TensorWise
-        return [product(q, scale, w, s, False), scaled_mm(q, w2.t(), scale, whole, s, whole, output_dtype=BF16)]
+        return [product(q, scale, w, s, fast=False), scaled_mm(q, w2.t(), scale, whole, s, whole, output_dtype=BF16)]
 
     x, w, _, w2, _ = tensors(48, 16)
     result = fused(call, x, w, w2, torch.tensor(0.5), verify=True)

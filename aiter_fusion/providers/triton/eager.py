@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import machine
 from ...op import FusedOp
 from . import launches
+from .launch import Ref
 from .jit import compiling_nothing, kernel, nvidia
 
 
@@ -30,6 +31,6 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
         known["scale"] = arguments["scale"]
     with torch.cuda.device(first.device), compiling_nothing() if machine.is_capturing() else nullcontext():
         for launch in plan.launches:
-            given = {n: known[v.name] if isinstance(v, launches.Ref) else v for n, v in launch.arguments.items()}
+            given = {n: known[v.name] if isinstance(v, Ref) else v for n, v in launch.arguments.items()}
             kernel(launch.kernel)[(launch.grid,)](**given, num_warps=launch.warps)
     return outputs

@@ -4,71 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ... import scaled_product
 from ...op import FusedOp, width_of
 from ...stages.quantise import granularity
 from ..shapes import Int, hint, rows_of
 from . import programs, rules
+from .launch import Launch, Launches, Ref
+from .linear import launches as linear
 
 F32 = torch.float32
-# The family whose launches ``linear/launches.py`` knows.
-LINEAR = "fp8_linear"
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A tensor of the call by name: an argument, an output, or scratch."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel.
-
-    kernel:    its name (``jit.kernel``).
-    grid:      programs.
-    arguments: by name, tensors as ``Ref``.
-    warps:     of a program.
-    dependent: whether it may begin before the launch before it ends, for which the kernel waits itself (NVIDIA's
-               programmatic dependent launch).
-    """
-
-    kernel: str
-    grid: Int
-    arguments: Mapping[str, Any]
-    warps: int
-    dependent: bool = False
-
-
-@dataclass(frozen=True)
-class Launches:
-    """All launches of a call in order, and the scratch tensors that they share: name -> (sizes, dtype)."""
-
-    launches: tuple[Launch, ...]
-    scratch: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-
-
-def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by the names that launches have for them: entries of lists are ``<name>.<index>``."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)):
-            found |= {f"{name}.{index}": entry for index, entry in enumerate(value)}
-        else:
-            found[name] = value
-    return found
 
 
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
     """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
-    return op.family != LINEAR or isinstance(arguments["x"].shape[0], int)
+    return op.family != scaled_product.FAMILY or isinstance(arguments["x"].shape[0], int)
 
 
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
@@ -88,10 +43,8 @@ def _segment(width: int) -> int:
 
 def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
-    if op.family == LINEAR:
-        from .linear import launches  # not before: it imports this module
-
-        return launches.of(arguments, launches.gpu_of(arguments["x"].device.index or 0))
+    if op.family == scaled_product.FAMILY:
+        return linear.of(arguments, linear.gpu_of(arguments["x"].device.index or 0))
     return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
 
 

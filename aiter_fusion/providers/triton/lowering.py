@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
 from . import launches
+from .launch import Ref, flat
 from .jit import kernel, nvidia
 
 NAME = "triton"
@@ -128,10 +129,10 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
         fakes: the same as fake tensors.
     """
     first = next(value for value in fakes.values() if isinstance(value, Tensor))
-    named = launches.flat(fakes)
+    named = flat(fakes)
     tensors = {
         name: ir.ExternKernel.require_exact_strides(_resident(value, first.device), named[name].stride())
-        for name, value in launches.flat(given).items()
+        for name, value in flat(given).items()
         if isinstance(named[name], Tensor)
     }
     outputs = {name: _empty(spec, first.device) for name, spec in op.returned(op.shape(**fakes)).items()}
@@ -140,7 +141,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
     known = tensors | scratch | outputs
     for launch in plan.launches:
         arguments = {
-            name: known[value.name] if isinstance(value, launches.Ref) else _expression(value)
+            name: known[value.name] if isinstance(value, Ref) else _expression(value)
             for name, value in launch.arguments.items()
         }
         written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ... import scaled_product
 from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
 from ...formats import FORMATS
 from ...op import FusedOp
@@ -76,7 +77,7 @@ CHAINS: Mapping[tuple[str, ...], Sizes] = {
 
 def terms(op: FusedOp) -> Terms | None:
     """The calls of an op that the kernels compute, or None: an op of any name whose stages form one of the chains."""
-    if op.family == linear.LINEAR:
+    if op.family == scaled_product.FAMILY:
         return linear.TERMS
     kinds = [stage.kind for stage in op.stages]
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))

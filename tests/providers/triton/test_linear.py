@@ -19,7 +19,8 @@ from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, provider, tuned
-from aiter_fusion.providers.triton.launches import Ref, flat, is_known
+from aiter_fusion.providers.triton.launch import Ref, flat
+from aiter_fusion.providers.triton.launches import is_known
 from aiter_fusion.providers.triton.linear import calls, launches, rules
 from support.compiling import TARGETS, compile_for, kinds_of, needs_triton, spills
 

@@ -20,7 +20,7 @@ from ....op import FusedOp
 from ....scaled_product import BLOCKS, MOST, granularity
 from ...terms import Terms
 from ..jit import compiling_nothing, kernel, native_fp8
-from ..launches import LINEAR, Launch, Ref, flat
+from ..launch import Launch, Ref, flat
 from . import launches, rules
 
 F32 = torch.float32
@@ -218,6 +218,3 @@ def _step(
     compiled = function.warmup(*given, grid=(launch.grid,), **options)
     template = [None if isinstance(value, Ref) else value for value in values]
     return compiled[launch.grid, 1, 1], template, slots
-
-
-__all__ = ["LINEAR", "TERMS", "refuse", "run", "slower", "unmeasured"]

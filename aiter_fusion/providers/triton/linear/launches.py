@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..jit import nvidia
-from ..launches import Launch, Launches, Ref
+from ..launch import Launch, Launches, Ref
 from . import rules
 
 # The columns that a program of the second launch adds up, where a weight's columns are whole tiles of so many.
