@@ -11,8 +11,8 @@ from torch import Tensor
 from ... import machine
 from ...op import FusedOp
 from . import launches
-from .launch import Ref
 from .jit import compiling_nothing, kernel, nvidia
+from .launch import Ref
 
 
 def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
 from . import launches
-from .launch import Ref, flat
 from .jit import kernel, nvidia
+from .launch import Ref, flat
 
 NAME = "triton"
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ... import machine
+from ... import machine, scaled_product
 from ...op import FusedOp, Implementation, width_of
 from ...stages.quantise import granularity
 from ..shapes import hint, rows_of
 from . import eager, rules
 from .all_reduce import calls
 from .jit import native_fp8, nvidia
-from .launches import LINEAR
 from .linear import calls as linear
 from .terms import terms as terms
 from .tuned import state as state
@@ -35,7 +34,7 @@ def missing() -> str | None:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot compute a call that their terms allow (tensors may be fakes), or None."""
-    if op.family == LINEAR:
+    if op.family == scaled_product.FAMILY:
         return linear.refuse(arguments)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
@@ -63,7 +62,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why Inductor's code is faster for a call, by recorded measurements, or None. A symbolic number of rows counts as
     the number that the graph was captured with."""
-    if op.family == LINEAR:
+    if op.family == scaled_product.FAMILY:
         return linear.slower(arguments)
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
@@ -80,12 +79,12 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 
 def unmeasured(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why nothing is known about the speed of a call on its GPU, or None."""
-    return linear.unmeasured(arguments) if op.family == LINEAR else None
+    return linear.unmeasured(arguments) if op.family == scaled_product.FAMILY else None
 
 
 def run(op: FusedOp) -> Implementation:
     """The implementation of calls outside a compiled graph; inside one, ``lowering.py`` replaces it."""
-    if op.family == LINEAR:
+    if op.family == scaled_product.FAMILY:
         return functools.partial(linear.run, op)
     if op.is_collective:
         return functools.partial(calls.run, op, nvidia())

@@ -61,7 +61,8 @@ def test_torchaos_blocks_on_the_gpu() -> None:
     models.QUANTISATIONS["PerBlock"](model)
     tokens = models.tokens(2).cuda()
     replaced, _ = models.expected(model, "PerBlock", tokens)
-    result = checked(model, provider="reference")
+    del replaced["fp8_linear"]
+    result = checked(model, provider="reference", disable=["fp8_linear"])
     with torch.no_grad():
         result.call(tokens, use_cache=False)
     assert result.oracle.identical
