@@ -79,38 +79,37 @@ def _refs(name: str, indices: Sequence[int]) -> list[Ref]:
     return [Ref(f"{name}.{index}") for index in indices]
 
 
-def _together(
-    arguments: Mapping[str, Any], indices: Sequence[int], gpu: Gpu
-) -> tuple[list[Launch], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    x, x_scale = arguments["x"], arguments["x_scale"]
+def _shared(arguments: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """What every kernel of a product reads besides values: scales, biases, sizes, and where results go."""
     weights = [arguments["weights"][index] for index in indices]
     biases: list[Tensor | None] = [arguments["biases"][index] for index in indices]
-    (m, k), ns = x.shape, [weight.shape[1] for weight in weights]
-    blocked = is_blocked(arguments)
     of_w = arguments["weight_scales"][indices[0]]
-    x_one, w_one = x_scale.numel() == 1, of_w.numel() == 1
     # any bias stands in for one that is missing: its pointer is not read
     given = next((index for index, bias in zip(indices, biases, strict=True) if bias is not None), None)
     held = [index if bias is not None else given for index, bias in zip(indices, biases, strict=True)]
-    plan = rules.plan(k, ns, m, arguments["fast_accum"], blocked, gpu.multiprocessors, gpu.shared_memory)
-    tile = plan.tile
-    common = {
+    return {
         "x_scale": Ref("x_scale"),
         **_four("c", _refs("weight_scales", indices)),
         **_four("b", [Ref(f"biases.{index}") for index in held if index is not None]),
         **_four("y", [Ref(f"y{index}") for index in indices]),
-        **_four("n", ns),
+        **_four("n", [weight.shape[1] for weight in weights]),
         # by block, scales are [K / 128, N / 128]; else [1, N]
-        "ws_row": 0 if w_one else of_w.stride(1),
+        "ws_row": 0 if of_w.numel() == 1 else of_w.stride(1),
         "biased": sum(1 << i for i, bias in enumerate(biases) if bias is not None),
         "COUNT": len(weights),
-        "BLOCKED": blocked,
+        "BLOCKED": is_blocked(arguments),
         "BIAS": given is not None,
     }
-    read = {
+
+
+def _values(arguments: Mapping[str, Any], indices: Sequence[int], tile: rules.Tile) -> dict[str, Any]:
+    """The values that are multiplied, and how they lie."""
+    x_scale, of_w, blocked = arguments["x_scale"], arguments["weight_scales"][indices[0]], is_blocked(arguments)
+    k = arguments["x"].shape[1]
+    return {
         "x": Ref("x"),
         **_four("w", _refs("weights", indices)),
-        **_four("d", [weight.stride(1) for weight in weights]),
+        **_four("d", [arguments["weights"][index].stride(1) for index in indices]),
         "k": k,
         "xs_block": x_scale.stride(1) if blocked else 0,
         "ws_block": of_w.stride(0) if blocked else 0,
@@ -118,11 +117,23 @@ def _together(
         "BLOCK_K": tile.block_k,
         "EVEN": k % tile.block_k == 0,
     }
+
+
+def _together(
+    arguments: Mapping[str, Any], indices: Sequence[int], gpu: Gpu
+) -> tuple[list[Launch], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The launches of up to four products, and their scratch tensors."""
+    x, x_scale = arguments["x"], arguments["x_scale"]
+    (m, k), ns = x.shape, [arguments["weights"][index].shape[1] for index in indices]
+    fast = arguments["fast_accum"]
+    plan = rules.plan(k, ns, m, fast, is_blocked(arguments), gpu.multiprocessors, gpu.shared_memory)
+    tile = plan.tile
+    common, read = _shared(arguments, indices), _values(arguments, indices, tile)
     tiles = sum(_ceil(n, tile.block_n) for n in ns)
     warps = tile.warps if gpu.nvidia else max(1, tile.warps // 2)
     if tile.rows == 1:
         return [Launch("fp8_gemv", tiles, common | read, warps)], {}
-    xs_row = 0 if x_one or m == 1 else x_scale.stride(0)
+    xs_row = 0 if x_scale.numel() == 1 or m == 1 else x_scale.stride(0)
     length = _ceil(_ceil(k, plan.split), tile.block_k) * tile.block_k
     splits = _ceil(k, length)
     row_blocks, columns = _ceil(m, tile.rows), tiles * tile.block_n
@@ -137,7 +148,7 @@ def _together(
         "x_stride": x.stride(0),
         "xs_row": xs_row,
         "ROWS": tile.rows,
-        "PRECISE": not arguments["fast_accum"],
+        "PRECISE": not fast,
         "STAGES": tile.stages,
         "SPLIT": splits > 1,
         "DEPENDENT": splits > 1 and gpu.dependent,
