@@ -62,7 +62,9 @@ def product(
     fast_accum: bool,
 ) -> Tensor:
     """One of the products of ``reference``."""
-    by_blocks = granularity(x, weight, x_scale, weight_scale) == BLOCKS
+    # the usual scales first: this is called at every step, and to ask for the granularity takes longer than to launch
+    usual = x_scale.numel() == 1 or weight_scale.shape == (1, weight.shape[1])
+    by_blocks = not usual and granularity(x, weight, x_scale, weight_scale) == BLOCKS
     if by_blocks and (x.device.type == "cpu" or x_scale.stride(0) != 1):
         return _by_blocks(x, weight, x_scale, weight_scale, bias, dtype)
     x, x_scale, weight_scale = _strided(x, x.shape[1]), _strided(x_scale), _strided(weight_scale)
