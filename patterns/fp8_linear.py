@@ -14,13 +14,12 @@ import torch
 from torch import fx
 from torch.nn.functional import ScalingType
 
-from ..scaled_product import BLOCKS, ROWS, TENSORS, granularity
+from ..scaled_product import BLOCK, BLOCKS, ROWS, TENSORS, granularity
 from .form import Completion, Form
 from .fx_facts import FP8, aten, dtype, same_shape, same_size, shape
 from .language import Attr, Both, Call, Const, Found, Items, OneOf, Pattern, Var, anything
 
 F32 = torch.float32
-BLOCK = 128
 
 NOTHING = Attr("", lambda node, value: value is None)
 EMPTY = Attr("", lambda node, value: value is None or list(value) == [])

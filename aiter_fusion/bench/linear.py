@@ -22,6 +22,7 @@ from torch import Tensor
 from ..ops.linear import LINEAR
 from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
+from ..scaled_product import BLOCK
 from ..tables import plain, table
 from .ops import copy_rate
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need_gpu, progress
@@ -37,7 +38,6 @@ SIZES = (
     "28672x8192",
 )
 ROWS = (1, 16, 64)
-BLOCK = 128
 
 # What the weights must exceed, in sizes of the L2 cache.
 CACHES = 4
@@ -45,8 +45,8 @@ CACHES = 4
 GRAPH_CALLS, ROUNDS = 8, 15
 # Columns of the first weight that errors are computed for.
 CHECKED = 1024
-# Ours may be less precise than PyTorch's by this share, which is what sums in another order differ by.
-WORSE = 0.02
+# Our error to float64 over PyTorch's, at most: sums in another order differ by so much.
+WORSE = 1.02
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _measure(case: Case, rate: float, max_autotune: bool) -> Row:
         runs["max_autotune_us"] = torch.compile(separate, mode="max-autotune-no-cudagraphs", **options)
     given = [tensors_of(arguments) for arguments in sets]
     have, want = (error(sets[0], runs[name](*given[0])[0]) for name in ("ours_us", "separate_us"))
-    if not have <= (1 + WORSE) * want:
+    if not have <= WORSE * want:
         raise Refused(f"our error to float64 is {have:.2e}, that of torch._scaled_mm {want:.2e}")
     calls = len(sets) * math.ceil(GRAPH_CALLS / len(sets))
     graphs = [capture(run, given, calls) for run in runs.values()]

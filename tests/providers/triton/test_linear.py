@@ -158,6 +158,38 @@ def test_refusals(case: str, gpu: None) -> None:
     assert REFUSED[case] in why
 
 
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """The launchers of calls that were made, none of which a CPU has."""
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(calls, "_prepared", known)
+    monkeypatch.setattr(launches, "gpu_of", lambda device: H200)
+    return known
+
+
+@pytest.mark.parametrize("rows", [0, 5, 129])
+@pytest.mark.parametrize("scales", ["row", "tensor", "block"])
+def test_calls_that_no_kernel_takes(rows: int, scales: str, prepared: dict[Any, Any]) -> None:
+    """The products that the graph had compute them; a scale of a tensor has no dimension."""
+    given = Case(Size(256, (256, 16)), rows, scales=scales).arguments("cpu")
+    for name, y in calls.run(LINEAR, **given).items():
+        assert torch.equal(y, LINEAR.reference(**given)[name])
+    assert len(prepared) == (rows == 5 or (rows > 0 and scales == "block"))
+
+
+def test_a_launcher_is_for_pointers_of_its_alignment(prepared: dict[Any, Any]) -> None:
+    """A kernel that is compiled for a misaligned x loads 16 bytes at a time from the weights."""
+    given = Case(Size(256, (16,)), 5).arguments("cpu")
+
+    def moved(x: Tensor) -> Tensor:
+        room = torch.empty(x.numel() + 1, dtype=x.dtype)
+        return room[1:].view(x.shape).copy_(x)
+
+    for changes in ({}, {"x": moved(given["x"])}, {"weights": [moved(given["weights"][0].t()).t()]}):
+        calls.run(LINEAR, **{**given, **changes})
+    assert len(prepared) == 3
+
+
 def test_symbolic_rows_are_not_looked_at(gpu: None) -> None:
     """A symbolic number of rows adds no guard: every call chooses anew."""
     env = ShapeEnv()

@@ -125,7 +125,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     """
     x: Tensor = arguments["x"]
     rows = x.shape[0]
-    if rows == 0 or (rows > rules.MOST_ROWS and arguments["x_scale"].shape[-1] == 1):
+    if rows == 0 or (rows > rules.MOST_ROWS and not launches.is_blocked(arguments)):
         return op.reference(**arguments)
     tensors = _tensors(arguments)
     pointers = [tensor.data_ptr() for tensor in tensors]
@@ -136,7 +136,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
         tuple([bias is None for bias in arguments["biases"]]),
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.stride() for tensor in tensors]),
-        any(pointer % ALIGNMENT for pointer in pointers),
+        tuple([pointer % ALIGNMENT == 0 for pointer in pointers]),  # kernels are compiled for each pointer's
     )
     prepared = _prepared.get(key)
     if prepared is None:
@@ -152,8 +152,8 @@ _prepared: dict[tuple[Any, ...], Launcher | None] = {}
 
 def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher | None:
     x = arguments["x"]
-    by_blocks = arguments["x_scale"].shape[-1] > 1  # PyTorch's product takes only some of them
-    pays = by_blocks or _pays(arguments, x.shape[0], x.device.index or 0)
+    # by block, PyTorch's product takes only some scales, and the reference of the others is slow
+    pays = launches.is_blocked(arguments) or _pays(arguments, x.shape[0], x.device.index or 0)
     return launcher(op, arguments) if pays and refuse(arguments) is None else None
 
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ....scaled_product import BLOCK
 from ...shapes import Int, power_of_two
 from .. import tuned
 
@@ -29,7 +30,6 @@ MOST_ROWS, MOST_WEIGHTS = 128, 4
 LEAST_STEPS, MOST_SPLITS = 4, 8
 # GPUs that the tables hold for, by the name that PyTorch gives them.
 MEASURED = ("NVIDIA H200",)
-BLOCK = 128  # of scales by block
 
 
 class Tile(NamedTuple):
