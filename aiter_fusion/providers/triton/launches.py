@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from ...op import FusedOp, width_of
 from ...stages.quantise import granularity
 from ..shapes import Int, hint, rows_of
 from . import programs, rules
-from .launch import Launch, Launches, Ref
+from .launch import Launch, Launches, Ref, flat
+from .linear import calls
 from .linear import launches as linear
 
 F32 = torch.float32
@@ -24,6 +25,18 @@ F32 = torch.float32
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
     """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
     return op.family != scaled_product.FAMILY or isinstance(arguments["x"].shape[0], int)
+
+
+def has_site(arguments: Mapping[str, Any]) -> bool:
+    """Whether nothing of a call is symbolic but how many rows its tensors have."""
+    tensors = [value for value in flat(arguments).values() if isinstance(value, Tensor)]
+    return all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape[1:], *tensor.stride()))
+
+
+def site(op: FusedOp) -> Callable[..., Any]:
+    """What a compiled graph calls where launches are not known: it takes the op's arguments and chooses at every call.
+    All of its calls come from one place, where only rows are symbolic."""
+    return calls.Site(op)
 
 
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
