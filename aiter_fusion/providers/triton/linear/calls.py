@@ -227,21 +227,22 @@ def launcher(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher:
     places = {name: place for place, name in enumerate(_ordered(arguments) + [*outputs, *scratch])}
     with torch.cuda.device(device), compiling_nothing() if is_capturing() else nullcontext():
         steps = [_step(launch, known, places) for launch in plan.launches]
-    shapes = {name: tuple(output.shape) for name, output in outputs.items()}
-    partial = [sizes for sizes, _ in plan.scratch.values()]
+    made = {name: (tuple(output.shape), tuple(output.stride()), dtype) for name, output in outputs.items()}
+    partial = [(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype) for tensor in scratch.values()]
+    empty = torch._C._dynamo.guards._empty_strided_cuda  # Inductor's, on the current device
 
     def launch(pointers: list[int]) -> dict[str, Tensor]:
-        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        between = [torch.empty(sizes, dtype=F32, device=device) for sizes in partial]
-        every = pointers + [tensor.data_ptr() for tensor in (*made.values(), *between)]
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
+            results = {name: empty(*like) for name, like in made.items()}
+            between = [empty(*like) for like in partial]
+            every = pointers + [tensor.data_ptr() for tensor in (*results.values(), *between)]
             stream = torch._C._cuda_getCurrentRawStream(index)
             for start, template, slots in steps:
                 values = template.copy()
                 for slot, place in slots:
                     values[slot] = every[place]
                 start(*values, stream=stream)
-        return made
+        return results
 
     return launch
 
