@@ -229,7 +229,8 @@ def launcher(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher:
         steps = [_step(launch, known, places) for launch in plan.launches]
     made = {name: (tuple(output.shape), tuple(output.stride()), dtype) for name, output in outputs.items()}
     partial = [(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype) for tensor in scratch.values()]
-    empty = torch._C._dynamo.guards._empty_strided_cuda  # Inductor's, on the current device
+    torch_c: Any = torch._C
+    empty = torch_c._dynamo.guards._empty_strided_cuda  # Inductor's, on the current device
 
     def launch(pointers: list[int]) -> dict[str, Tensor]:
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
