@@ -51,6 +51,8 @@ def _fill_model(parser: Parser) -> Run:
     parser.add_argument("--host", action="store_true", help=text)
     text = f"time one token of N sequences over a static cache instead (default: {' '.join(map(str, decode.BATCHES))})"
     parser.add_argument("--decode", type=positive, nargs="*", metavar="N", help=text)
+    text = "with --decode: how many tokens the cache holds, all but the last filled"
+    parser.add_argument("--context", type=positive, metavar="N", help=f"{text} (default: {decode.CONTEXT})")
     text = "with --decode: also time max-autotune, which compiles for minutes"
     parser.add_argument("--max-autotune", action="store_true", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")

@@ -121,6 +121,8 @@ def test_info_of_a_preference_that_does_not_exist(
         (["bench", "model", "--intermediate", "700"], "must be a multiple of 16"),
         (["bench", "model", "--workloads", "decode"], "must be decode-<rows> or prefill-<tokens>"),
         (["bench", "model", "--workloads", "decode-32", "--host"], "--host measures decode-1"),
+        (["bench", "model", "--context", "64"], "--context are for --decode"),
+        (["bench", "model", "--decode", "--context", "64"], "--context 64: must be more than 96"),
         (["bench", "model", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "ops", "--from", "/no/such/file.json"], "No such file"),
     ],
