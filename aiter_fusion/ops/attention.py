@@ -238,6 +238,8 @@ ATTENTION = define(
             "by_tokens": FLAG,
         },
         products=True,
+        by_rows=False,
+        greatest={"position": lambda given: given["k"].shape[2] - given["q"].shape[2]},
     ),
     implementation,
 )
