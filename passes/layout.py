@@ -65,8 +65,11 @@ def laid_out(
 
     Outputs are contiguous, but a norm of a permuted tensor is itself a permuted tensor. Then the rows are given to the
     op in the order in which the results lie in memory, and the results are permuted back: both are views. Or the op can
-    write an output transposed, and the graph only reads transposed copies of it: then it takes the place of these.
+    write an output transposed, and the graph only reads transposed copies of it: then it takes the place of these. An
+    op that does not compute rows, each for itself, has layouts for what is in graphs.
     """
+    if not op.by_rows:
+        return _in_layout(op, known, replaced)
     for layout in op.layouts[:-1]:
         laid = _transposed(op, {**known, **layout}, replaced, dead, sizes)
         if laid is not None:
