@@ -104,28 +104,29 @@ def laid_out(
 
 def _in_layout(op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str]) -> Laid:
     """The outputs in the first of the op's layouts in which they are as what they take the place of."""
+    unlike: list[str] = []
     for layout in op.layouts:
         given = {**known, **layout}
         fakes = outputs_of(op, given)
-        unlike = (_unlike(node.meta["val"], fakes[name]) for node, name in replaced.items())
-        why = next(filter(None, unlike), None)
-        if why is None:
+        reasons = (_unlike(node, fakes[name]) for node, name in replaced.items())
+        if (why := next(filter(None, reasons), None)) is None:
             fitted = {node: (name, Fit(fakes[name].shape, None, None)) for node, name in replaced.items()}
             return Laid(given, layout, {}, fakes, fitted, frozenset())
-    node = next(iter(replaced))
-    raise Refused(Reason.LAYOUT, f"{node.name} {why}")
+        unlike.append(why)
+    raise Refused(Reason.LAYOUT, unlike[-1])
 
 
-def _unlike(want: Tensor, have: Tensor) -> str | None:
+def _unlike(node: fx.Node, have: Tensor) -> str | None:
     """In what an output differs from a node, or None."""
+    want = node.meta["val"]
     for what in ("dtype", "device"):
         if getattr(want, what) != getattr(have, what):
-            return f"has {what} {getattr(want, what)}, not {getattr(have, what)}"
+            return f"{node.name} has {what} {getattr(want, what)}, not {getattr(have, what)}"
     if not same_shape(want.shape, have.shape):
-        return f"has shape {list(want.shape)}, not {list(have.shape)}"
+        return f"{node.name} has shape {list(want.shape)}, not {list(have.shape)}"
     strides = zip(want.shape, want.stride(), have.stride(), strict=True)
     if not all(same_size(size, 1) or same_size(a, b) for size, a, b in strides):
-        return f"has strides {tuple(want.stride())}, which the op has in no layout"
+        return f"{node.name} has strides {tuple(want.stride())}, and no output of the op has: {tuple(have.stride())}"
     return None
 
 
