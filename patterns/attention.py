@@ -6,7 +6,7 @@ repeat the heads of the cache (``repeat_kv``, ``repeat_interleave``), which copi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -126,7 +126,7 @@ def _safe_softmax(scores: Pattern) -> Pattern:
     """The same, and 0 where every score is -inf."""
     finite = Call((aten.logical_not.default,), (Call((aten.eq.Scalar,), (Named("all", scores), Const(NEVER))),))
     none = Call((aten.logical_not.default,), (Call((aten.any.dim,), (finite, last_dim(), Const(True))),))
-    zeros = Call((aten.full.default,), (ANY, Const(0)))
+    zeros = Call((aten.full.default,), (ANY, Const(0), *(ANY,) * 4))
     return Call((aten.where.self,), (none, zeros, _softmax(Same("all"))))
 
 
@@ -225,11 +225,8 @@ def _complete(root: fx.Node, found: Found, scale: float | None, false: float = N
     few = isinstance(queries, int) and queries <= FEW
     if not few and not any(copies):
         return f"{queries} queries are no step of decoding, and nothing is copied for them"
-    if scale is None and not isinstance(dim, int):
-        return f"the scale follows from the head size {dim}, which only a run will tell"
-    seen = _seen(found.inputs.get("mask"), (batch, heads, queries, slots), q, false)
-    if seen.mask is not None and not is_mask(seen.mask, (batch, heads, queries, slots)):
-        return f"the mask has shape {list(shape(seen.mask))}"
+    sizes = (batch, heads, queries, slots)
+    seen = _seen(found.inputs.get("mask"), sizes, q, false)
     inputs = {"q": q, "k": k, "v": v, "mask": seen.mask, "position": seen.position}
     given = {
         "mask": seen.mask is not None,
@@ -237,14 +234,12 @@ def _complete(root: fx.Node, found: Found, scale: float | None, false: float = N
         "window": seen.window > 0,
         "softcap": "softcap" in found.attributes,
     }
+    scale = dim**-0.5 if scale is None and isinstance(dim, int) else scale
+    numbers = {"scale": scale, "softcap": found.attributes.get("softcap", 0)}
     return Completion(
-        {
-            "scale": float(dim**-0.5 if scale is None else scale),
-            "window": seen.window,
-            "softcap": float(found.attributes.get("softcap", 0)),
-        },
+        {"window": seen.window, **{name: float(number) for name, number in numbers.items() if number is not None}},
         frozenset(name for name, is_given in given.items() if is_given),
-        refusal=_refusal(root, found),
+        refusal=_refusal(root, found, seen.mask, sizes, scale),
         inputs={name: node for name, node in inputs.items() if node is not None},
         nodes=seen.nodes,
     )
@@ -259,11 +254,19 @@ def _seen(mask: fx.Node | None, sizes: tuple[Any, ...], q: fx.Node, false: float
     return Visible(mask) if elsewhere else seen
 
 
-def _refusal(root: fx.Node, found: Found) -> Refusal | None:
+def _refusal(
+    root: fx.Node, found: Found, mask: fx.Node | None, sizes: Sequence[Any], scale: float | None
+) -> Refusal | None:
     """Why no op computes an attention that has the form, or None."""
     dropout = found.attributes.get("dropout", 0)
     if dropout != 0:
         return Refusal(Reason.ATTENTION, f"its weights are dropped out (p = {dropout})")
+    if scale is None:
+        return Refusal(
+            Reason.ATTENTION, f"its scale follows from a head size that only a run will tell, of {root.name}"
+        )
+    if mask is not None and not is_mask(mask, sizes):
+        return Refusal(Reason.ATTENTION, f"its mask has shape {list(shape(mask))}, of attention {list(sizes)}")
     (call,) = root.all_input_nodes
     several = root.target is getitem
     other = next((reader for reader in readers(call) if several and reader is not root), None)

@@ -11,13 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .fx_facts import VIEWS, Target, arguments, aten, dtype, is_last_dim, is_number, prims, same_size, shape
+from .fx_facts import (
+    CONVERT,
+    FLOATS,
+    VIEWS,
+    Target,
+    arguments,
+    aten,
+    dtype,
+    is_last_dim,
+    is_number,
+    prims,
+    same_size,
+    shape,
+)
 
 INTEGERS = (torch.int64, torch.int32)
 # Numbers are below this, so that no sum of a few of them leaves 32 bits.
@@ -200,7 +213,7 @@ RULES: Mapping[Target, Rule] = {
     aten.full.default: _full,
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _sum(1)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sum(-1)),
-    prims.convert_element_type.default: _converted,
+    CONVERT: _converted,
     aten.expand.default: _expanded,
     **dict.fromkeys(VIEWS, _viewed),
     **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), _compared(1, 0)),
@@ -216,13 +229,13 @@ class _Choice(NamedTuple):
     """A mask that adds something where a condition holds, and takes keys away where it does not.
 
     node:   the condition in the graph, None where there is only its opposite.
-    zero:   whether what is added is 0.
+    added:  what is added, None for 0.
     finite: whether keys are taken away by a number that does so only where another key is left.
     """
 
     condition: Conjunction
     node: fx.Node | None
-    zero: bool
+    added: fx.Node | None
     finite: bool
 
 
@@ -254,16 +267,19 @@ def visible(mask: fx.Node, sizes: Sequence[Any], false: float) -> Visible:
             window = min(window or 1 - offset, 1 - offset)
         elif node is not position or step == -1 or not statically_known_true(offset <= 0):
             more = True
-    others = choice.condition.others
-    found = Visible(mask, position, window)
-    if choice.zero and not more and not others:
-        found = found._replace(mask=None)
+    # What the op reads beside the position must not depend on it: a part of the condition, or what is added.
+    parts = [*choice.condition.others, *([] if choice.added is None else [choice.added])]
+    if not more and not parts:
+        found = Visible(None, position, window)
     elif choice.finite:
         return Visible(mask)
-    elif choice.zero:
-        kept = [*others] if not more and len(others) == 1 else []
-        kept += [choice.node] if choice.node is not None else []
-        found = found._replace(mask=next((node for node in map(_narrow, kept) if is_mask(node, sizes)), mask))
+    else:
+        part = _narrow(parts[0]) if not more and len(parts) == 1 else None
+        whole = None if choice.node is None or choice.added is not None else _narrow(choice.node)
+        if part is not None and is_mask(part, sizes):
+            found = Visible(part, position, window)
+        else:
+            found = Visible(whole if whole is not None and is_mask(whole, sizes) else mask)
     nodes = _between(mask, found)
     return found._replace(nodes=nodes) if nodes <= reader.explained.union(covers, covers[-1].args) else Visible(mask)
 
@@ -294,11 +310,12 @@ def _always(inequality: Linear, queries: Any, slots: Any) -> bool:
 
 
 def _covers(mask: fx.Node) -> list[fx.Node]:
-    """A mask, and what it is the same numbers as: what it was expanded from, or padded and cut to its size again."""
+    """A mask, and what it is the same numbers as: what it was expanded or rounded from, or padded and cut again."""
     nodes = [mask]
     while True:
         node = nodes[-1]
-        if node.target is aten.expand.default:
+        rounded = node.target is CONVERT and dtype(node) in FLOATS and dtype(node.args[0]) in FLOATS  # type: ignore[arg-type]
+        if rounded or node.target is aten.expand.default:
             nodes.append(node.args[0])  # type: ignore[arg-type]
         elif (padded := _padded(node)) is not None:
             nodes += padded
@@ -320,21 +337,21 @@ def _padded(node: fx.Node) -> list[fx.Node] | None:
 
 def _choice(reader: _Reader, node: fx.Node, false: float) -> _Choice | None:
     if dtype(node) is torch.bool:
-        return _Choice(reader.condition(node), node, zero=True, finite=False)
+        return _Choice(reader.condition(node), node, added=None, finite=False)
     if node.target is not aten.where.self:
         return None
-    condition, *options = node.args
+    condition, *options = cast(list[fx.Node], node.args)
     least = torch.finfo(dtype(node)).min
     for gone, kept in ((1, 0), (0, 1)):
         number = _number(options[gone])
         if number is None or not number <= max(false, least):
             continue
-        read, of = reader.condition(condition), condition  # type: ignore[arg-type]
-        if gone == 0:
-            read, of = negated(read), None
-            if read is None:
-                return None
-        return _Choice(read, of, zero=_number(options[kept]) == 0, finite=number > false)  # type: ignore[arg-type]
+        read = reader.condition(condition)
+        read = read if gone == 1 else negated(read)
+        if read is None:
+            return None
+        added = None if _number(options[kept]) == 0 else options[kept]
+        return _Choice(read, condition if gone == 1 else None, added, finite=number > false)
     return None
 
 
