@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops.attention import FEW
 from ..reasons import Reason, Refusal
@@ -213,11 +214,10 @@ def _complete(root: fx.Node, found: Found, scale: float | None, false: float = N
     if any(len(shape(node)) != 4 for node in (q, k, v)):
         return "queries, keys and values do not have four dimensions"
     batch, heads, queries, dim = shape(q)
-    _, key_heads, slots, _ = shape(k)
+    slots = shape(k)[2]
     if any(dtype(node) not in FLOATS or dtype(node) is not dtype(root) for node in (q, k, v)):
         return f"queries, keys and values are {dtype(q)}, {dtype(k)} and {dtype(v)}"
-    sizes = (batch, key_heads, slots, dim)
-    if not (same_shape(shape(k), sizes) and same_shape(shape(v), sizes) and same_size(heads % key_heads, 0)):
+    if not _go_together(shape(q), shape(k), shape(v)):
         return f"queries {list(shape(q))}, keys {list(shape(k))} and values {list(shape(v))} do not go together"
     copies = [_copies(found, name) for name in "kv"]
     if None in copies or not same_shape(shape(root), shape(q)):
@@ -243,6 +243,14 @@ def _complete(root: fx.Node, found: Found, scale: float | None, false: float = N
         inputs={name: node for name, node in inputs.items() if node is not None},
         nodes=seen.nodes,
     )
+
+
+def _go_together(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
+    """Whether the op takes these shapes. That there are as many values as keys, the call itself demands: of caches that
+    grow, it is known no other way."""
+    batch, heads, _, dim = q
+    alike = all(same_shape((own[0], own[1], own[3]), (batch, k[1], dim)) for own in (k, v))
+    return alike and not statically_known_true(k[2] != v[2]) and same_size(heads % k[1], 0)
 
 
 def _seen(mask: fx.Node | None, sizes: tuple[Any, ...], q: fx.Node, false: float) -> Visible:
