@@ -273,6 +273,10 @@ def _refusal(
         return Refusal(
             Reason.ATTENTION, f"its scale follows from a head size that only a run will tell, of {root.name}"
         )
+    for name in "qkv":
+        node, stride = found.inputs[name], found.inputs[name].meta["val"].stride(-1)
+        if not same_size(stride, 1):
+            return Refusal(Reason.ATTENTION, f"the elements of {node.name}'s rows are {stride} apart")
     if mask is not None and not is_mask(mask, sizes):
         return Refusal(Reason.ATTENTION, f"its mask has shape {list(shape(mask))}, of attention {list(sizes)}")
     (call,) = root.all_input_nodes

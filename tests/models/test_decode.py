@@ -38,7 +38,7 @@ class Step:
     """
 
     family: str
-    sites: tuple[str, str]
+    sites: tuple[str, ...]
     filled: int = 4
     exact: bool = True
     padded: bool = False
