@@ -85,12 +85,12 @@ ARGUMENTS: dict[str, Pattern] = {
 def _result(operator: str, causal: bool) -> Pattern:
     """The first result of PyTorch's call for a backend; what is not known of its arguments has the default."""
 
-    def default(argument: Any) -> Attr:
-        return Attr("", lambda node, value: value == argument.default_value)
+    def exactly(default: Any) -> Attr:
+        return Attr("", lambda node, value: value == default)
 
     target = getattr(aten, operator).default
     known = {**ARGUMENTS, "is_causal": Const(causal)}
-    given = [known.get(argument.name) or default(argument) for argument in target._schema.arguments]
+    given = [known.get(argument.name) or exactly(argument.default_value) for argument in target._schema.arguments]
     return Call((getitem,), (Call((target,), tuple(given)), Const(0)))
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from support.mutations.keeps_bits import check, mutate
-from support.mutations.masks import MASKS, SOURCES, Attention, base
+from support.mutations.masks import MASKS, SOURCES, Attention, base, check_call
 from support.mutations.operators import MUTATIONS, Inexecutable, Mutation
 
 pytestmark = pytest.mark.xdist_group("masks")  # every worker would capture the graphs for itself
@@ -55,6 +55,7 @@ def keep_their_bits(examples: int, record_property: Callable[[str, object], None
         of, done = base(source), []
         try:
             graph, done, known = mutate(of, mutations)
+            check_call(graph)
             report = check(graph, of, known)
         except Inexecutable:
             seen["discarded"] += 1

@@ -7,14 +7,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 
 from support.checked import checked
-from support.mutations.operators import Mutation, alike, calls, other, replace_argument, val
+from support.mutations.operators import Inexecutable, Mutation, alike, calls, other, replace_argument, val
 from support.mutations.sources import Base
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -165,6 +165,23 @@ def of_dtype(graph: fx.Graph, *dtypes: torch.dtype) -> list[fx.Node]:
 
 def attention(graph: fx.Graph) -> fx.Node | None:
     return next(iter(calls(graph, aten._scaled_dot_product_flash_attention_for_cpu.default)), None)
+
+
+def check_call(graph: fx.Graph) -> None:
+    """PyTorch's kernel checks little, since its caller does: it would divide by zero, or read past the end.
+
+    Raises:
+        Inexecutable: its caller would not call it.
+    """
+    for node in calls(graph, aten._scaled_dot_product_flash_attention_for_cpu.default):
+        q, k, v = map(val, cast(list[fx.Node], node.args[:3]))
+        alike = q.dim() == k.dim() == 4 and k.shape == v.shape and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
+        if not alike or q.numel() * k.numel() == 0 or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
+            raise Inexecutable(f"attention of {q.shape}, {k.shape} and {v.shape}")
+        mask = cast(fx.Node | None, node.kwargs.get("attn_mask"))
+        sizes = (*q.shape[:3], k.shape[2])
+        if mask is not None and any(a not in (1, b) for a, b in zip(val(mask).shape[::-1], sizes[::-1], strict=False)):
+            raise Inexecutable(f"a mask of {val(mask).shape}")
 
 
 def instead(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> str:
