@@ -67,7 +67,7 @@ def test_counts(family: str, quantisation: str, sizes: str, record_property) -> 
     assert result.oracle.identical
     assert made.replaced == dict(+replaced)
     assert sum(site.records for site in made.bare if site.family == "fp8_quant") == alone
-    assert [site.family for site in made.skipped] == without * (models.LAYERS if family == "Gemma2" else 0)
+    assert [site.family for site in made.skipped] == without * models.LAYERS
     assert made.unaccounted == 0
     assert all(site.reason.split(":")[0] in CODES for site in made.bare)
     assert all(site.where for site in made.sites)
@@ -126,11 +126,11 @@ def test_what_is_left_alone_of_t5() -> None:
     model = models.build("T5")
     assert type(model) is transformers.T5EncoderModel
     models.QUANTISATIONS["group128"](model)
-    result = checked(model, disable="decode_attention")
+    result = checked(model)
     with torch.no_grad():
         result.call(models.tokens(2))
     made = result.report
-    assert made.replaced == {"rms_norm_quant": 2 * models.LAYERS}
+    assert made.replaced == {"rms_norm_quant": 2 * models.LAYERS, "decode_attention": models.LAYERS}
     assert result.oracle.identical
     left = [site for site in made.bare if site.where.endswith("DenseReluDense.wo")]
     assert [site.reason for site in left] == ["producer: its input is aten.mul.Tensor"] * models.LAYERS

@@ -210,8 +210,8 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 
 
 ENGINES = ("vLLM", "SGLang")
-# Their attention is not PyTorch's call, and the op that takes its place rounds less often: left out where bits count.
-BY_HAND = ("Gemma2", "T5")
+# Whose attention is not PyTorch's call, and the op that takes its place rounds less often: left out where bits count.
+BY_HAND = ("Gemma2",)
 
 
 def build(family: str, **changes: Any) -> nn.Module:
