@@ -69,8 +69,9 @@ def check(plan: Plan, site: str) -> str | None:
         known[node] = known[node].to(torch.float8_e4m3fn).to(known[node].dtype)  # the sum of 16 fits in bfloat16
     for name, greatest in plan.op.greatest.items():
         if (node := plan.arguments[name]) is not None:
-            above = greatest(fx.map_arg(dict(plan.arguments), known.__getitem__)) + 1
-            drawn = torch.randint(max(above, 1), known[node].shape, generator=generator, device=generator.device)
+            most = max(greatest(fx.map_arg(dict(plan.arguments), known.__getitem__)), 0)
+            least = min(most, 1)  # 0 is the one integer that says little
+            drawn = torch.randint(least, most + 1, known[node].shape, generator=generator, device=generator.device)
             known[node] = drawn.to(known[node])
     known |= {node: known[read] for node, read in plan.equal.items()}
     # Compilation has the Python dispatcher on, by which PyTorch 2.13 waits for a collective without giving up the

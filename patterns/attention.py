@@ -42,14 +42,17 @@ from .visible import Visible, is_mask, visible
 
 F32 = torch.float32
 NEVER = float("-inf")
-# The operators of PyTorch's call, and the number that PyTorch writes for False into the mask of each.
+# The operators of PyTorch's call.
 CALLS = {
-    "cpu": ("_scaled_dot_product_flash_attention_for_cpu", NEVER),
-    "flash": ("_scaled_dot_product_flash_attention", NEVER),
-    "efficient": ("_scaled_dot_product_efficient_attention", NEVER),
-    "cudnn": ("_scaled_dot_product_cudnn_attention", -65504.0),  # the least of float16; rounded to bfloat16 -65536
-    "overrideable": ("_scaled_dot_product_fused_attention_overrideable", NEVER),
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+    "flash": "_scaled_dot_product_flash_attention",
+    "efficient": "_scaled_dot_product_efficient_attention",
+    "cudnn": "_scaled_dot_product_cudnn_attention",
+    "overrideable": "_scaled_dot_product_fused_attention_overrideable",
 }
+# The numbers that PyTorch writes for False into a mask; for cuDNN the least of float16, which bfloat16 rounds.
+FALSE = (NEVER,)
+FALSE_FOR = {"cudnn": (NEVER, -65504.0, -65536.0)}
 RESHAPES: tuple[Target, ...] = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 ANY = anything()
 NOTHING = Attr("", lambda node, value: value is None)
@@ -183,7 +186,7 @@ def _copies(found: Found, name: str) -> bool | None:
     return True if repeats and same_shape(shape(heads), (batch, own * times, *rest)) else None
 
 
-def _complete_call(root: fx.Node, found: Found, false: float) -> Completion | str:
+def _complete_call(root: fx.Node, found: Found, false: Sequence[float]) -> Completion | str:
     return _complete(root, found, found.attributes["scale"], false)
 
 
@@ -209,7 +212,7 @@ def _complete_decomposed(root: fx.Node, found: Found) -> Completion | str:
     return _complete(root, found, scale)
 
 
-def _complete(root: fx.Node, found: Found, scale: float | None, false: float = NEVER) -> Completion | str:
+def _complete(root: fx.Node, found: Found, scale: float | None, false: Sequence[float] = FALSE) -> Completion | str:
     q, k, v = (found.inputs[name] for name in "qkv")
     if any(len(shape(node)) != 4 for node in (q, k, v)):
         return "queries, keys and values do not have four dimensions"
@@ -253,7 +256,7 @@ def _go_together(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
     return alike and not statically_known_true(k[2] != v[2]) and same_size(heads % k[1], 0)
 
 
-def _seen(mask: fx.Node | None, sizes: tuple[Any, ...], q: fx.Node, false: float) -> Visible:
+def _seen(mask: fx.Node | None, sizes: tuple[Any, ...], q: fx.Node, false: Sequence[float]) -> Visible:
     """What the mask leaves visible; with a position only if that is where the queries are."""
     if mask is None:
         return Visible(None)
@@ -297,9 +300,9 @@ def _form(kind: str, name: str, pattern: Pattern, complete: Any, alone: Refusal 
 
 def _calls() -> Iterator[Form]:
     """Those that this version of PyTorch has. The kind tells apart what the op's reference computes bit by bit."""
-    for name, (operator, false) in CALLS.items():
+    for name, operator in CALLS.items():
         if hasattr(aten, operator):
-            complete = partial(_complete_call, false=false)
+            complete = partial(_complete_call, false=FALSE_FOR.get(name, FALSE))
             kind = "cpu_attention" if name == "cpu" else "attention"
             yield _form(kind, name, _result(operator, causal=False), complete)
             yield _form("causal_attention", name, _result(operator, causal=True), complete, ALIGNED)

@@ -239,13 +239,13 @@ class _Choice(NamedTuple):
     finite: bool
 
 
-def visible(mask: fx.Node, sizes: Sequence[Any], false: float) -> Visible:
+def visible(mask: fx.Node, sizes: Sequence[Any], false: Sequence[float]) -> Visible:
     """What a mask, boolean or added to the scores, leaves visible; ``sizes`` are batch, heads, queries, slots.
 
-    A number takes keys away if it is at most ``false``, which is what PyTorch puts there for the call in question, or
-    the least of the mask's dtype. What is found holds for every value of everything else in the graph, but for that
-    least number: no two scores of a query may be as far apart, and each query must see a key, as it does by a position
-    from 0 to slots - queries.
+    A number takes keys away if it is one of ``false``, which PyTorch puts there for False, or the least of the mask's
+    dtype. What is found holds for every value of everything else in the graph, but for finite numbers: no two scores of
+    a query may be as far apart, and with the least number each query must see a key, as it does by a position from 0 to
+    slots - queries.
     """
     _, _, queries, slots = sizes
     reader, covers = _Reader(), _covers(mask)
@@ -335,7 +335,7 @@ def _padded(node: fx.Node) -> list[fx.Node] | None:
     return [padded, source] if whole else None
 
 
-def _choice(reader: _Reader, node: fx.Node, false: float) -> _Choice | None:
+def _choice(reader: _Reader, node: fx.Node, false: Sequence[float]) -> _Choice | None:
     if dtype(node) is torch.bool:
         return _Choice(reader.condition(node), node, added=None, finite=False)
     if node.target is not aten.where.self:
@@ -344,14 +344,14 @@ def _choice(reader: _Reader, node: fx.Node, false: float) -> _Choice | None:
     least = torch.finfo(dtype(node)).min
     for gone, kept in ((1, 0), (0, 1)):
         number = _number(options[gone])
-        if number is None or not number <= max(false, least):
+        if number is None or not (number in false or number <= least):
             continue
         read = reader.condition(condition)
         read = read if gone == 1 else negated(read)
         if read is None:
             return None
         added = None if _number(options[kept]) == 0 else options[kept]
-        return _Choice(read, condition if gone == 1 else None, added, finite=number > false)
+        return _Choice(read, condition if gone == 1 else None, added, finite=number not in false)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aiter_fusion import config
+from aiter_fusion.op import FusedOp
 from aiter_fusion.ops.attention import ATTENTION, FEW, operands
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
@@ -195,12 +197,12 @@ def other_backend(
     return graph, report
 
 
-def causal_step() -> Checked:
+def causal_step(**options: Any) -> Checked:
     def step(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         seen = torch.arange(SLOTS)[None] <= torch.arange(1)[:, None] + position
         return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), seen[None, None], scale=0.125)
 
-    return fused(step, *given(), torch.tensor(7))
+    return fused(step, *given(), torch.tensor(7), **options)
 
 
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -225,11 +227,12 @@ def test_other_operators(operator: str) -> None:
 
 @pytest.mark.parametrize("fill", [-65504.0, -65536.0, -1e9])
 def test_false_for_cudnn(fill: float) -> None:
-    """PyTorch says False as -65504 to cuDNN alone; elsewhere that is a number like others."""
+    """PyTorch says False as -65504 to cuDNN, and to it alone; other numbers are numbers."""
     options = {"compute_log_sumexp": False, "fill": fill}
     _, cudnn = other_backend("_scaled_dot_product_cudnn_attention", **options)
     _, efficient = other_backend("_scaled_dot_product_efficient_attention", **options)
-    assert [site.variant for report in (cudnn, efficient) for site in report.sites] == ["position", "mask"]
+    proved = "mask" if fill == -1e9 else "position"
+    assert [site.variant for report in (cudnn, efficient) for site in report.sites] == [proved, "mask"]
 
 
 def test_what_is_refused() -> None:
@@ -496,3 +499,14 @@ def test_unread_slots_may_hold_anything() -> None:
         have = result.call(q, k, v, torch.tensor(9))
     assert torch.equal(want, have)
     assert not have.isnan().any()
+
+
+def test_verify_draws_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the cache, so that a kernel that reads another part of it does not pass."""
+
+    def run(op: FusedOp) -> Callable[..., dict[str, Tensor]]:
+        return lambda **given: op.reference(**{**given, "position": torch.zeros_like(given["position"])})
+
+    monkeypatch.setitem(PROVIDERS, "reference", replace(PROVIDERS["reference"], run=run))
+    with pytest.raises(Exception, match=r"decode_attention position at the top level.*not bit-identical"):
+        causal_step(verify=True)

@@ -76,8 +76,8 @@ def updated(q: Tensor, k: Tensor, v: Tensor, p: Tensor, other_p: Tensor, padding
     """After the new keys and values are written into the cache, and the position moves on."""
     query, key = queries_and_keys(q, p)
     places = torch.arange(q.shape[2]) + p
-    for x, new in ((k, q[:, ::2] * 0.5), (v, q[:, ::2] + 1)):
-        x.index_copy_(2, places.clamp(max=SLOTS - 1), new)
+    for x in (k, v):
+        x.index_copy_(2, places.clamp(max=SLOTS - 1), x[:, :, : q.shape[2]] * 0.5 + 1)
     y = attend(q, k, v, ~(key > query))
     p.add_(q.shape[2])
     return y, other_p * 2
@@ -103,7 +103,8 @@ SOURCES = tuple(
 
 
 class AttentionBase(Base):
-    """Its positions are within the cache, whose filled slots alone hold NaN and infinities."""
+    """Its positions are within the cache. The queries alone hold NaN and infinities: in the cache they would spoil the
+    graph's result, and not the op's, where a mutation makes a position that leaves no slot filled."""
 
     def inputs(self, kind: str, symbol: int | None = None) -> list[Any]:
         return [self._input(kind, list(shape or ()), dtype, seed) for seed, (shape, dtype) in enumerate(self.shapes)]
@@ -119,7 +120,7 @@ class AttentionBase(Base):
         if kind == "finite":
             values *= 30
             values[:, 0, 0] = 0
-        elif kind == "nonfinite":
+        elif kind == "nonfinite" and shape[1] == HEADS:
             values[0, 0, 0, seed] = math.nan
             values[1, 1, 0, seed] = math.inf
         return values.to(dtype)
