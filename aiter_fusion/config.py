@@ -18,7 +18,7 @@ LEVELS = {
     0: "nothing: plain Inductor",
     1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
     2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
-    3: "also all-reduce fusions, and FP8 linear layers, those that read one value as one op",
+    3: "also all-reduce fusions, FP8 linear layers, those that read one value as one op, and a decode step's attention",
 }
 DEFAULT_LEVEL = 3
 
