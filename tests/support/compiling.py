@@ -35,8 +35,13 @@ needs_triton = pytest.mark.skipif(
 def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
     """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
     names = {
-        **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"},
-        **{torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"},
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.bool: "*i1",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
     }
     found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
     return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ....domains import FLAG, Number, OneOf, Sizes, Tensors
+from ....domains import FLAG, Number, Sizes, Tensors
 from ....op import FusedOp
 from ...terms import Terms
 from .. import launcher

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...shapes import power_of_two
-from ..launch import Launch, Launches, Ref
 from ..gpu import Gpu
+from ..launch import Launch, Launches, Ref
 from . import rules
 
 # Registers of a program that adds parts up: float32 elements that a warp of 32 threads holds at most.
