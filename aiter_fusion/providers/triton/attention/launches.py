@@ -32,7 +32,7 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         "SIZE": size,
         "PADDED": padded,
         "BLOCK": tile.block,
-        "SPLITS": splits,
+        "splits": splits,
         "HAS_POSITION": arguments["position"] is not None,
         "WINDOW": arguments["window"],
         "DEPENDENT": splits > 1 and gpu.dependent,
@@ -42,7 +42,12 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         "partial_out": Ref("partial") if splits > 1 else None,
         "sums_out": Ref("sums") if splits > 1 else None,
     }
-    reading = common | split | _read(arguments) | {"scale": float(arguments["scale"]), "STAGES": tile.stages}
+    reading = (
+        common
+        | split
+        | _read(arguments)
+        | {"scale": float(arguments["scale"]), "STAGES": tile.stages, "SPLIT": splits > 1}
+    )
     warps = tile.warps if gpu.nvidia else max(1, tile.warps // 2)
     if tile.rows == 1:
         without = {"q_token", "y_token", "mask_token"}

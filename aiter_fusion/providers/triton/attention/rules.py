@@ -67,5 +67,5 @@ def plan(heads: int, rows: int, keys: int, size: int, itemsize: int, multiproces
     queries = tile.rows * padded * itemsize + 2048
     stages = max(1, min(tile.stages, (shared_memory - queries) // tile.stage_bytes(padded, itemsize)))
     programs = heads * -(-rows // tile.rows)
-    splits = min(-(-WAVES * multiprocessors // programs), keys // (LEAST_BLOCKS * tile.block), MOST_SPLITS)
+    splits = min(WAVES * multiprocessors // programs, keys // (LEAST_BLOCKS * tile.block), MOST_SPLITS)
     return Plan(tile._replace(stages=stages), max(1, splits))

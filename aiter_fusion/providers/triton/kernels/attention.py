@@ -22,9 +22,9 @@ def filled(position, keys, TOKENS: tl.constexpr, WINDOW: tl.constexpr, HAS_POSIT
 
 
 @triton.jit
-def split_length(begin, end, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def split_length(begin, end, splits, BLOCK: tl.constexpr):
     """The keys of every split but the last: whole blocks. So the filled part is divided, not the cache."""
-    return tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK) * BLOCK
+    return tl.cdiv(tl.cdiv(end - begin, splits), BLOCK) * BLOCK
 
 
 @triton.jit

@@ -7,20 +7,20 @@ from triton.language.extra.cuda import gdc_wait
 from .attention import LOG2E, divided, filled, finite, split_length
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "splits"])
 def attention_combine_kernel(
     partial, sums, position, y,
-    heads, keys, y_batch, y_head, y_token,
-    TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    heads, keys, splits, y_batch, y_head, y_token,
+    TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     SLOTS: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program takes one row of y.
 
     Args:
         partial, sums: ``partial_out`` and ``sums_out`` of the first launch, which writes those of splits with keys.
-        position, keys: as there; so are TOKENS to SPLITS, HAS_POSITION and WINDOW.
+        position, keys: as there; so are splits, TOKENS to BLOCK, HAS_POSITION and WINDOW.
         y: ``[B, heads, TOKENS, SIZE]``.
-        SLOTS: SPLITS, or the next power of two.
+        SLOTS: splits, or the next power of two.
         DEPENDENT: whether this launch may begin before the one that writes ``partial`` ends.
     """
     row = tl.program_id(0)
@@ -28,16 +28,16 @@ def attention_combine_kernel(
     head = (row // TOKENS % heads).to(tl.int64)
     batch = (row // TOKENS // heads).to(tl.int64)
     _, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
-    used = tl.cdiv(end - begin, tl.maximum(split_length(begin, end, SPLITS, BLOCK), 1))
+    used = tl.cdiv(end - begin, tl.maximum(split_length(begin, end, splits, BLOCK), 1))
     at = tl.arange(0, PADDED)
     slot = tl.arange(0, SLOTS)
     written = slot < used
     inside = at < SIZE
     if DEPENDENT:
         gdc_wait()
-    to = row.to(tl.int64) * SPLITS
+    to = row.to(tl.int64) * splits
     maximum = tl.load(sums + to * 2 + slot, mask=written, other=float("-inf"))
-    weight = tl.load(sums + to * 2 + SPLITS + slot, mask=written, other=0.0)
+    weight = tl.load(sums + to * 2 + splits + slot, mask=written, other=0.0)
     part = tl.load(
         partial + (to + slot)[:, None] * SIZE + at[None, :], mask=written[:, None] & inside[None, :], other=0.0
     )

@@ -11,17 +11,17 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .attention import LOG2E, divided, filled, finite, softcapped, split_length
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "splits"])
 def attention_row_kernel(
     q, k, v, mask, position, y, partial_out, sums_out,
-    scale, key_heads, keys,
+    scale, key_heads, keys, splits,
     q_batch, q_head, k_batch, k_head, k_key, v_batch, v_head, v_key,
     mask_batch, mask_head, mask_key, y_batch, y_head,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one head, and one of SPLITS parts of its keys.
+    """A program takes one head, and one of ``splits`` parts of its keys.
 
     Args:
         q to DEPENDENT: as in ``decode_attention``, of as many heads of queries as of keys and one token.
@@ -29,16 +29,16 @@ def attention_row_kernel(
     if DEPENDENT:
         gdc_launch_dependents()
     program = tl.program_id(0)
-    split = program % SPLITS
-    out_row = program // SPLITS
+    split = program % splits
+    out_row = program // splits
     head = (out_row % key_heads).to(tl.int64)
     batch = (out_row // key_heads).to(tl.int64)
 
     _, begin, end = filled(position, keys, 1, WINDOW, HAS_POSITION)
-    length = split_length(begin, end, SPLITS, BLOCK)
+    length = split_length(begin, end, splits, BLOCK)
     begin += split * length
     end = tl.minimum(begin + length, end)
-    if SPLITS > 1 and begin >= end:
+    if SPLIT and begin >= end:
         return
 
     at = tl.arange(0, PADDED)
@@ -86,10 +86,10 @@ def attention_row_kernel(
     decay = tl.exp2((maximum - finite(highest)) * LOG2E)
     total_weight = tl.sum(weight * decay, 0)
     row = tl.sum(total * decay[:, None], 0)
-    if SPLITS > 1:
-        to = out_row.to(tl.int64) * SPLITS
+    if SPLIT:
+        to = out_row.to(tl.int64) * splits
         tl.store(partial_out + (to + split) * SIZE + at, row, inside)
         tl.store(sums_out + to * 2 + split, highest)
-        tl.store(sums_out + to * 2 + SPLITS + split, total_weight)
+        tl.store(sums_out + to * 2 + splits + split, total_weight)
     else:
         tl.store(y + batch * y_batch + head * y_head + at, divided(row, total_weight).to(y.dtype.element_ty), inside)

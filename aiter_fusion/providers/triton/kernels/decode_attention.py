@@ -10,26 +10,27 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .attention import LOG2E, divided, filled, finite, softcapped, split_length
 
 
-@triton.jit(do_not_specialize=["keys"])
+@triton.jit(do_not_specialize=["keys", "splits"])
 def decode_attention_kernel(
     q, k, v, mask, position, y, partial_out, sums_out,
-    scale, key_heads, keys,
+    scale, key_heads, keys, splits,
     q_batch, q_head, q_token, k_batch, k_head, k_key, v_batch, v_head, v_key,
     mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     SWAPPED: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS of the GROUP * TOKENS query rows of one head of keys, and one of SPLITS parts of the keys.
+    """A program takes ROWS of the GROUP * TOKENS query rows of one head of keys, and one of ``splits`` parts of these.
 
     Args:
         q: ``[B, key_heads * GROUP, TOKENS, SIZE]``, as y; elements of a row are 1 apart, as those of k and v are.
         k, v: ``[B, key_heads, keys, SIZE]``.
         mask: ``[B, heads, TOKENS, keys]``, with a stride of 0 where it is one for all; None without MASK.
         position: of the first query, one integer; None without HAS_POSITION, where all keys are visible.
-        partial_out: with SPLITS > 1, sums of values ``[rows of y, SPLITS, SIZE]`` float32, y is None; else None.
-        sums_out: with partial_out, each row's maximum and sum of weights ``[rows of y, 2, SPLITS]`` float32.
+        partial_out: with SPLIT, sums of values ``[rows of y, splits, SIZE]`` float32, y is None; else None.
+        sums_out: with partial_out, each row's maximum and sum of weights ``[rows of y, 2, splits]`` float32.
+        SPLIT: whether there are several parts.
         PADDED: SIZE, or the next power of two.
         STAGES: loads of BLOCK keys and values that are under way at a time, and one that is worked on.
         SWAPPED: whether keys are the rows of the products and queries their columns.
@@ -45,8 +46,8 @@ def decode_attention_kernel(
     program = tl.program_id(0)
     row = program % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
     program = program // ROW_BLOCKS
-    split = program % SPLITS
-    program = program // SPLITS
+    split = program % splits
+    program = program // splits
     key_head = program % key_heads
     batch = (program // key_heads).to(tl.int64)
     token = row % TOKENS
@@ -54,10 +55,10 @@ def decode_attention_kernel(
     given = row < GROUP * TOKENS
 
     first, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
-    length = split_length(begin, end, SPLITS, BLOCK)
+    length = split_length(begin, end, splits, BLOCK)
     begin += split * length
     end = tl.minimum(begin + length, end)
-    if SPLITS > 1 and begin >= end:
+    if SPLIT and begin >= end:
         return
 
     at = tl.arange(0, PADDED)
@@ -120,11 +121,11 @@ def decode_attention_kernel(
     if SWAPPED:
         total = tl.trans(total)
     wanted = given[:, None] & inside[None, :]
-    if SPLITS > 1:
+    if SPLIT:
         out_row = (batch * key_heads * GROUP + head) * TOKENS + token
-        tl.store(partial_out + (out_row * SPLITS + split)[:, None] * SIZE + at[None, :], total, wanted)
-        tl.store(sums_out + out_row * 2 * SPLITS + split, maximum, given)
-        tl.store(sums_out + (out_row * 2 + 1) * SPLITS + split, weight, given)
+        tl.store(partial_out + (out_row * splits + split)[:, None] * SIZE + at[None, :], total, wanted)
+        tl.store(sums_out + out_row * 2 * splits + split, maximum, given)
+        tl.store(sums_out + (out_row * 2 + 1) * splits + split, weight, given)
     else:
         y_at = y + batch * y_batch + head.to(tl.int64)[:, None] * y_head + token[:, None] * y_token + at[None, :]
         tl.store(y_at, divided(total, weight[:, None]).to(y.dtype.element_ty), wanted)
