@@ -52,9 +52,13 @@ def _is_multiple(value: object) -> bool:
 
 
 def spills(code: Mapping[str, str], folder: Path) -> int:
-    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's."""
+    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's.
+
+    There only vector registers count: a scalar one goes to a lane of a vector register, and only if there is none to
+    memory, for which a vector register is then counted.
+    """
     if "ptx" not in code:
-        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count: *(\d+)", code["amdgcn"])))
+        return sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", code["amdgcn"])))
     ptxas = import_module("triton").knobs.nvidia.ptxas.path
     (target,) = re.findall(r"\.target (\w+)", code["ptx"])
     (folder / "kernel.ptx").write_text(code["ptx"])

@@ -48,11 +48,10 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         | _read(arguments)
         | {"scale": float(arguments["scale"]), "STAGES": tile.stages, "SPLIT": splits > 1}
     )
-    warps = tile.warps if gpu.nvidia else max(1, tile.warps // 2)
     if tile.rows == 1:
         without = {"q_token", "y_token", "mask_token"}
         reading = {name: value for name, value in reading.items() if name not in without}
-        made = [Launch("attention_row", batch * heads * splits, reading, warps)]
+        made = [Launch("attention_row", batch * heads * splits, reading, tile.warps)]
     else:
         row_blocks = -(-group * tokens // tile.rows)
         reading |= {
@@ -63,7 +62,7 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
             "SWAPPED": tile.swapped,
             "MASK_BY_ROW": _is_by_row(arguments),
         }
-        made = [Launch("decode_attention", batch * key_heads * row_blocks * splits, reading, warps)]
+        made = [Launch("decode_attention", batch * key_heads * row_blocks * splits, reading, tile.warps)]
     if splits == 1:
         return Launches(tuple(made))
     rows, slots = batch * heads * tokens, power_of_two(splits)

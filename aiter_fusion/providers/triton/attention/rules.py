@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     rows:    of queries; 1: multiply and add in float32, without matrix units.
     block:   keys that it holds at a time.
     stages:  loads of such blocks that are under way at a time, and one that is worked on.
-    warps:   of 32 threads.
+    warps:   on AMD's GPUs as many, of 64 threads: with half, sums of heads of 256 do not fit the registers.
     swapped: whether keys are the rows of the products (of 64 rows at a time on NVIDIA's from compute capability 9.0).
     """
 
