@@ -43,6 +43,8 @@ class Reason(Enum):
 
 
 CODES = frozenset(reason.code for reason in Reason)
+# Where the graph's own code is thought to be faster, nothing is lost: ``strict`` allows these.
+OF_SPEED = frozenset({Reason.SLOWER.code, Reason.UNMEASURED.code})
 
 
 class Refusal(NamedTuple):

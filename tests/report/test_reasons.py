@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from aiter_fusion import providers, report
+from aiter_fusion.backend import FusionError, check
 from aiter_fusion.config import options
 from aiter_fusion.passes import layout
 from aiter_fusion.passes import sites as sites_module
@@ -222,3 +224,12 @@ def test_what_is_not_chosen_unasked_can_be_asked_for_by_name(why: str, monkeypat
     changed = replace(providers.PROVIDERS["reference"], **{why: lambda op, arguments: "two kernels"})
     monkeypatch.setitem(providers.PROVIDERS, "reference", changed)
     assert [site.status for site in sites(provider="reference")] == [report.REPLACED]
+
+
+@pytest.mark.parametrize("code", ["slower", "unmeasured", "provider"])
+def test_strict_allows_what_speed_decides(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the graph's own code is as fast, nothing is lost."""
+    made = report.FusionReport(tuple(PROVOKE[code](monkeypatch)))
+    assert [site.code for site in made.skipped] == [code]
+    with pytest.raises(FusionError, match="1 sites were skipped") if code == "provider" else nullcontext():
+        check(options(strict=True), made)

@@ -72,12 +72,13 @@ def spills(code: Mapping[str, str], folder: Path) -> int:
 
 
 def compile_for(
-    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
+    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, number: str = "fp32"
 ) -> Mapping[str, str]:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
     types of its tensors. Returns its code by stage of compilation.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
+    number:  the type of floating-point numbers; Inductor's calls give ``fp64``.
     """
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
@@ -93,7 +94,7 @@ def compile_for(
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = number if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
@@ -104,3 +105,9 @@ def compile_for(
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
     return made.asm
+
+
+def in_float64(code: Mapping[str, str]) -> list[str]:
+    """What compiled code does in float64, apart from taking such arguments and rounding them to float32."""
+    lines = [line for line in code["ttgir"].splitlines() if re.search(r"\bf64\b|xf64", line)]
+    return [line for line in lines if "tt.func" not in line and not ("arith.truncf" in line and "f64 to f32" in line)]

@@ -3,6 +3,8 @@ shapes, and then only pointers are filled in."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,10 +17,19 @@ from ...op import FusedOp
 from .jit import compiling_nothing, kernel
 from .launch import Launch, Launches, Ref, flat
 
+# Bytes that kernels load at a time from where a pointer allows it.
+ALIGNMENT = 16
 # From the pointers of a call's tensors to its outputs.
 Launcher = Callable[[list[int]], dict[str, Tensor]]
 # What launches a compiled kernel, its arguments in order, and which of them are which pointers.
 Step = tuple[Callable[..., None], list[Any], list[tuple[int, int]]]
+
+
+def alignment(pointers: Sequence[int]) -> tuple[bool, ...]:
+    """What kernels are compiled for: whether each pointer is aligned. Empty if all are, as nearly always."""
+    if functools.reduce(operator.or_, pointers) % ALIGNMENT == 0:
+        return ()
+    return tuple([pointer % ALIGNMENT == 0 for pointer in pointers])
 
 
 def prepare(op: FusedOp, arguments: Mapping[str, Any], plan: Launches, order: Sequence[str]) -> Launcher:
@@ -39,17 +50,16 @@ def prepare(op: FusedOp, arguments: Mapping[str, Any], plan: Launches, order: Se
     places = {name: place for place, name in enumerate([*order, *outputs, *scratch])}
     with torch.cuda.device(device), compiling_nothing() if is_capturing() else nullcontext():
         steps = [_step(launch, known, places) for launch in plan.launches]
-    made = {name: (tuple(output.shape), output.stride(), output.dtype) for name, output in outputs.items()}
-    between = list(plan.scratch.values())
+    made = {name: _like(tensor) for name, tensor in outputs.items()}
+    between = [_like(tensor) for tensor in scratch.values()]
+    torch_c: Any = torch._C
+    empty = torch_c._dynamo.guards._empty_strided_cuda  # Inductor's, on the current device
 
     def launch(pointers: list[int]) -> dict[str, Tensor]:
-        results = {
-            name: torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            for name, (shape, stride, dtype) in made.items()
-        }
-        parts = [torch.empty(sizes, dtype=kind, device=device) for sizes, kind in between]
-        every = pointers + [tensor.data_ptr() for tensor in (*results.values(), *parts)]
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
+            results = {name: empty(*like) for name, like in made.items()}
+            parts = [empty(*like) for like in between]
+            every = pointers + [tensor.data_ptr() for tensor in (*results.values(), *parts)]
             stream = torch._C._cuda_getCurrentRawStream(index)
             for start, template, slots in steps:
                 values = template.copy()
@@ -59,6 +69,10 @@ def prepare(op: FusedOp, arguments: Mapping[str, Any], plan: Launches, order: Se
         return results
 
     return launch
+
+
+def _like(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 
 def _step(launch: Launch, known: Mapping[str, Tensor], places: Mapping[str, int]) -> Step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ F32 = torch.float32
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
     """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
     return op.family not in WHOLE or WHOLE[op.family].is_known(arguments)
+
+
+def has_site(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
+    """Whether a compiled graph may call ``site`` where launches are not known, which the op's dispatch would cost."""
+    return WHOLE[op.family].has_site(arguments)
+
+
+def site(op: FusedOp) -> Callable[..., Any]:
+    """What a compiled graph calls where launches are not known: it takes the op's arguments and chooses at every
+    call."""
+    return WHOLE[op.family].site(op)
 
 
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:

@@ -8,18 +8,20 @@ times that; Inductor plans the outputs as its own buffers; and the kernels are c
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import ir
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
@@ -65,6 +67,33 @@ class _Launch(ir.UserDefinedTritonKernel):
 
     def can_fuse_epilogue(self) -> bool:
         return False
+
+
+class _Site(ir.FallbackKernel):
+    """A call whose launches depend on sizes that are known only then. Generated Python calls an object of its own for
+    it, since the dispatcher takes longer than a launch; generated code of another language calls the op."""
+
+    def codegen(self, wrapper: Any) -> None:
+        module = wrapper
+        while hasattr(module, "parent_wrapper"):
+            module = module.parent_wrapper
+        if type(module) is PythonWrapperCodegen:
+            op, name = cast("torch._ops.OpOverload", self.op_overload), f"aiter_fusion_{self.get_name()}"
+            module.add_import_once(f"from {__name__} import site")
+            module.header.writeline(f"{name} = site({op._schema.name!r}, {op._overloadname!r})")
+            self.python_kernel_name = name
+        super().codegen(wrapper)
+
+
+def site(name: str, overload: str) -> Callable[..., Any]:
+    """What generated code calls in place of an op.
+
+    Args:
+        name: the op's, with its namespace.
+        overload: the overload's.
+    """
+    targets = {(op.target._schema.name, op.target._overloadname): op for op in REGISTRY.ops.values()}
+    return launches.site(targets[name, overload])
 
 
 @contextmanager
@@ -159,6 +188,9 @@ def _lowering(op: FusedOp) -> Any:
     opaque = fallback_handler(op.target, add_to_fallback_set=False)
     names = [*op.arguments, "provider"]
 
+    def called_there(*args: Any) -> Any:
+        return tree_map_only(ir.IRNode, ir.TensorBox.create, _Site.create(op.target, *args))
+
     def lower(*args: Any) -> Any:
         if len(args) < len(names) or args[-1] != NAME:
             return opaque(*args)
@@ -166,7 +198,7 @@ def _lowering(op: FusedOp) -> Any:
         values = fx.map_arg(node.args, lambda value: value.meta["val"])
         fakes = dict(zip(op.arguments, values, strict=False))
         if not launches.is_known(op, fakes):
-            return opaque(*args)
+            return called_there(*args) if launches.has_site(op, fakes) else opaque(*args)
         return _lower(op, dict(zip(op.arguments, args, strict=False)), fakes)
 
     return lower

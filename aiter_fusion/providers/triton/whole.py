@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +20,8 @@ class Calls(Protocol):
 
     is_known: whether the launches of a call are the same whatever its symbolic sizes are.
     of:       those launches.
+    has_site: whether a compiled graph may call a site where they are not.
+    site:     what it calls there, for one place of the graph: the op's arguments to its outputs, without the dispatcher.
     """
 
     TERMS: Terms
@@ -29,6 +31,8 @@ class Calls(Protocol):
     def unmeasured(self, arguments: Mapping[str, Any]) -> str | None: ...
     def is_known(self, arguments: Mapping[str, Any]) -> bool: ...
     def of(self, arguments: Mapping[str, Any]) -> Launches: ...
+    def has_site(self, arguments: Mapping[str, Any]) -> bool: ...
+    def site(self, op: FusedOp) -> Callable[..., Any]: ...
     def run(self, op: FusedOp, **arguments: Any) -> dict[str, Tensor]: ...
 
 

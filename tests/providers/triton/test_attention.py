@@ -23,7 +23,7 @@ from aiter_fusion.providers.triton.attention import calls, launches, rules
 from aiter_fusion.providers.triton.gpu import Gpu
 from aiter_fusion.providers.triton.launch import Ref
 from aiter_fusion.providers.triton.launches import is_known
-from support.compiling import TARGETS, compile_for, kinds_of, needs_triton, spills
+from support.compiling import TARGETS, compile_for, in_float64, kinds_of, needs_triton, spills
 
 H200 = Gpu(True, True, 132, 232448)
 GPUS = {"sm_90": H200, "gfx942": Gpu(False, False, 304, 64 << 10), "gfx950": Gpu(False, False, 256, 160 << 10)}
@@ -209,6 +209,18 @@ SOME = [
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_kernels_compile(case: Case, target: str, tmp_path: Path) -> None:
     compiled(case, target, tmp_path)
+
+
+@needs_triton
+@pytest.mark.parametrize("group", [1, 4])
+def test_numbers_in_float64(group: int) -> None:
+    """Inductor passes a Python number in float64, which must not spread to the arithmetic."""
+    case = Case(2, 1024, group, softcap=30.0)
+    with FakeTensorMode():
+        given = case.arguments("cpu")
+    kinds = kinds_of({name: value for name, value in given.items() if isinstance(value, Tensor)}, "")
+    launch = launches.of(given, H200).launches[0]
+    assert not in_float64(compile_for("sm_90", launch, kinds | {"y": "*bf16"}, number="fp64"))
 
 
 @needs_triton

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aiter_fusion import ops  # noqa: F401  (importing it registers ops)
 from aiter_fusion.bench import tune_linear
-from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact
+from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact, functions, tensors_of
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, provider, tuned
@@ -293,3 +294,35 @@ def test_what_is_tuned_is_what_the_file_may_have(case: Case, nvidia: bool) -> No
     for choice in found:
         assert choice.keys() == {*rules.Tile._fields, "split"}
         assert all(0 < n <= tuned.FREE[name] for name, n in choice.items())
+
+
+def test_generated_code_calls_no_dispatcher() -> None:
+    """With symbolic rows the code calls an object of its own, here for calls that no kernel takes."""
+    PROVIDERS["triton"].prepare()
+    torch._dynamo.reset()
+    size = Size.parse("256x128,64")
+    ours, separate = functions(Case(size, 64, scales="tensor").arguments("cpu"))
+    compiled = torch.compile(ours, fullgraph=True)
+
+    def check(rows: int, run: Callable[..., Any]) -> str:
+        tensors = tensors_of(Case(size, rows, scales="tensor").arguments("cpu"))
+        torch._dynamo.mark_dynamic(tensors[0], 0)
+        results, codes = run(*tensors)
+        assert all(torch.equal(y, want) for y, want in zip(results, separate(*tensors), strict=True))
+        return "".join(codes)
+
+    code = check(64, lambda *tensors: run_and_get_code(compiled, *tensors))
+    assert "site('aiter_fusion::fp8_linear', 'default')" in code
+    assert "ops.aiter_fusion.fp8_linear.default(" not in code
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (7, 600):
+            check(rows, lambda *tensors: (compiled(*tensors), []))
+
+
+def test_sites_are_for_symbolic_rows_alone() -> None:
+    """Where anything else is symbolic, the op itself is called."""
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env):
+        rows, weight = env.create_unbacked_symint(), torch.empty(4, 8).t()
+        assert calls.has_site({"x": torch.empty(rows, 8), "weights": [weight], "biases": [None]})
+        assert not calls.has_site({"x": torch.empty(rows, 8), "weights": [weight, torch.empty(rows, 8).t()]})

@@ -32,7 +32,7 @@ from aiter_fusion.providers.triton.linear import calls as linear
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import WITH_NUMBER
-from support.compiling import MOST_THREADS, TARGETS, compile_for, kinds_of, needs_triton
+from support.compiling import MOST_THREADS, TARGETS, compile_for, in_float64, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
@@ -511,6 +511,16 @@ def test_an_eps_that_is_no_constant(target: str) -> None:
         before_the_loop = code[: code.index("scf.for")]
         assert ("tt.load" in before_the_loop) == kind.startswith("*")
         assert "f64" not in code[len(before_the_loop) :]
+
+
+@needs_triton
+def test_the_number_one_in_float64() -> None:
+    """Inductor passes it in float64, which must not spread to the activation."""
+    op = REGISTRY.ops["act_mul_quant", frozenset()]
+    known = {name: next(op.samples())[name] for name in op.arguments} | {"act": "gelu_tanh"}
+    tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)} | op.allocate(**known)
+    for launch in launches.of(op, known, True).launches:
+        assert not in_float64(compile_for("sm_90", launch, kinds_of(tensors, "fp8e4nv"), number="fp64"))
 
 
 @pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])

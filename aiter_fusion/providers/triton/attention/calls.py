@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ TERMS = Terms(
     },
     hidden=Sizes(rules.LEAST_SIZE, rules.MOST_SIZE, multiple=rules.SIZES),
 )
-# Bytes that a kernel loads at a time, where rows lie so far apart.
-ALIGNMENT = 16
 # Offsets within a block of keys are computed in 32 bits.
 MOST_STRIDE = (1 << 31) // 512
 
@@ -96,6 +94,20 @@ def of(arguments: Mapping[str, Any]) -> launches.Launches:
     return launches.of(arguments, gpu_of(arguments["q"].device.index or 0))
 
 
+def has_site(arguments: Mapping[str, Any]) -> bool:
+    """Every call finds its launches by all that they depend on, so it does not matter what is symbolic."""
+    return True
+
+
+def site(op: FusedOp) -> Callable[..., Any]:
+    """The op without the dispatcher."""
+
+    def call(*values: Any) -> Any:  # the last is the provider
+        return op.pack(run(op, **dict(zip(op.arguments, values, strict=False))))
+
+    return call
+
+
 def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     """Compute a call by the kernels.
 
@@ -106,7 +118,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     pointers = [tensor.data_ptr() for tensor in tensors.values()]
     key = (
         *((name, t.dtype, t.shape, t.stride()) for name, t in tensors.items()),
-        tuple([pointer % ALIGNMENT == 0 for pointer in pointers]),  # kernels are compiled for each pointer's
+        launcher.alignment(pointers),
         arguments["q"].device,
         *(arguments[name] for name in ("scale", "window", "softcap", "by_tokens")),
     )

@@ -28,6 +28,7 @@ def attention_row_kernel(
     """
     if DEPENDENT:
         gdc_launch_dependents()
+    scale = scale.to(tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
     split = program % splits
     out_row = program // splits

@@ -43,6 +43,7 @@ def decode_attention_kernel(
     if DEPENDENT:
         gdc_launch_dependents()
     AXIS: tl.constexpr = 0 if SWAPPED else 1  # along which keys lie in scores and weights
+    scale = scale.to(tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
     row = program % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
     program = program // ROW_BLOCKS

@@ -1,7 +1,6 @@
 """Calls of ``fp8_linear``: what the kernels take, where they pay, and calls outside of Inductor's launches.
 
-A compiled graph with a symbolic number of rows calls the op itself, which chooses here, at every call. So little may
-take time here.
+A compiled graph with a symbolic number of rows chooses here, at every call. So little may take time here.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....domains import FLAG, Each, OneOf, Tensors
 from ....op import FusedOp
-from ....scaled_product import BLOCKS, MOST, granularity
+from ....scaled_product import BLOCKS, MOST, granularity, is_direct
 from ...terms import Terms
 from ..gpu import gpu_of
 from ..jit import native_fp8
 from ..launch import Launches, flat
-from ..launcher import Launcher, prepare
+from ..launcher import Launcher, alignment, prepare
 from . import launches, rules
 
 F32 = torch.float32
@@ -37,7 +36,7 @@ TERMS = Terms(
         "fast_accum": FLAG,
     }
 )
-# Pointers and strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
+# Strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
 ALIGNMENT = 16
 
 
@@ -105,6 +104,17 @@ def is_known(arguments: Mapping[str, Any]) -> bool:
     return isinstance(arguments["x"].shape[0], int)
 
 
+def has_site(arguments: Mapping[str, Any]) -> bool:
+    """Whether nothing of a call is symbolic but how many rows its tensors have."""
+    tensors = [value for value in flat(arguments).values() if isinstance(value, Tensor)]
+    return all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape[1:], *tensor.stride()))
+
+
+def site(op: FusedOp) -> Site:
+    """All calls of a site come from one place, where only rows are symbolic."""
+    return Site(op)
+
+
 def of(arguments: Mapping[str, Any]) -> Launches:
     """The launches of a call with a known number of rows, on its GPU."""
     return launches.of(arguments, gpu_of(arguments["x"].device.index or 0))
@@ -146,7 +156,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
         tuple([bias is None for bias in arguments["biases"]]),
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.stride() for tensor in tensors]),
-        tuple([pointer % ALIGNMENT == 0 for pointer in pointers]),  # kernels are compiled for each pointer's
+        alignment(pointers),
     )
     prepared = _prepared.get(key)
     if prepared is None:
@@ -158,11 +168,59 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
 _prepared: dict[tuple[Any, ...], Launcher | None] = {}
 
 
+class Site:
+    """One place of a compiled graph that calls the op with a number of rows which is known only then.
+
+    The generated code has such an object and calls it in place of the op, whose dispatch takes longer than a launch.
+    Its calls differ in rows and pointers alone, so everything else is looked up once.
+    """
+
+    def __init__(self, op: FusedOp) -> None:
+        self._op = op
+        self._launchers: dict[tuple[int, tuple[bool, ...]], Launcher | None] = {}
+        self._is_direct: bool | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        x_scale: Tensor,
+        weight_scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        fast_accum: bool,
+        provider: str,
+    ) -> list[Tensor]:
+        """The op's outputs."""
+        rows = x.shape[0]
+        values = (x, weights, x_scale, weight_scales, biases, dtype, fast_accum)
+        if 0 < rows <= rules.MOST_ROWS:
+            tensors = [x, x_scale, *weights, *weight_scales, *[bias for bias in biases if bias is not None]]
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            key = rows, alignment(pointers)
+            if key not in self._launchers:
+                self._launchers[key] = _prepare(self._op, dict(zip(self._op.arguments, values, strict=True)))
+            launch = self._launchers[key]
+            if launch is not None:
+                return list(launch(pointers).values())
+        elif self._is_direct:
+            layers = zip(weights, weight_scales, biases, strict=True)
+            return [
+                torch.ops.aten._scaled_mm.default(x, w, x_scale, scale, b, None, dtype, fast_accum)
+                for w, scale, b in layers
+            ]
+        elif self._is_direct is None and rows:
+            self._is_direct = is_direct(x, weights, x_scale, weight_scales)
+        return list(self._op.reference(*values).values())
+
+
 def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher | None:
+    if refuse(arguments) is not None:
+        return None
     x = arguments["x"]
     # by block, PyTorch's product takes only some scales, and the reference of the others is slow
     pays = launches.is_blocked(arguments) or _pays(arguments, x.shape[0], x.device.index or 0)
-    return launcher(op, arguments) if pays and refuse(arguments) is None else None
+    return launcher(op, arguments) if pays else None
 
 
 def launcher(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher:
