@@ -117,7 +117,7 @@ _QUANTISED = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
 WRITTEN: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("rms_norm_quant", "act_mul_quant"), _QUANTISED),
     **dict.fromkeys(("fp8_gemv", "fp8_matmul", "fp8_combine"), ("y0", "y1", "y2", "y3", "partial_out")),
-    **dict.fromkeys(("decode_attention", "attention_row", "attention_combine"), ("y", "partial_out", "sums_out")),
+    **dict.fromkeys(("decode_attention", "attention_combine", "prefill_attention"), ("y", "partial_out", "sums_out")),
 }
 
 

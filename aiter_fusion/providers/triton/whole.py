@@ -21,7 +21,7 @@ class Calls(Protocol):
     is_known: whether the launches of a call are the same whatever its symbolic sizes are.
     of:       those launches.
     has_site: whether a compiled graph may call a site where they are not.
-    site:     what it calls there, for one place of the graph: the op's arguments to its outputs, without the dispatcher.
+    site:     what it calls there: the op without the dispatcher, for one place of the graph.
     """
 
     TERMS: Terms

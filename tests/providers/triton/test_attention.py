@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,12 @@ from aiter_fusion.providers.triton import jit, provider
 from aiter_fusion.providers.triton.attention import calls, launches, rules
 from aiter_fusion.providers.triton.gpu import Gpu
 from aiter_fusion.providers.triton.launch import Ref
-from aiter_fusion.providers.triton.launches import is_known
+from aiter_fusion.providers.triton.launches import has_site, is_known
 from support.compiling import TARGETS, compile_for, in_float64, kinds_of, needs_triton, spills
 
 H200 = Gpu(True, True, 132, 232448)
 GPUS = {"sm_90": H200, "gfx942": Gpu(False, False, 304, 64 << 10), "gfx950": Gpu(False, False, 256, 160 << 10)}
-KERNELS = {"decode_attention", "attention_row", "attention_combine"}
+KERNELS = {"decode_attention", "attention_combine", "prefill_attention"}
 
 
 @pytest.fixture
@@ -59,29 +60,39 @@ FEW = Case(2, 256)
 
 
 def test_rules_fill_the_multiprocessors_and_no_more() -> None:
-    sizes = itertools.product((1, 8, 64, 256, 1024), (1, 4, 8, 16, 64, 128), (1, 64, 1024, 32768), (64, 80, 128, 256))
-    for heads, rows, keys, size in sizes:
-        tile, splits = rules.plan(heads, rows, keys, size, 2, 132, H200.shared_memory)
-        assert (tile.rows == 1) == (rows == 1)
+    heads = (1, 8, 64, 256, 1024)
+    sizes = itertools.product(heads, (1, 4, 8), (1, 4, 16), (1, 64, 1024, 32768), (64, 80, 128, 256))
+    for heads, group, tokens, keys, size in sizes:
+        kernel, tile, splits = rules.plan(heads, group, tokens, keys, size, 2, H200)
+        assert kernel == "decode_attention"
         assert tile.rows <= rules.MOST_ROWS
         assert all(n & (n - 1) == 0 for n in (tile.rows, tile.block, tile.warps))
         assert tile.stages * tile.stage_bytes(size, 2) < H200.shared_memory
         assert 1 <= splits <= rules.MOST_SPLITS
-        programs = heads * -(-rows // tile.rows)
+        programs = heads * -(-group * tokens // tile.rows)
         assert splits == 1 or programs * splits <= rules.WAVES * 132
-        assert splits == 1 or keys >= splits * rules.LEAST_BLOCKS * tile.block
+        assert splits == 1 or keys >= splits * rules.LEAST_KEYS
+
+
+def test_every_part_of_a_full_cache_has_keys() -> None:
+    for keys, heads in itertools.product(range(1, 9000, 37), (1, 3, 8, 50)):
+        _, tile, splits = rules.plan(heads, 4, 1, keys, 128, 2, H200)
+        length = math.ceil(math.ceil(keys / splits) / tile.block) * tile.block  # as ``split_length``
+        assert (splits - 1) * length < keys
 
 
 def test_a_gpu_with_less_of_everything_gets_fewer_stages() -> None:
-    tile, _ = rules.plan(8, 4, 4096, 256, 2, 304, 64 << 10)
-    assert 1 <= tile.stages < 3
+    less = Gpu(False, False, 304, 64 << 10)
+    for tokens in (1, 2048):
+        tile = rules.plan(8, 4, tokens, 4096, 256, 2, less).tile
+        assert tile.stages >= 1
+        assert tile.stages * tile.stage_bytes(256, 2) < less.shared_memory
 
 
 REFUSED = {
     "cpu": "the tensors are on cpu",
     "dtypes": "its kernels need one dtype",
     "float32": "q is torch.float32, which is none of",
-    "tokens": "there are 17 query tokens, and its kernels are for 1 to 16",
     "none": "k has no tokens",
     "elements": "elements of k are 2 apart",
     "keys": "keys of v are 8388608 elements apart",
@@ -107,7 +118,6 @@ def test_refusals(case: str, gpu: None) -> None:
         "cpu": FEW.arguments("cpu"),
         "dtypes": {"k": fake((2, 8, 256, 128), dtype=torch.float16)},
         "float32": {"q": fake((2, 32, 1, 128), dtype=torch.float32)},
-        "tokens": {"q": fake((2, 32, 17, 128))},
         "none": {"k": fake((2, 8, 0, 128)), "v": fake((2, 8, 0, 128))},
         "elements": {"k": fake((2, 8, 256, 128), (524288, 65536, 256, 2))},
         "keys": {"v": fake((2, 8, 256, 128), (1 << 40, 1 << 36, 1 << 23, 1))},
@@ -131,16 +141,20 @@ def test_only_some_gpus_are_measured(gpu: None, monkeypatch: pytest.MonkeyPatch)
     assert "was not measured on AMD Instinct MI300X" in (provider.unmeasured(ATTENTION, given) or "")
 
 
-def test_symbolic_sizes_are_not_looked_at(gpu: None) -> None:
-    """A symbolic number of sequences adds no guard: every call chooses anew."""
+@pytest.mark.parametrize("dim", ["sequences", "tokens"])
+def test_symbolic_sizes_are_not_looked_at(dim: str, gpu: None) -> None:
+    """A symbolic number of sequences or tokens adds no guard: every call chooses anew."""
     env = ShapeEnv()
     with FakeTensorMode(shape_env=env):
-        batch = env.create_unbacked_symint()
-        given = arguments(FEW, q=torch.empty(batch, 32, 1, 128, dtype=torch.bfloat16, device="cuda:0"))
+        some = env.create_unbacked_symint()
+        batch, tokens = (some, 1) if dim == "sequences" else (2, some)
+        given = arguments(FEW, q=torch.empty(batch, 32, tokens, 128, dtype=torch.bfloat16, device="cuda:0"))
         for name in ("k", "v"):
             given[name] = torch.empty(batch, 8, 256, 128, dtype=torch.bfloat16, device="cuda:0")
         assert PROVIDERS["triton"].why_not(ATTENTION, given) is None
+        assert provider.slower(ATTENTION, given) is None
         assert not is_known(ATTENTION, given)
+        assert has_site(ATTENTION, given)
     assert not env.guards
 
 
@@ -151,6 +165,7 @@ BOUND = [
     Case(1, 128, group=1),
     Case(2, 1024, group=8, tokens=16, size=80, mask="rows", window=100),
     Case(128, 1024, mask="bool"),
+    Case(2, 4096, tokens=1000, window=100),
 ]
 
 
@@ -166,7 +181,10 @@ def test_every_call_binds(case: Case, gpu: None) -> None:
         assert launch.kernel in KERNELS
         assert launch.grid >= 1
         assert {value.name for value in launch.arguments.values() if isinstance(value, Ref)} <= known
-        assert launch.dependent == (index == 1)
+        few = launch.kernel != "prefill_attention"
+        assert launch.dependent == few
+        assert launch.arguments.get("DEPENDENT", False) == few
+        assert launch.arguments.get("FOLLOWED", False) == (few and index == 0 and len(plan.launches) == 2)
 
 
 def test_strides_of_a_mask_that_is_one_for_all(gpu: None) -> None:
@@ -201,6 +219,8 @@ SOME = [
     Case(8, 4096, size=256, tokens=16, mask="rows", window=512, softcap=50.0),
     Case(1, 4096, size=80, tokens=4, mask="bool"),
     Case(8, 1024, group=1, mask="added", softcap=30.0),
+    Case(1, 4096, tokens=2048),
+    Case(1, 4096, size=256, tokens=100, mask="rows", window=512, softcap=50.0),
 ]
 
 
@@ -227,7 +247,7 @@ def test_numbers_in_float64(group: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize("mask", ["none", "bool", "added", "rows"])
-@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 512])
 @pytest.mark.parametrize("size", [64, 112, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_every_configuration_compiles(

@@ -50,11 +50,6 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
             return f"{name} is on {tensor.device}, q on {q.device}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, and its kernels need one dtype"
-    tokens = q.shape[2]
-    if not isinstance(tokens, int):
-        return "the number of query tokens is known only at run time"
-    if not 1 <= tokens <= rules.MOST_TOKENS:
-        return f"there are {tokens} query tokens, and its kernels are for 1 to {rules.MOST_TOKENS}"
     heads, key_heads = q.shape[1], k.shape[1]
     if not isinstance(heads, int) or not isinstance(key_heads, int):
         return "the number of heads is known only at run time"

@@ -13,7 +13,9 @@ from ..launch import Launch, Launches, Ref
 from . import rules
 
 # Registers of a program that adds parts up: float32 elements that a warp of 32 threads holds at most.
-COMBINED = 1024
+COMBINED = 2048
+# Elements of a row that such a program takes at most.
+COLUMNS = 256
 
 
 def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
@@ -21,62 +23,71 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
     q, k = arguments["q"], arguments["k"]
     (batch, heads, tokens, size), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // key_heads
-    tile, splits = rules.plan(
-        batch * key_heads, group * tokens, keys, size, q.dtype.itemsize, gpu.multiprocessors, gpu.shared_memory
-    )
-    padded = power_of_two(size)
+    plan = rules.plan(batch * key_heads, group, tokens, keys, size, q.dtype.itemsize, gpu)
+    tile, splits = plan.tile, plan.splits
     common = {
         "position": Ref("position") if arguments["position"] is not None else None,
         "keys": keys,
         **_strides(arguments),
         "SIZE": size,
-        "PADDED": padded,
+        "PADDED": power_of_two(size),
         "BLOCK": tile.block,
-        "splits": splits,
         "HAS_POSITION": arguments["position"] is not None,
         "WINDOW": arguments["window"],
-        "DEPENDENT": splits > 1 and gpu.dependent,
     }
-    split = {
+    reading = common | _read(arguments) | {"scale": float(arguments["scale"]), "STAGES": tile.stages}
+    rows = group * tokens
+    row_blocks = -(-rows // tile.rows)
+    if plan.kernel == "prefill_attention":
+        reading |= {
+            "y": Ref("y"),
+            "GROUP": group,
+            "tokens": tokens,
+            "ROWS": tile.rows,
+            "row_blocks": row_blocks,
+            "MASK_BY_ROW": _is_by_row(arguments),
+            "FOLDED": arguments["mask"] is None and not arguments["softcap"] and arguments["scale"] > 0,
+        }
+        return Launches((Launch(plan.kernel, batch * key_heads * row_blocks, reading, tile.warps),))
+    reading |= {
+        "splits": splits,
         "y": Ref("y") if splits == 1 else None,
         "partial_out": Ref("partial") if splits > 1 else None,
         "sums_out": Ref("sums") if splits > 1 else None,
+        "SPLIT": splits > 1,
     }
-    reading = (
-        common
-        | split
-        | _read(arguments)
-        | {"scale": float(arguments["scale"]), "STAGES": tile.stages, "SPLIT": splits > 1}
-    )
-    if tile.rows == 1:
-        without = {"q_token", "y_token", "mask_token"}
-        reading = {name: value for name, value in reading.items() if name not in without}
-        made = [Launch("attention_row", batch * heads * splits, reading, tile.warps)]
-    else:
-        row_blocks = -(-group * tokens // tile.rows)
-        reading |= {
-            "GROUP": group,
-            "TOKENS": tokens,
-            "ROWS": tile.rows,
-            "ROW_BLOCKS": row_blocks,
-            "SWAPPED": tile.swapped,
-            "MASK_BY_ROW": _is_by_row(arguments),
-        }
-        made = [Launch("decode_attention", batch * key_heads * row_blocks * splits, reading, tile.warps)]
+    reading |= {
+        "GROUP": group,
+        "TOKENS": tokens,
+        "ROWS": tile.rows,
+        "ROW_BLOCKS": row_blocks,
+        "SWAPPED": tile.swapped,
+        "MASK_BY_ROW": _is_by_row(arguments),
+        "DEPENDENT": gpu.dependent,
+        "FOLLOWED": splits > 1 and gpu.dependent,
+    }
+    made = [Launch(plan.kernel, batch * key_heads * row_blocks * splits, reading, tile.warps, gpu.dependent)]
     if splits == 1:
         return Launches(tuple(made))
-    rows, slots = batch * heads * tokens, power_of_two(splits)
+    slots = power_of_two(splits)
+    columns = min(COLUMNS, power_of_two(size))
     combining = common | {
+        "splits": splits,
         "partial": Ref("partial"),
         "sums": Ref("sums"),
         "y": Ref("y"),
         "heads": heads,
         "TOKENS": tokens,
         "SLOTS": slots,
+        "COLUMNS": columns,
+        "DEPENDENT": gpu.dependent,
     }
-    few = max(1, min(16, slots * padded // COMBINED))
-    made.append(Launch("attention_combine", rows, combining, few if gpu.nvidia else max(1, few // 2), gpu.dependent))
-    scratch = {"partial": ((rows, splits, size), torch.float32), "sums": ((rows, 2, splits), torch.float32)}
+    few = max(1, min(16, slots * columns // COMBINED))
+    warps = few if gpu.nvidia else max(1, few // 2)
+    count = batch * heads * tokens
+    programs = count * (power_of_two(size) // columns)
+    made.append(Launch("attention_combine", programs, combining, warps, gpu.dependent))
+    scratch = {"partial": ((count, splits, size), torch.float32), "sums": ((count, 2, splits), torch.float32)}
     return Launches(tuple(made), scratch)
 
 

@@ -1,7 +1,7 @@
-"""How attention of few query rows is launched: tiles, and over how many programs the keys of a head are split.
+"""How attention over a cache is launched: kernels, tiles, and over how many programs the keys of a head are split.
 
-Reading keys and values bounds it, so the rules are about how many loads are under way on every multiprocessor, and
-about how evenly the keys are spread over them.
+Reading keys and values bounds that of few tokens, so the rules are about how many loads are under way on every
+multiprocessor, and about how evenly the keys are spread over them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...shapes import power_of_two
+from ..gpu import Gpu
 
-# The query rows of a group that a program can have; more go to several programs.
+# The query rows that a program of ``decode_attention`` can have; more go to several programs.
 LEAST_ROWS, MOST_ROWS = 16, 64
-# What tokens of a call, and elements of a head, the kernels are for.
-MOST_TOKENS, LEAST_SIZE, MOST_SIZE, SIZES = 16, 64, 256, 8
-# Parts that the keys of a head are split into at most, and the blocks of keys that a part has at least in a full cache.
-MOST_SPLITS, LEAST_BLOCKS = 128, 2
-# Programs for each multiprocessor that a split aims at.
-WAVES = 4
+# Tokens of a call that it is for, and elements of a head that all kernels are for.
+FEW_TOKENS, LEAST_SIZE, MOST_SIZE, SIZES = 16, 64, 256, 8
+# Programs for each multiprocessor that a split aims at, keys that a part of a full cache has at least, parts at most.
+WAVES, LEAST_KEYS, MOST_SPLITS = 2, 128, 128
 # GPUs that the rules were measured on, by the name that PyTorch gives them.
 MEASURED = ("NVIDIA H200",)
 
@@ -25,7 +24,7 @@ MEASURED = ("NVIDIA H200",)
 class Tile(NamedTuple):
     """The work of one program.
 
-    rows:    of queries; 1: multiply and add in float32, without matrix units.
+    rows:    of queries.
     block:   keys that it holds at a time.
     stages:  loads of such blocks that are under way at a time, and one that is worked on.
     warps:   on AMD's GPUs as many, of 64 threads: with half, sums of heads of 256 do not fit the registers.
@@ -44,28 +43,52 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A tile, and over how many programs the keys are split."""
+    """A kernel, its tile, and over how many programs the keys are split."""
 
+    kernel: str
     tile: Tile
     splits: int
 
 
-def plan(heads: int, rows: int, keys: int, size: int, itemsize: int, multiprocessors: int, shared_memory: int) -> Plan:
+def plan(heads: int, group: int, tokens: int, keys: int, size: int, itemsize: int, gpu: Gpu) -> Plan:
     """How to launch a call.
 
     Args:
         heads: of keys, of all batches.
-        rows: of queries that share a head of keys.
-        keys: that the cache has room for.
+        group: heads of queries that share one of keys.
+        tokens: of queries; keys: that the cache has room for.
         size: elements of a head; itemsize: bytes of an element.
-        multiprocessors, shared_memory: of the GPU; bytes that a program can have.
     """
-    padded = power_of_two(size)
-    tile = Tile(1, 32, 3, 4) if rows == 1 else Tile(min(MOST_ROWS, max(LEAST_ROWS, power_of_two(rows))), 64, 3, 4)
-    if padded > 128:
-        tile = tile._replace(block=tile.block // 2)
-    queries = tile.rows * padded * itemsize + 2048
-    stages = max(1, min(tile.stages, (shared_memory - queries) // tile.stage_bytes(padded, itemsize)))
+    rows = group * tokens
+    if tokens > FEW_TOKENS:
+        tile = Tile(64, 32, 2, 8) if size > 128 else Tile(128, 64, 3, 8)
+        return Plan("prefill_attention", _fitting(tile, size, itemsize, gpu), 1)
+    tile = _few(rows, size)
     programs = heads * -(-rows // tile.rows)
-    splits = min(WAVES * multiprocessors // programs, keys // (LEAST_BLOCKS * tile.block), MOST_SPLITS)
-    return Plan(tile._replace(stages=stages), max(1, splits))
+    waves = WAVES if tile.rows == LEAST_ROWS else 1
+    splits = max(1, min(waves * gpu.multiprocessors // programs, keys // LEAST_KEYS, MOST_SPLITS))
+    if tile.rows == LEAST_ROWS and size <= 128:
+        if splits == 1:
+            tile = tile._replace(swapped=True)
+        elif keys <= splits * LEAST_KEYS:  # all loads of a program are under way at once
+            tile = tile._replace(block=LEAST_KEYS, stages=2)
+    blocks = -(-keys // tile.block)
+    splits = -(-blocks // -(-blocks // splits))  # those that have keys if the cache is full
+    return Plan("decode_attention", _fitting(tile, size, itemsize, gpu), splits)
+
+
+def _fitting(tile: Tile, size: int, itemsize: int, gpu: Gpu) -> Tile:
+    """With as many stages as there is shared memory for, besides the queries."""
+    padded = power_of_two(size)
+    left = gpu.shared_memory - tile.rows * padded * itemsize - 2048
+    return tile._replace(stages=max(1, min(tile.stages, left // tile.stage_bytes(padded, itemsize))))
+
+
+def _few(rows: int, size: int) -> Tile:
+    """The tile for few rows, of which few are padding."""
+    padded = min(MOST_ROWS, max(LEAST_ROWS, power_of_two(rows)))
+    if size > 128:
+        return Tile(padded, 32, 4, 4)
+    if padded > LEAST_ROWS:
+        return Tile(padded, 32, 4, 4)
+    return Tile(padded, 128 if size <= 64 else 64, 3, 4)

@@ -12,9 +12,10 @@ def attention_combine_kernel(
     partial, sums, position, y,
     heads, keys, splits, y_batch, y_head, y_token,
     TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, DEPENDENT: tl.constexpr,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one row of y.
+    """A program takes COLUMNS elements of one row of y.
 
     Args:
         partial, sums: ``partial_out`` and ``sums_out`` of the first launch, which writes those of splits with keys.
@@ -23,13 +24,13 @@ def attention_combine_kernel(
         SLOTS: splits, or the next power of two.
         DEPENDENT: whether this launch may begin before the one that writes ``partial`` ends.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0) // (PADDED // COLUMNS)
+    at = tl.program_id(0) % (PADDED // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     token = row % TOKENS
     head = (row // TOKENS % heads).to(tl.int64)
     batch = (row // TOKENS // heads).to(tl.int64)
     _, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
     used = tl.cdiv(end - begin, tl.maximum(split_length(begin, end, splits, BLOCK), 1))
-    at = tl.arange(0, PADDED)
     slot = tl.arange(0, SLOTS)
     written = slot < used
     inside = at < SIZE

@@ -5,7 +5,7 @@ The queries of all heads that share keys are the few rows of the products, so ke
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import LOG2E, divided, filled, finite, softcapped, split_length
 
@@ -19,7 +19,7 @@ def decode_attention_kernel(
     GROUP: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     SWAPPED: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, DEPENDENT: tl.constexpr,
+    MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, DEPENDENT: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS of the GROUP * TOKENS query rows of one head of keys, and one of ``splits`` parts of these.
 
@@ -38,12 +38,13 @@ def decode_attention_kernel(
         SOFTCAP: bound of the scores; 0: none.
         MASK: ``none``, ``bool`` (True: visible) or ``added``.
         MASK_BY_ROW: whether heads of a group, or tokens, have masks of their own.
-        DEPENDENT: whether the next launch may begin before this one ends.
+        DEPENDENT: whether this launch may begin before the one before it ends.
+        FOLLOWED: whether the next launch may begin before this one ends.
     """
-    if DEPENDENT:
+    if FOLLOWED:
         gdc_launch_dependents()
     AXIS: tl.constexpr = 0 if SWAPPED else 1  # along which keys lie in scores and weights
-    scale = scale.to(tl.float32)  # Inductor gives numbers in float64
+    scale = tl.cast(scale, tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
     row = program % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
     program = program // ROW_BLOCKS
@@ -55,6 +56,14 @@ def decode_attention_kernel(
     head = key_head * GROUP + row // TOKENS
     given = row < GROUP * TOKENS
 
+    if DEPENDENT:
+        gdc_wait()
+    at = tl.arange(0, PADDED)
+    inside = at < SIZE
+    lane = tl.arange(0, BLOCK)
+    q_at = q + batch * q_batch + head.to(tl.int64)[:, None] * q_head + token[:, None] * q_token + at[None, :]
+    # before the position is waited for
+    query = tl.load(q_at, mask=given[:, None] & inside[None, :], other=0.0)
     first, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
     length = split_length(begin, end, splits, BLOCK)
     begin += split * length
@@ -62,11 +71,6 @@ def decode_attention_kernel(
     if SPLIT and begin >= end:
         return
 
-    at = tl.arange(0, PADDED)
-    inside = at < SIZE
-    lane = tl.arange(0, BLOCK)
-    q_at = q + batch * q_batch + head.to(tl.int64)[:, None] * q_head + token[:, None] * q_token + at[None, :]
-    query = tl.load(q_at, mask=given[:, None] & inside[None, :], other=0.0)
     k += batch * k_batch + key_head.to(tl.int64) * k_head + begin.to(tl.int64) * k_key
     v += batch * v_batch + key_head.to(tl.int64) * v_head + begin.to(tl.int64) * v_key
     if MASK != "none":
