@@ -78,12 +78,21 @@ def test_errors(tokens: int, group: int, size: int, dtype: torch.dtype) -> None:
         is_near(arguments(Case(batch, context, group, 16, size, tokens, dtype, filled=filled)))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 5])
+@pytest.mark.parametrize("tokens", [17, 100, 600])
+def test_errors_of_many_tokens(tokens: int, group: int, size: int, dtype: torch.dtype) -> None:
+    for batch, context, filled in ((1, 1024, 0), (3, 1000, tokens), (2, 777, 700)):
+        is_near(arguments(Case(batch, context, group, 4 * group, size, tokens, dtype, filled=filled)))
+
+
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("mask", ["none", "bool", "added", "rows"])
 @pytest.mark.parametrize("window", [0, 1, 100])
 def test_masks_windows_and_values(window: int, mask: str, group: int, data: str) -> None:
-    for tokens, filled in ((1, 700), (4, 0)):
+    for tokens, filled in ((1, 700), (4, 0), (200, 700)):
         case = Case(3, 1024, group, 16, 128, tokens, filled=filled, mask=mask, window=window)
         if mask != "none" and window:
             case = replace(case, batch=1)  # else padding masks every key of a window
@@ -98,9 +107,9 @@ def test_every_filling(filled: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("window", [0, 50])
-def test_slots_that_are_not_filled_may_hold_anything(group: int, window: int) -> None:
-    given = arguments(Case(2, 1024, group, tokens=1, filled=300, window=window))
+@pytest.mark.parametrize(("tokens", "window"), [(1, 0), (1, 50), (100, 0)])
+def test_slots_that_are_not_filled_may_hold_anything(tokens: int, window: int, group: int) -> None:
+    given = arguments(Case(2, 1024, group, tokens=tokens, filled=300, window=window))
     want = launched(given)
     for number in (math.nan, math.inf):
         for name in "kv":
@@ -247,7 +256,7 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(ATTENTION.target, (*given.values(), "triton"))
 
 
-@pytest.mark.parametrize("case", [Case(1, 4096), Case(1, 4096, 1), Case(128, 1024), Case(8, 4096, tokens=4)], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 4096), Case(1, 4096, 1), Case(128, 1024), Case(2, 1024, tokens=90)], ids=str)
 def test_inductor_launches_the_same(case: Case) -> None:
     """Our kernels are in the generated code, which allocates nothing of the cache's size."""
     given = arguments(case)
@@ -255,11 +264,12 @@ def test_inductor_launches_the_same(case: Case) -> None:
     ours = functions(given)["ours_us"]
     y, (code,) = run_and_get_code(torch.compile(ours, dynamic=False, fullgraph=True), *tensors_of(given))
     assert torch.equal(y, launched(given).transpose(1, 2))
-    assert "decode_attention_kernel" in code
+    few = case.tokens <= rules.FEW_TOKENS
+    assert ("decode_attention_kernel" if few else "prefill_attention_kernel") in code
     body = code.split("def call")[-1]
     assert "torch.ops.aiter_fusion" not in body
     assert f"{case.context}, {case.size})" not in body.split("assert_size_stride")[-1]
-    if torch.version.hip is None:
+    if few and torch.version.hip is None:
         assert ("'launch_pdl': True" in code) == (torch.cuda.get_device_capability() >= (9, 0))
 
 
@@ -272,3 +282,18 @@ def test_one_graph_for_all_batches() -> None:
     for batch in (4, 2, 9):
         given = arguments(Case(batch, 512))
         assert error(given, compiled(*tensors_of(given))) < 2**-7
+
+
+def test_one_graph_for_all_numbers_of_tokens() -> None:
+    """Prompts of any length, and the step of one token too."""
+    PROVIDERS["triton"].prepare()
+    torch._dynamo.reset()
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        return ATTENTION.target(q, k, v, None, position, 0.1, 0, 0.0, True, "triton")
+
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True)
+    for tokens in (40, 3, 300):
+        given = arguments(Case(2, 512, tokens=tokens)) | {"scale": 0.1}
+        y = compiled(*(given[name] for name in ("q", "k", "v", "position")))
+        assert error(given, y.transpose(1, 2)) < 2**-7

@@ -61,7 +61,7 @@ def plan(heads: int, group: int, tokens: int, keys: int, size: int, itemsize: in
     """
     rows = group * tokens
     if tokens > FEW_TOKENS:
-        tile = Tile(64, 32, 2, 8) if size > 128 else Tile(128, 64, 3, 8)
+        tile = Tile(64, 32, 2, 8 if gpu.nvidia else 4) if size > 128 else Tile(128, 64, 3, 8)
         return Plan("prefill_attention", _fitting(tile, size, itemsize, gpu), 1)
     tile = _few(rows, size)
     programs = heads * -(-rows // tile.rows)

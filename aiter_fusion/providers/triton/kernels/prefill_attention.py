@@ -117,6 +117,8 @@ def prefill_attention_kernel(
             whole = tl.cdiv(tl.maximum(highest - WINDOW + 1 - begin, 0), BLOCK)
     whole = begin + whole * BLOCK
     full = tl.maximum(begin + tl.maximum(full - begin, 0) // BLOCK * BLOCK, whole)
+    if MASK != "none":  # beside its loads, comparing costs little
+        full = begin
 
     k += batch * k_batch + key_head.to(tl.int64) * k_head
     v += batch * v_batch + key_head.to(tl.int64) * v_head
@@ -129,15 +131,16 @@ def prefill_attention_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, PADDED], tl.float32)
-    if WINDOW > 0:
+    if WINDOW > 0 and MASK == "none":
         maximum, weight, total = attend(
             query, maximum, weight, total, k, v, mask, first + token, begin, tl.minimum(whole, end), end, scale,
             k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, True, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
         )  # fmt: skip
-    maximum, weight, total = attend(
-        query, maximum, weight, total, k, v, mask, first + token, whole, full, end, scale,
-        k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, False, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
-    )  # fmt: skip
+    if MASK == "none":
+        maximum, weight, total = attend(
+            query, maximum, weight, total, k, v, mask, first + token, whole, full, end, scale,
+            k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, False, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
+        )  # fmt: skip
     maximum, weight, total = attend(
         query, maximum, weight, total, k, v, mask, first + token, full, end, end, scale,
         k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, True, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
