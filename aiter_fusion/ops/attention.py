@@ -58,7 +58,7 @@ def shape(q: Tensor, by_tokens: bool, **_: Any) -> dict[str, Spec]:
 
 def samples() -> Iterator[dict[str, Any]]:
     """One call."""
-    made = [torch.randn(2, heads, size, 16, dtype=torch.bfloat16) for heads, size in ((4, 1), (2, 8), (2, 8))]
+    made = [torch.randn(2, heads, size, 64, dtype=torch.bfloat16) for heads, size in ((4, 1), (2, 8), (2, 8))]
     given: dict[str, Any] = dict(zip("qkv", made, strict=True))
     yield {**given, "mask": None, "position": torch.tensor(5), "scale": 0.25, "window": 0, "softcap": 0.0} | {
         "by_tokens": True
