@@ -14,8 +14,8 @@ from . import rules
 
 # Registers of a program that adds parts up: float32 elements that a warp of 32 threads holds at most.
 COMBINED = 2048
-# Elements of a row that such a program takes at most.
-COLUMNS = 256
+# Elements of a row that such a program takes at least; more where there are programs for all multiprocessors.
+LEAST_COLUMNS = 32
 
 
 def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
@@ -23,9 +23,12 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
     q, k = arguments["q"], arguments["k"]
     (batch, heads, tokens, size), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // key_heads
-    plan = rules.plan(batch * key_heads, group, tokens, keys, size, q.dtype.itemsize, gpu)
+    mask = arguments["mask"]
+    kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "added"
+    plan = rules.plan(batch * key_heads, group, tokens, keys, size, q.dtype.itemsize, gpu, kind == "added")
     tile, splits = plan.tile, plan.splits
     common = {
+        "tokens": tokens,
         "position": Ref("position") if arguments["position"] is not None else None,
         "keys": keys,
         **_strides(arguments),
@@ -35,18 +38,22 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         "HAS_POSITION": arguments["position"] is not None,
         "WINDOW": arguments["window"],
     }
-    reading = common | _read(arguments) | {"scale": float(arguments["scale"]), "STAGES": tile.stages}
-    rows = group * tokens
-    row_blocks = -(-rows // tile.rows)
+    row_blocks = -(-group * tokens // tile.rows)
+    reading = common | _read(arguments)
+    reading |= {
+        "scale": float(arguments["scale"]),
+        "row_blocks": row_blocks,
+        "GROUP": group,
+        "ROWS": tile.rows,
+        "STAGES": tile.stages,
+        "MASK": kind,
+        "MASK_BY_ROW": _is_by_row(arguments),
+    }
     if plan.kernel == "prefill_attention":
         reading |= {
             "y": Ref("y"),
-            "GROUP": group,
-            "tokens": tokens,
-            "ROWS": tile.rows,
-            "row_blocks": row_blocks,
-            "MASK_BY_ROW": _is_by_row(arguments),
-            "FOLDED": arguments["mask"] is None and not arguments["softcap"] and arguments["scale"] > 0,
+            "FOLDED": mask is None and not arguments["softcap"] and arguments["scale"] > 0,
+            "COMPARED": rules.compared(kind, arguments["window"]),
         }
         return Launches((Launch(plan.kernel, batch * key_heads * row_blocks, reading, tile.warps),))
     reading |= {
@@ -55,14 +62,7 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         "partial_out": Ref("partial") if splits > 1 else None,
         "sums_out": Ref("sums") if splits > 1 else None,
         "SPLIT": splits > 1,
-    }
-    reading |= {
-        "GROUP": group,
-        "TOKENS": tokens,
-        "ROWS": tile.rows,
-        "ROW_BLOCKS": row_blocks,
         "SWAPPED": tile.swapped,
-        "MASK_BY_ROW": _is_by_row(arguments),
         "DEPENDENT": gpu.dependent,
         "FOLLOWED": splits > 1 and gpu.dependent,
     }
@@ -70,21 +70,21 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
     if splits == 1:
         return Launches(tuple(made))
     slots = power_of_two(splits)
-    columns = min(COLUMNS, power_of_two(size))
+    count, columns = batch * heads * tokens, power_of_two(size)
+    while columns > LEAST_COLUMNS and count * (power_of_two(size) // columns) < gpu.multiprocessors:
+        columns //= 2
     combining = common | {
         "splits": splits,
         "partial": Ref("partial"),
         "sums": Ref("sums"),
         "y": Ref("y"),
         "heads": heads,
-        "TOKENS": tokens,
         "SLOTS": slots,
         "COLUMNS": columns,
         "DEPENDENT": gpu.dependent,
     }
     few = max(1, min(16, slots * columns // COMBINED))
     warps = few if gpu.nvidia else max(1, few // 2)
-    count = batch * heads * tokens
     programs = count * (power_of_two(size) // columns)
     made.append(Launch("attention_combine", programs, combining, warps, gpu.dependent))
     scratch = {"partial": ((count, splits, size), torch.float32), "sums": ((count, 2, splits), torch.float32)}
@@ -109,7 +109,6 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if mask is None
         else tuple(0 if mask.shape[d] == 1 and sizes[d] != 1 else mask.stride(d) for d in range(4))
     )
-    kind = "none" if mask is None else "bool" if mask.dtype is torch.bool else "added"
     return {
         **{name: Ref(name) for name in ("q", "k", "v")},
         "mask": Ref("mask") if mask is not None else None,
@@ -119,7 +118,6 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         **dict(zip(("v_batch", "v_head", "v_key"), v.stride(), strict=False)),
         **dict(zip(("mask_batch", "mask_head", "mask_token", "mask_key"), of_mask, strict=True)),
         "SOFTCAP": arguments["softcap"],
-        "MASK": kind,
     }
 
 

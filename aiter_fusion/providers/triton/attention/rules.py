@@ -13,10 +13,12 @@ from ..gpu import Gpu
 
 # The query rows that a program of ``decode_attention`` can have; more go to several programs.
 LEAST_ROWS, MOST_ROWS = 16, 64
-# Tokens of a call that it is for, and elements of a head that all kernels are for.
+# Tokens that it is for even where nothing is split, and elements of a head that all kernels are for.
 FEW_TOKENS, LEAST_SIZE, MOST_SIZE, SIZES = 16, 64, 256, 8
-# Programs for each multiprocessor that a split aims at, keys that a part of a full cache has at least, parts at most.
-WAVES, LEAST_KEYS, MOST_SPLITS = 2, 128, 128
+# Programs for each multiprocessor that a split aims at, and parts at most.
+WAVES, MOST_SPLITS = 2, 128
+# Keys from which on a cache of whole rows of 128 elements gets ``FEW_LONG``.
+LONG = 16384
 # GPUs that the rules were measured on, by the name that PyTorch gives them.
 MEASURED = ("NVIDIA H200",)
 
@@ -50,7 +52,23 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(heads: int, group: int, tokens: int, keys: int, size: int, itemsize: int, gpu: Gpu) -> Plan:
+# Of 16 rows, by elements of a head: the tile, and the keys that a part of a full cache has at least.
+FEW = {64: (Tile(16, 128, 3, 4), 128), 128: (Tile(16, 64, 3, 4, swapped=True), 256), 256: (Tile(16, 32, 3, 2), 64)}
+# Of heads of 65 to 128 elements: where half of the multiprocessors would have nothing to do, so that all loads of a
+# program are under way at once; and of long caches, for one program on each multiprocessor.
+FEW_SHORT, FEW_LONG = Tile(16, 128, 2, 4), Tile(16, 128, 3, 4)
+# Of more rows: where one tile has all rows of a head of keys, and of more than 128 elements (one program on each
+# multiprocessor); elsewhere by the number of parts, which have at least so many keys.
+SOME, SOME_KEYS = Tile(64, 32, 4, 4), 256
+SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, SOME))
+# Of ``prefill_attention``, by elements of a head; and with a mask that is added.
+MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
+MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
+
+
+def plan(
+    heads: int, group: int, tokens: int, keys: int, size: int, itemsize: int, gpu: Gpu, added: bool = False
+) -> Plan:
     """How to launch a call.
 
     Args:
@@ -58,37 +76,51 @@ def plan(heads: int, group: int, tokens: int, keys: int, size: int, itemsize: in
         group: heads of queries that share one of keys.
         tokens: of queries; keys: that the cache has room for.
         size: elements of a head; itemsize: bytes of an element.
+        added: whether it has a mask that is added.
     """
-    rows = group * tokens
-    if tokens > FEW_TOKENS:
-        tile = Tile(64, 32, 2, 8 if gpu.nvidia else 4) if size > 128 else Tile(128, 64, 3, 8)
-        return Plan("prefill_attention", _fitting(tile, size, itemsize, gpu), 1)
-    tile = _few(rows, size)
-    programs = heads * -(-rows // tile.rows)
-    waves = WAVES if tile.rows == LEAST_ROWS else 1
-    splits = max(1, min(waves * gpu.multiprocessors // programs, keys // LEAST_KEYS, MOST_SPLITS))
-    if tile.rows == LEAST_ROWS and size <= 128:
-        if splits == 1:
-            tile = tile._replace(swapped=True)
-        elif keys <= splits * LEAST_KEYS:  # all loads of a program are under way at once
-            tile = tile._replace(block=LEAST_KEYS, stages=2)
+    padded = max(LEAST_SIZE, power_of_two(size))
+    rows = min(MOST_ROWS, max(LEAST_ROWS, power_of_two(group * tokens)))
+    programs = heads * -(-group * tokens // rows)
+    tile, splits = _split(rows, group * tokens <= rows, programs, keys, size, gpu.multiprocessors)
+    if splits == 1 and tokens > FEW_TOKENS:
+        return Plan("prefill_attention", _fitting((MANY_ADDED if added else MANY)[padded], padded, itemsize, gpu), 1)
     blocks = -(-keys // tile.block)
     splits = -(-blocks // -(-blocks // splits))  # those that have keys if the cache is full
-    return Plan("decode_attention", _fitting(tile, size, itemsize, gpu), splits)
+    return Plan("decode_attention", _fitting(tile, padded, itemsize, gpu), splits)
 
 
-def _fitting(tile: Tile, size: int, itemsize: int, gpu: Gpu) -> Tile:
+def compared(mask: str, window: int) -> str:
+    """Which blocks of keys ``prefill_attention`` compares with the queries' places, as its COMPARED: a loop for blocks
+    that are not pays without a mask and a window; a branch in the loop with one, but beside the loads of a mask that
+    is added."""
+    if mask == "added":
+        return "all"
+    return "edges" if mask == "bool" or window else "apart"
+
+
+def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multiprocessors: int) -> tuple[Tile, int]:
+    """The tile of so many rows, and a number of parts for so many programs of a part.
+
+    is_one: whether one tile has all rows of a head of keys.
+    """
+
+    def parts(waves: int, least: int) -> int:
+        return max(1, min(waves * multiprocessors // programs, keys // least, MOST_SPLITS))
+
+    if rows > LEAST_ROWS:
+        splits = parts(WAVES if size <= 128 else 1, SOME_KEYS)
+        by_parts = next(tile for least, tile in SOME_SPLIT if splits >= least)
+        return (SOME if is_one or size > 128 else by_parts)._replace(rows=rows), splits
+    if size == 128 and keys >= LONG and parts(1, FEW_LONG.block) > 1:
+        return FEW_LONG, parts(1, FEW_LONG.block)
+    tile, least = FEW[max(LEAST_SIZE, power_of_two(size))]
+    splits = parts(WAVES, least)
+    if 64 < size <= 128 and 2 * programs * splits <= multiprocessors:
+        return FEW_SHORT, parts(1, FEW_SHORT.block)
+    return tile, splits
+
+
+def _fitting(tile: Tile, padded: int, itemsize: int, gpu: Gpu) -> Tile:
     """With as many stages as there is shared memory for, besides the queries."""
-    padded = power_of_two(size)
     left = gpu.shared_memory - tile.rows * padded * itemsize - 2048
     return tile._replace(stages=max(1, min(tile.stages, left // tile.stage_bytes(padded, itemsize))))
-
-
-def _few(rows: int, size: int) -> Tile:
-    """The tile for few rows, of which few are padding."""
-    padded = min(MOST_ROWS, max(LEAST_ROWS, power_of_two(rows)))
-    if size > 128:
-        return Tile(padded, 32, 4, 4)
-    if padded > LEAST_ROWS:
-        return Tile(padded, 32, 4, 4)
-    return Tile(padded, 128 if size <= 64 else 64, 3, 4)

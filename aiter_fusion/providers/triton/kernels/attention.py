@@ -7,7 +7,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def filled(position, keys, TOKENS: tl.constexpr, WINDOW: tl.constexpr, HAS_POSITION: tl.constexpr):
+def filled(position, keys, tokens, WINDOW: tl.constexpr, HAS_POSITION: tl.constexpr):
     """(position of the first query, first key that a query sees, end of the keys that queries see): of an empty part
     the end is 0, and any other begins within the cache."""
     first = 0
@@ -15,7 +15,7 @@ def filled(position, keys, TOKENS: tl.constexpr, WINDOW: tl.constexpr, HAS_POSIT
     end = keys
     if HAS_POSITION:
         first = tl.load(position).to(tl.int32)
-        end = tl.maximum(tl.minimum(first + TOKENS, keys), 0)
+        end = tl.maximum(tl.minimum(first + tokens, keys), 0)
         if WINDOW > 0:
             begin = tl.minimum(tl.maximum(first - WINDOW + 1, 0), tl.maximum(end - 1, 0))
     return first, begin, end

@@ -7,11 +7,11 @@ from triton.language.extra.cuda import gdc_wait
 from .attention import LOG2E, divided, filled, finite, split_length
 
 
-@triton.jit(do_not_specialize=["keys", "splits"])
+@triton.jit(do_not_specialize=["tokens", "keys", "splits"])
 def attention_combine_kernel(
     partial, sums, position, y,
-    heads, keys, splits, y_batch, y_head, y_token,
-    TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    heads, tokens, keys, splits, y_batch, y_head, y_token,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -19,17 +19,17 @@ def attention_combine_kernel(
 
     Args:
         partial, sums: ``partial_out`` and ``sums_out`` of the first launch, which writes those of splits with keys.
-        position, keys: as there; so are splits, TOKENS to BLOCK, HAS_POSITION and WINDOW.
-        y: ``[B, heads, TOKENS, SIZE]``.
+        position, keys: as there; so are splits, tokens, SIZE to BLOCK, HAS_POSITION and WINDOW.
+        y: ``[B, heads, tokens, SIZE]``.
         SLOTS: splits, or the next power of two.
         DEPENDENT: whether this launch may begin before the one that writes ``partial`` ends.
     """
     row = tl.program_id(0) // (PADDED // COLUMNS)
     at = tl.program_id(0) % (PADDED // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    token = row % TOKENS
-    head = (row // TOKENS % heads).to(tl.int64)
-    batch = (row // TOKENS // heads).to(tl.int64)
-    _, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
+    token = row % tokens
+    head = (row // tokens % heads).to(tl.int64)
+    batch = (row // tokens // heads).to(tl.int64)
+    _, begin, end = filled(position, keys, tokens, WINDOW, HAS_POSITION)
     used = tl.cdiv(end - begin, tl.maximum(split_length(begin, end, splits, BLOCK), 1))
     slot = tl.arange(0, SLOTS)
     written = slot < used

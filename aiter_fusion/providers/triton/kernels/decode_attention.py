@@ -13,20 +13,20 @@ from .attention import LOG2E, divided, filled, finite, softcapped, split_length
 @triton.jit(do_not_specialize=["keys", "splits"])
 def decode_attention_kernel(
     q, k, v, mask, position, y, partial_out, sums_out,
-    scale, key_heads, keys, splits,
+    scale, key_heads, tokens, keys, splits, row_blocks,
     q_batch, q_head, q_token, k_batch, k_head, k_key, v_batch, v_head, v_key,
     mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     SWAPPED: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, DEPENDENT: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS of the GROUP * TOKENS query rows of one head of keys, and one of ``splits`` parts of these.
+    """A program takes ROWS of the GROUP * tokens query rows of one head of keys, and one of ``splits`` parts of these.
 
     Args:
-        q: ``[B, key_heads * GROUP, TOKENS, SIZE]``, as y; elements of a row are 1 apart, as those of k and v are.
+        q: ``[B, key_heads * GROUP, tokens, SIZE]``, as y; elements of a row are 1 apart, as those of k and v are.
         k, v: ``[B, key_heads, keys, SIZE]``.
-        mask: ``[B, heads, TOKENS, keys]``, with a stride of 0 where it is one for all; None without MASK.
+        mask: ``[B, heads, tokens, keys]``, with a stride of 0 where it is one for all; None without MASK.
         position: of the first query, one integer; None without HAS_POSITION, where all keys are visible.
         partial_out: with SPLIT, sums of values ``[rows of y, splits, SIZE]`` float32, y is None; else None.
         sums_out: with partial_out, each row's maximum and sum of weights ``[rows of y, 2, splits]`` float32.
@@ -46,15 +46,15 @@ def decode_attention_kernel(
     AXIS: tl.constexpr = 0 if SWAPPED else 1  # along which keys lie in scores and weights
     scale = tl.cast(scale, tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
-    row = program % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
-    program = program // ROW_BLOCKS
+    row = program % row_blocks * ROWS + tl.arange(0, ROWS)
+    program = program // row_blocks
     split = program % splits
     program = program // splits
     key_head = program % key_heads
     batch = (program // key_heads).to(tl.int64)
-    token = row % TOKENS
-    head = key_head * GROUP + row // TOKENS
-    given = row < GROUP * TOKENS
+    token = row % tokens
+    head = key_head * GROUP + row // tokens
+    given = row < GROUP * tokens
 
     if DEPENDENT:
         gdc_wait()
@@ -64,7 +64,7 @@ def decode_attention_kernel(
     q_at = q + batch * q_batch + head.to(tl.int64)[:, None] * q_head + token[:, None] * q_token + at[None, :]
     # before the position is waited for
     query = tl.load(q_at, mask=given[:, None] & inside[None, :], other=0.0)
-    first, begin, end = filled(position, keys, TOKENS, WINDOW, HAS_POSITION)
+    first, begin, end = filled(position, keys, tokens, WINDOW, HAS_POSITION)
     length = split_length(begin, end, splits, BLOCK)
     begin += split * length
     end = tl.minimum(begin + length, end)
@@ -127,7 +127,7 @@ def decode_attention_kernel(
         total = tl.trans(total)
     wanted = given[:, None] & inside[None, :]
     if SPLIT:
-        out_row = (batch * key_heads * GROUP + head) * TOKENS + token
+        out_row = (batch * key_heads * GROUP + head) * tokens + token
         tl.store(partial_out + (out_row * splits + split)[:, None] * SIZE + at[None, :], total, wanted)
         tl.store(sums_out + out_row * 2 * splits + split, maximum, given)
         tl.store(sums_out + (out_row * 2 + 1) * splits + split, weight, given)

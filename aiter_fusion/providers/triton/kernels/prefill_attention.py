@@ -1,7 +1,7 @@
 """Attention of many query rows over a cache, by matrix units: each program takes a tile of rows and all of their keys.
 
-Only keys that a row of the tile sees are read, and only where some row does not see all keys of a block are they
-compared with the row's position.
+Only keys that a row of the tile sees are read, and a block of them is compared with the rows' places only if some row
+does not see all of it.
 """
 
 import triton
@@ -11,13 +11,29 @@ from .attention import LOG2E, divided, finite, softcapped
 
 
 @triton.jit
+def visible(score, place, end, query_place, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr):
+    """The scores of keys that a query sees; -inf of the others."""
+    seen = place < end
+    if HAS_POSITION:
+        seen &= place <= query_place
+        if WINDOW > 0:
+            seen &= place > query_place - WINDOW
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
 def attend(
-    query, maximum, weight, total, k, v, mask, query_place, begin, stop, end, scale, k_key, v_key, mask_key,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CHECKED: tl.constexpr,
+    query, maximum, weight, total, k, v, mask, query_place, begin, stop, end, lower, upper, scale, k_key,
+    v_key, mask_key,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, COMPARED: tl.constexpr,
     HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, weight, total) after the keys from ``begin`` to ``stop``, with CHECKED up to ``end`` and compared with
-    the place of every query. k, v and mask point to key 0; maxima and scores are in powers of 2."""
+    """(maximum, weight, total) after the keys from ``begin`` to ``stop``; k, v and mask point to key 0; maxima and
+    scores are in powers of 2.
+
+    COMPARED: which blocks are compared with the place of every query, and with ``end``: ``none``; ``all``; ``edges``,
+        those that are not within ``lower`` to ``upper``, which every query sees.
+    """
     at = tl.arange(0, PADDED)
     inside = at < SIZE
     lane = tl.arange(0, BLOCK)
@@ -27,7 +43,7 @@ def attend(
         mask += begin.to(tl.int64) * mask_key
     for start in tl.range(begin, stop, BLOCK, num_stages=STAGES):
         # keys beyond the end stand for its last one, and are invisible
-        lie = tl.minimum(lane, end - start - 1) if CHECKED else lane
+        lie = lane if COMPARED == "none" else tl.minimum(lane, end - start - 1)
         if SIZE == PADDED:
             key = tl.load(k + lie[:, None] * k_key + at[None, :])
             value = tl.load(v + lie[:, None] * v_key + at[None, :])
@@ -41,14 +57,11 @@ def attend(
             score += tl.load(mask + lie[None, :] * mask_key).to(tl.float32) * LOG2E
         if MASK == "bool":
             score = tl.where(tl.load(mask + lie[None, :] * mask_key), score, float("-inf"))
-        if CHECKED:
-            place = (start + lane)[None, :]
-            visible = place < end
-            if HAS_POSITION:
-                visible &= place <= query_place[:, None]
-                if WINDOW > 0:
-                    visible &= place > query_place[:, None] - WINDOW
-            score = tl.where(visible, score, float("-inf"))
+        if COMPARED == "all":
+            score = visible(score, (start + lane)[None, :], end, query_place[:, None], HAS_POSITION, WINDOW)
+        if COMPARED == "edges":  # noqa: SIM102 - it is decided when the kernel is compiled, the other when it runs
+            if (start < lower) | (start + BLOCK > upper):
+                score = visible(score, (start + lane)[None, :], end, query_place[:, None], HAS_POSITION, WINDOW)
         if FOLDED:
             highest = tl.maximum(maximum, tl.max(score, 1) * (scale * LOG2E))
             subtracted = finite(highest)
@@ -76,7 +89,7 @@ def prefill_attention_kernel(
     mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, HAS_POSITION: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, FOLDED: tl.constexpr,
+    MASK: tl.constexpr, MASK_BY_ROW: tl.constexpr, FOLDED: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS of the tokens * GROUP query rows of one head of keys, those of a token together.
 
@@ -84,6 +97,7 @@ def prefill_attention_kernel(
         q to MASK_BY_ROW: as in ``decode_attention``.
         row_blocks: programs for the rows of one head of keys; those of the last rows, which see most, begin first.
         FOLDED: whether scores are neither capped nor masked, and the scale is positive: it is multiplied in later.
+        COMPARED: ``apart``: blocks that every row sees have a loop of their own; else as in ``attend``.
     """
     scale = tl.cast(scale, tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
@@ -117,8 +131,6 @@ def prefill_attention_kernel(
             whole = tl.cdiv(tl.maximum(highest - WINDOW + 1 - begin, 0), BLOCK)
     whole = begin + whole * BLOCK
     full = tl.maximum(begin + tl.maximum(full - begin, 0) // BLOCK * BLOCK, whole)
-    if MASK != "none":  # beside its loads, comparing costs little
-        full = begin
 
     k += batch * k_batch + key_head.to(tl.int64) * k_head
     v += batch * v_batch + key_head.to(tl.int64) * v_head
@@ -131,19 +143,15 @@ def prefill_attention_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, PADDED], tl.float32)
-    if WINDOW > 0 and MASK == "none":
+    if COMPARED == "apart":
         maximum, weight, total = attend(
-            query, maximum, weight, total, k, v, mask, first + token, begin, tl.minimum(whole, end), end, scale,
-            k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, True, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
-        )  # fmt: skip
-    if MASK == "none":
-        maximum, weight, total = attend(
-            query, maximum, weight, total, k, v, mask, first + token, whole, full, end, scale,
-            k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, False, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
+            query, maximum, weight, total, k, v, mask, first + token, whole, full, end, whole, full, scale, k_key,
+            v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, "none", HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
         )  # fmt: skip
     maximum, weight, total = attend(
-        query, maximum, weight, total, k, v, mask, first + token, full, end, end, scale,
-        k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES, True, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
+        query, maximum, weight, total, k, v, mask, first + token, full if COMPARED == "apart" else begin, end, end,
+        whole, full, scale, k_key, v_key, mask_key, SIZE, PADDED, BLOCK, STAGES,
+        "all" if COMPARED == "apart" else COMPARED, HAS_POSITION, WINDOW, SOFTCAP, MASK, FOLDED,
     )  # fmt: skip
     y_at = y + batch * y_batch + head[:, None] * y_head + token.to(tl.int64)[:, None] * y_token + at[None, :]
     tl.store(y_at, divided(total, weight[:, None]).to(y.dtype.element_ty), wanted)
