@@ -1,4 +1,4 @@
-"""Calls of ``decode_attention``: what the kernels take, where they pay, and calls outside of Inductor's launches."""
+"""Calls of ``decode_attention``: what the kernels take, where they were measured, and calls outside of Inductor's launches."""
 
 from __future__ import annotations
 
@@ -76,11 +76,12 @@ def unmeasured(arguments: Mapping[str, Any]) -> str | None:
     name = torch.cuda.get_device_name(arguments["q"].device.index or 0)
     if name in rules.MEASURED:
         return None
-    return f"attention of few tokens was not measured on {name}: name the provider to use it there"
+    return f"attention over a cache was not measured on {name}: name the provider to use it there"
 
 
 def slower(arguments: Mapping[str, Any]) -> str | None:
-    """Why the graph's own code is as fast as a call, by recorded measurements, or None."""
+    """None: wherever it was measured, the graph's own code takes at least 2.9 % longer (8 sequences over 4096 keys, as
+    many heads of keys as of queries), and mostly 2 to 20 times as long."""
     return None
 
 

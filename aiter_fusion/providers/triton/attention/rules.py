@@ -117,6 +117,8 @@ def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multipr
     splits = parts(WAVES, least)
     if 64 < size <= 128 and 2 * programs * splits <= multiprocessors:
         return FEW_SHORT, parts(1, FEW_SHORT.block)
+    if splits == 1 and size > 128:  # half as many warps spill there
+        tile = FEW[128][0]
     return tile, splits
 
 
