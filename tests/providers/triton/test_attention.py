@@ -67,7 +67,7 @@ BEST = [
     ((64, 4, 1, 4096, 128, False), rules.Plan("decode_attention", rules.Tile(16, 64, 3, 4, True), 4)),
     ((256, 4, 1, 4096, 128, False), rules.Plan("decode_attention", rules.Tile(16, 64, 3, 4, True), 1)),
     ((8, 4, 1, 4096, 64, False), rules.Plan("decode_attention", rules.Tile(16, 128, 3, 4), 32)),
-    ((4, 4, 1, 4096, 256, False), rules.Plan("decode_attention", rules.Tile(16, 32, 3, 2), 64)),
+    ((4, 4, 1, 4096, 256, False), rules.Plan("decode_attention", rules.Tile(16, 32, 3, 4), 64)),
     ((8, 4, 16, 4096, 128, False), rules.Plan("decode_attention", rules.Tile(64, 32, 4, 4), 16)),
     ((8, 4, 32, 4096, 128, False), rules.Plan("decode_attention", rules.Tile(64, 64, 2, 4), 16)),
     ((8, 4, 128, 4096, 128, False), rules.Plan("decode_attention", rules.Tile(64, 32, 4, 4), 4)),

@@ -1,4 +1,4 @@
-"""Calls of ``decode_attention``: what the kernels take, where they were measured, and calls outside of Inductor's launches."""
+"""Calls of ``decode_attention``: what the kernels take, where they were measured, and calls without Inductor."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def of(arguments: Mapping[str, Any], gpu: Gpu) -> Launches:
         reading |= {
             "y": Ref("y"),
             "FOLDED": mask is None and not arguments["softcap"] and arguments["scale"] > 0,
-            "COMPARED": rules.compared(kind, arguments["window"]),
+            "COMPARED": rules.compared(kind, arguments["window"], gpu),
         }
         return Launches((Launch(plan.kernel, batch * key_heads * row_blocks, reading, tile.warps),))
     reading |= {

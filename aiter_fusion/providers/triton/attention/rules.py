@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 # Of 16 rows, by elements of a head: the tile, and the keys that a part of a full cache has at least.
-FEW = {64: (Tile(16, 128, 3, 4), 128), 128: (Tile(16, 64, 3, 4, swapped=True), 256), 256: (Tile(16, 32, 3, 2), 64)}
+FEW = {64: (Tile(16, 128, 3, 4), 128), 128: (Tile(16, 64, 3, 4, swapped=True), 256), 256: (Tile(16, 32, 3, 4), 64)}
 # Of heads of 65 to 128 elements: where half of the multiprocessors would have nothing to do, so that all loads of a
 # program are under way at once; and of long caches, for one program on each multiprocessor.
 FEW_SHORT, FEW_LONG = Tile(16, 128, 2, 4), Tile(16, 128, 3, 4)
@@ -64,6 +64,8 @@ SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, S
 # Of ``prefill_attention``, by elements of a head; and with a mask that is added.
 MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
 MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
+# On AMD's GPUs more rows do not fit the registers.
+MANY_AMD = {**MANY, 256: Tile(64, 32, 2, 4)}
 
 
 def plan(
@@ -83,19 +85,20 @@ def plan(
     programs = heads * -(-group * tokens // rows)
     tile, splits = _split(rows, group * tokens <= rows, programs, keys, size, gpu.multiprocessors)
     if splits == 1 and tokens > FEW_TOKENS:
-        return Plan("prefill_attention", _fitting((MANY_ADDED if added else MANY)[padded], padded, itemsize, gpu), 1)
+        many = MANY_AMD if not gpu.nvidia else MANY_ADDED if added else MANY
+        return Plan("prefill_attention", _fitting(many[padded], padded, itemsize, gpu), 1)
     blocks = -(-keys // tile.block)
     splits = -(-blocks // -(-blocks // splits))  # those that have keys if the cache is full
     return Plan("decode_attention", _fitting(tile, padded, itemsize, gpu), splits)
 
 
-def compared(mask: str, window: int) -> str:
-    """Which blocks of keys ``prefill_attention`` compares with the queries' places, as its COMPARED: a loop for blocks
-    that are not pays without a mask and a window; a branch in the loop with one, but beside the loads of a mask that
-    is added."""
-    if mask == "added":
-        return "all"
-    return "edges" if mask == "bool" or window else "apart"
+def compared(mask: str, window: int, gpu: Gpu) -> str:
+    """Which blocks of keys ``prefill_attention`` compares with the queries' places, as its COMPARED: without a mask and
+    a window, a loop for blocks that are not pays; with one a branch does, but not beside the loads of a mask that is
+    added, and not on AMD's GPUs, where it takes too many registers."""
+    if mask == "none" and not window:
+        return "apart"
+    return "edges" if mask != "added" and gpu.nvidia else "all"
 
 
 def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multiprocessors: int) -> tuple[Tile, int]:
@@ -117,8 +120,6 @@ def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multipr
     splits = parts(WAVES, least)
     if 64 < size <= 128 and 2 * programs * splits <= multiprocessors:
         return FEW_SHORT, parts(1, FEW_SHORT.block)
-    if splits == 1 and size > 128:  # half as many warps spill there
-        tile = FEW[128][0]
     return tile, splits
 
 

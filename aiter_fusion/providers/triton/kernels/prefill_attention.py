@@ -97,7 +97,8 @@ def prefill_attention_kernel(
         q to MASK_BY_ROW: as in ``decode_attention``.
         row_blocks: programs for the rows of one head of keys; those of the last rows, which see most, begin first.
         FOLDED: whether scores are neither capped nor masked, and the scale is positive: it is multiplied in later.
-        COMPARED: ``apart``: blocks that every row sees have a loop of their own; else as in ``attend``.
+        COMPARED: ``apart``, only without a window: blocks that every row sees have a loop of their own, after which
+            the others follow; else as in ``attend``.
     """
     scale = tl.cast(scale, tl.float32)  # Inductor gives numbers in float64
     program = tl.program_id(0)
