@@ -55,6 +55,10 @@ class GateMode(enum.Enum):
     SEPARATED = "separated"
 
 
+class MlaVersion(enum.Enum):
+    V32 = 0
+
+
 def at(name: str, version: str) -> tuple[str, str, bool] | None:
     """(file, signature, whether it is wrapped) of a function in a version; None if that has none."""
     position = VERSIONS.index(version)
@@ -115,9 +119,10 @@ class Double:
             (folder / path).touch()
         (folder / "aiter" / "_version.py").write_text(f"__version__ = {self.version!r}\n")
         root = self._module("aiter", folder)
-        root.dtypes = SimpleNamespace(fp8=self.fp8, bf16=torch.bfloat16, fp32=F32)  # type: ignore[attr-defined]
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": F32, "i8": torch.int8, "i32": torch.int32}
+        root.dtypes = SimpleNamespace(fp8=self.fp8, **kinds)  # type: ignore[attr-defined]
         root.ActivationType, root.QuantType = ActivationType, QuantType  # type: ignore[attr-defined]
-        for name in DATA["functions"]:
+        for name in (name for name in DATA["functions"] if name in self.computes):  # nobody calls the others
             found = at(name, self.version)
             if found is not None:
                 self._add(name, *found)
@@ -160,6 +165,7 @@ class Double:
         signature = self._signatures.get(name, signature)
         known = {"torch": torch, "dtypes": self._modules["aiter"].dtypes, "fp8_dtype": self.fp8}  # type: ignore[attr-defined]
         known |= {"ActivationType": ActivationType, "QuantType": QuantType, "GateMode": GateMode}
+        known |= {"MlaVersion": MlaVersion}
         scope: dict[str, Any] = {}
         exec(f"def f{signature}: ...", known, scope)
         declared = inspect.signature(scope["f"])
@@ -683,3 +689,7 @@ def why_unbound(entry: entry_points.EntryPoint, version: str) -> str | None:
         return "is not there"
     known = parameters(found[1])
     return entry_points.unbound(known, [name for name, default in known.items() if not default], entry.takes)
+
+
+# What the functions of further subjects compute; these modules take ``computes`` from this one.
+from . import aiter_double_attention  # noqa: E402, F401
