@@ -18,14 +18,22 @@ from __future__ import annotations
 from typing import Any
 
 from .ops.gemm import *  # noqa: F403
+from .ops.gemm_narrow import *  # noqa: F403
+from .ops.gemm_shuffled import *  # noqa: F403
+from .ops.layer_norm import *  # noqa: F403
 from .ops.mla import *  # noqa: F403
 from .ops.moe import *  # noqa: F403
 from .ops.norm import *  # noqa: F403
+from .ops.quantisers import *  # noqa: F403
+from .ops.rotary import *  # noqa: F403
 from .ops.routing import *  # noqa: F403
+from .ops.sampling import *  # noqa: F403
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
 from .providers.tiles import shuffled as shuffled
+from .providers.tiles import shuffled_scales as shuffled_scales
 from .providers.tiles import unshuffled as unshuffled
+from .providers.tiles import unshuffled_scales as unshuffled_scales
 from .registry import REGISTRY
 
 

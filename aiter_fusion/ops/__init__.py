@@ -1,4 +1,17 @@
 """The ops that are not made of stages: those of the bridge, one typed reference each (``bridge.py``), and the fused op
 of FP8 linear layers (``linear.py``). Importing this package registers them with PyTorch."""
 
-from . import gemm, linear, mla, moe, norm, routing  # noqa: F401
+from . import (  # noqa: F401
+    gemm,
+    gemm_narrow,
+    gemm_shuffled,
+    layer_norm,
+    linear,
+    mla,
+    moe,
+    norm,
+    quantisers,
+    rotary,
+    routing,
+    sampling,
+)

@@ -25,7 +25,7 @@ DEVICE = "cuda"  # PyTorch's name for an AMD GPU
 
 
 def native_fp8(device: int = 0) -> torch.dtype | None:
-    """The FP8 format of a GPU, or None if AITER does not know its architecture.
+    """The FP8 format of a GPU, or None if it has none, or AITER does not know its architecture.
 
     Args:
         device: index of the GPU.
@@ -44,9 +44,9 @@ def missing() -> str | None:
         loaded = installation.load_aiter()
     except RuntimeError as error:
         return str(error)
-    theirs = getattr(getattr(loaded, "dtypes", None), "fp8", None)
-    if theirs is not None and theirs != native_fp8():
-        return f"AITER takes this GPU's FP8 format for {theirs}, and {machine.architecture()} has {native_fp8()}"
+    theirs, ours = getattr(getattr(loaded, "dtypes", None), "fp8", None), native_fp8()
+    if ours is not None and theirs is not None and theirs != ours:
+        return f"AITER takes this GPU's FP8 format for {theirs}, and {machine.architecture()} has {ours}"
     return None
 
 
@@ -76,11 +76,14 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"{name} is on {tensor.device.type}, and its kernels are for AMD GPUs"
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-    native = native_fp8(first.device.index or 0)
-    if native is None:
-        return f"AITER does not know {machine.architecture(first.device.index or 0)}"
+    arch = machine.architecture(first.device.index or 0)
+    if arch not in ARCHITECTURES:
+        return f"AITER does not know {arch}"
+    native = ARCHITECTURES[arch].fp8
     if op.family in ADAPTERS:
-        return ADAPTERS[op.family].why_not(arguments, native)
+        return ADAPTERS[op.family].why_not(op.family, arch, arguments)
+    if native is None and "quant_dtype" in op.arguments:
+        return f"{arch} computes with no FP8"
     if arguments.get("quant_dtype", native) != native:
         return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU's FP8 format is {native}"
     if op.family in all_reduce.FAMILIES:

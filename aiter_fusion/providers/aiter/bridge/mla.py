@@ -13,7 +13,7 @@ from .adapter import Adapter, Arguments, Condition, contiguous, entry, of_dtype
 HEAD, VALUE = 576, 512
 
 
-def _decode(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _decode(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     q, kv = a["q"], a["kv_buffer"]
     heads = (q.shape[-1], a["value_dim"])
     yield heads == (HEAD, VALUE), f"the heads have {heads[0]} and {heads[1]} elements, not {HEAD} and {VALUE}"
