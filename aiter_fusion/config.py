@@ -35,17 +35,25 @@ class Preference:
     ops: tuple[str, ...] = ()
 
 
+_PRODUCTS = ("gemm_a8w8", "gemm_a8w8_blockscale", "gemm_a8w8_bpreshuffle", "gemm_a8w8_blockscale_bpreshuffle")
+_PRODUCTS += ("hipb_mm_fp8", "batched_gemm_a8w8", "gemm_a4w4", "gemm_a8wfp4")
+_ROUTING = ("topk_softmax", "fused_topk", "topk_sigmoid", "topk_gating", "grouped_topk", "biased_grouped_topk")
+
 # A preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
 PREFERENCES = {
     "AITER": Preference(True),
     "RMSNORM": Preference(True, ("rms_norm_quant", "rms_norm", "add_rms_norm")),
     "ACT": Preference(True, ("act_mul_quant",)),
     "ALLREDUCE": Preference(True, ("all_reduce_rms_norm", "all_reduce_rms_norm_quant")),
-    "LINEAR": Preference(True, ("gemm_a8w8", "gemm_a8w8_blockscale", "hipb_mm_fp8")),
+    "LAYERNORM": Preference(True, ("layer_norm", "add_layer_norm")),
+    "LINEAR": Preference(True, _PRODUCTS),
     "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
-    "MOE": Preference(True, ("fused_moe",)),
+    "MOE": Preference(True, ("fused_moe", "asm_moe_tkw1", "moe_sum")),
     "MLA": Preference(True, ("mla_decode_fwd",)),
-    "TOPK": Preference(True, ("topk_softmax", "grouped_topk", "biased_grouped_topk")),
+    "QUANT": Preference(True, ("token_quant", "group_quant", "tensor_quant", "static_quant")),
+    "ROTARY": Preference(True, ("rotary_embedding",)),
+    "SAMPLING": Preference(True, ("greedy_sample", "mixed_sample", "top_k_renorm_probs")),
+    "TOPK": Preference(True, _ROUTING),
 }
 _WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 

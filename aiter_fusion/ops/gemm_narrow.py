@@ -135,7 +135,7 @@ def gemm_a8wfp4(
     Returns:
         ``[M, N]`` of ``dtype``, contiguous.
 
-    AITER: ``aiter.ops.triton.gemm.basic.gemm_a8wfp4.gemm_a8wfp4`` (v0.1.3 on), a Triton kernel; gfx950.
+    AITER: ``aiter.ops.triton.gemm.basic.gemm_a8wfp4.gemm_a8wfp4`` (v0.1.10 on), a Triton kernel; gfx950.
     """
     y = x.to(F32) @ microscaling.dequantised(w, w_scale).t()
     return (y * x_scale.to(F32).reshape(-1, 1)).to(dtype)

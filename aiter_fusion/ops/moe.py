@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def _moe_sample(case: _Case, seed: int) -> dict[str, Any]:
     blocks = case.quantisation == "block_128" or case.quantisation in MICROSCALING
     width, inner, experts, topk = (256, 128, 4, 2) if blocks else (64, 32, 4, 2)
     if case.quantisation in MICROSCALING:
-        inner = 256
+        inner, experts = 256, 4 if case.masked else 2
     more, draw = dict(case.more), lambda *sizes: torch.randn(sizes, generator=generator)
     hidden = draw(case.rows, width).to(torch.bfloat16)
     local = 2 if case.masked else experts
@@ -248,9 +249,13 @@ def _moe_sample(case: _Case, seed: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _drawn() -> tuple[dict[str, Any], ...]:
+    return tuple(_moe_sample(case, seed) for seed, case in enumerate(_CASES))
+
+
 def _moe_samples() -> Iterator[dict[str, Any]]:
-    for seed, case in enumerate(_CASES):
-        yield _moe_sample(case, seed)
+    yield from map(dict, _drawn())
 
 
 def _result(hidden: Tensor, dtype: torch.dtype | None = None, **_: Any) -> dict[str, Spec]:

@@ -103,7 +103,9 @@ def group_quant(
     groups = x.to(F32).unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1).clamp_min(LEAST) / _top(dtype)
     q = _codes(groups, scale[..., None], dtype).flatten(-2)
-    return q.contiguous(), scale.movedim(-1, 0).contiguous().movedim(0, -1) if column_major else scale.contiguous()
+    laid_out = scale.movedim(-1, 0) if column_major else scale
+    laid_out = laid_out.clone(memory_format=torch.contiguous_format)
+    return q.contiguous(), laid_out.movedim(0, -1) if column_major else laid_out
 
 
 @bridge_op("q", "scale", shape=lambda x, dtype: {"q": (x.shape, dtype), "scale": ([1], F32)}, samples=_samples)

@@ -95,7 +95,7 @@ def _score_samples() -> Iterator[dict[str, Any]]:
 
 def _grouped_samples(biased: bool) -> Iterator[dict[str, Any]]:
     for seed, (rows, experts, groups, topk_group, topk) in enumerate(
-        ((7, 32, 8, 2, 4), (1, 64, 8, 4, 8), (0, 16, 4, 1, 2), (9, 256, 8, 4, 8), (3, 24, 2, 1, 3))
+        ((7, 32, 8, 2, 4), (1, 64, 8, 4, 8), (0, 16, 8, 2, 2), (9, 256, 8, 4, 8), (3, 24, 2, 1, 3))
     ):
         given: dict[str, Any] = {"gating": _gating(rows, experts, seed)}
         if biased:

@@ -148,8 +148,8 @@ class Double:
     def forget(self) -> None:
         """Take its operators back."""
         self._forget_answers()
-        for registered in self._libraries:
-            registered._destroy()
+        while self._libraries:
+            self._libraries.pop()._destroy()
 
     def _module(self, name: str, folder: Path | None = None) -> ModuleType:
         if name not in self._modules:

@@ -82,8 +82,8 @@ def gemm_a8w8_bpreshuffle(double: Double, a: SimpleNamespace) -> Tensor:
 
 @computes
 def gemm_a8w8_blockscale_bpreshuffle(double: Double, a: SimpleNamespace) -> Tensor:
-    """Reads the scales of x column by column, whatever their strides; one of its kernels takes another first stride than
-    1 for scales whose strides lie."""
+    """Reads the scales of x column by column, whatever their strides; one of its kernels takes any first stride but 1
+    for scales whose strides lie."""
     supported(double, a.XQ, a.WQ)
     (m, k), n, w = a.XQ.shape, a.WQ.shape[0], bytes_in_rows(a.WQ)
     x_scale = a.x_scale.as_strided((m, k // 128), (1, m))

@@ -282,6 +282,8 @@ def test_blockscale_is_the_product_of_what_was_quantised() -> None:
 def test_quantised_experts_are_near_those_that_were_quantised(quantisation: str, dtype: torch.dtype) -> None:
     if dtype is torch.int8 and quantisation != "per_token":
         pytest.skip("AITER's int8 experts have scales per token")
+    if quantisation == "mxfp4" and dtype is not FN:
+        pytest.skip("its values are not of the dtype")
     generator = torch.Generator().manual_seed(0)
     x, w1 = torch.randn(6, 256, generator=generator), torch.randn(4, 256, 256, generator=generator) * 0.1
     w2 = torch.randn(4, 256, 128, generator=generator) * 0.1
@@ -289,7 +291,8 @@ def test_quantised_experts_are_near_those_that_were_quantised(quantisation: str,
     want = bridge.fused_moe(x, w1, w2, weights, ids)
     (q1, s1), (q2, s2) = (moe.quantise_weight(w, quantisation, dtype) for w in (w1, w2))
     have = bridge.fused_moe(x, q1, q2, weights, ids, w1_scale=s1, w2_scale=s2, quantisation=quantisation)
-    assert (want - have).norm() / want.norm() < 0.08  # two products of values with four bits
+    # two products of values with four bits; of MXFP4 with three
+    assert (want - have).norm() / want.norm() < (0.4 if quantisation == "mxfp4" else 0.08)
 
 
 def test_expert_parallel_parts_add_up() -> None:
@@ -323,6 +326,8 @@ def for_aiter(op: FusedOp, double: Double) -> Iterator[dict[str, Any]]:
             if isinstance(value, Tensor) and value.dtype is FN and value.is_contiguous()
             else value.t().float().clamp(-240, 240).to(double.fp8).t()
             if isinstance(value, Tensor) and value.dtype is FN
+            else double.fp8
+            if value is FN
             else value
             for name, value in arguments.items()
         }
@@ -472,7 +477,7 @@ def test_hipb_mm_says_all_that_stands_against_it(
     assert len(double.calls) == called
     double.arch = "gfx1201"
     assert str(AITER.refuse(op, arguments)).startswith(
-        "the GPU is gfx1201, and hipBLASLt is called on MI300 and MI350 (gfx942, gfx950); a and b are"
+        "the GPU is gfx1201, and aiter.hipb_mm is for gfx942, gfx950; a and b are"
     )
 
 
@@ -669,7 +674,8 @@ def test_hipb_mm_of_older_releases(version: str, faults: str | None, make: Calla
 def test_preferences_choose_for_every_feature(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
     double = make()
     monkeypatch.setenv("AITER_FUSION_LINEAR_HIPBMM", "1")
-    wanted = {"RMSNORM": 2, "LINEAR": 3, "TOPK": 3, "MOE": 1, "MLA": 1}
+    wanted = {"RMSNORM": 2, "LINEAR": 8, "TOPK": 6, "MOE": 3, "MLA": 1}
+    wanted |= {"LAYERNORM": 2, "ROTARY": 1, "QUANT": 4, "SAMPLING": 3}
     for feature, count in wanted.items():
         monkeypatch.setenv(f"AITER_FUSION_{feature}", "0")
         refused = [f for f in OPS if AITER.unwanted(OPS[f], arguments_of(f, double)) is not None]
@@ -681,6 +687,26 @@ def test_preferences_choose_for_every_feature(make: Callable[..., Double], monke
 
 # The versions with which every function of the bridge binds: from, and up to (None: to the newest).
 BINDS = {
+    "layer_norm": "v0.1.5",
+    "add_layer_norm": "v0.1.1",
+    "rotary_embedding": "v0.1.1",
+    "token_quant": "v0.1.5",
+    "group_quant": "v0.1.5",
+    "tensor_quant": "v0.1.3",
+    "static_quant": "v0.1.3",
+    "greedy_sample": "v0.1.5.post4",
+    "mixed_sample": "v0.1.8",
+    "top_k_renorm_probs": "v0.1.5",
+    "gemm_a8w8_bpreshuffle": "v0.1.4",
+    "gemm_a8w8_blockscale_bpreshuffle": "v0.1.5.post3",
+    "batched_gemm_a8w8": "v0.1.1",
+    "gemm_a4w4": "v0.1.9",
+    "gemm_a8wfp4": "v0.1.10",
+    "fused_topk": "v0.1.1",
+    "topk_sigmoid": "v0.1.6.post2",
+    "topk_gating": "v0.1.14",
+    "asm_moe_tkw1": "v0.1.1",
+    "moe_sum": "v0.1.1",
     "rms_norm": "v0.1.1",
     "add_rms_norm": "v0.1.1",
     "gemm_a8w8": "v0.1.4",
@@ -729,13 +755,16 @@ def test_binding_table(record_property: Callable[[str, object], None]) -> None:
 def test_an_older_version(version: str, make: Callable[..., Double]) -> None:
     double = make(version)
     for family, op in OPS.items():
+        if arch_of(family) != double.arch:
+            double.forget()
+            double = make(version, arch_of(family))
         arguments = arguments_of(family, double)
         why = AITER.refuse(op, arguments)
         assert (why is None) == is_called(family, version), family
         if why is None:
             have = results(op, op.target(*arguments.values(), "aiter"))
             if "ids" not in have:
-                assert alike(op.reference(**arguments)[op.outputs[0]], have[op.outputs[0]])
+                assert alike(op.reference(**arguments)[op.outputs[0]], have[op.outputs[0]], apart(op, arguments))
         else:
             assert f"AITER {version}" in why
 
@@ -800,7 +829,7 @@ def test_a_faulty_adapter_is_caught(fault: str, make: Callable[..., Double], mon
 
 def test_aiter_runs_on_the_device_of_its_tensors(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch) -> None:
     """It launches on the one that is current."""
-    double, within = make(), []
+    within, seen = [], []
 
     @contextmanager
     def device_of(tensor: Tensor) -> Iterator[None]:
@@ -809,11 +838,15 @@ def test_aiter_runs_on_the_device_of_its_tensors(make: Callable[..., Double], mo
         within.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    seen = []
-    for name, computes in double.computes.items():
-        double.computes[name] = lambda double, a, computes=computes: (seen.append(len(within)), computes(double, a))[1]
-    for family, op in OPS.items():
-        op.target(*arguments_of(family, double).values(), "aiter")
+    double = None
+    for arch in SUPPORTED:
+        if double is not None:
+            double.forget()
+        double = make(arch=arch)
+        for name, run in double.computes.items():
+            double.computes[name] = lambda double, a, run=run: (seen.append(len(within)), run(double, a))[1]
+        for family in (family for family in OPS if arch_of(family) == arch):
+            OPS[family].target(*arguments_of(family, double).values(), "aiter")
     assert len(seen) >= len(OPS)
     assert all(seen)
 
