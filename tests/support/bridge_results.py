@@ -8,7 +8,7 @@ from torch import Tensor
 # How far results of one arithmetic may be apart that sum in another order and round once: two codes of the result's
 # dtype, of the largest value in the row of which the sum is part.
 APART = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
-# Quantised values may have the next code, because a kernel multiplies by the reciprocal of the scale: FP8's is 2**-3 of a
+# Quantised values may have the next code, since kernels multiply by the reciprocal of the scale: FP8's is 2**-3 of a
 # value away, and among the smallest 2**-9 (FNUZ: 2**-10).
 CODE, LEAST_CODE = 2**-3, 2**-9
 # Experts quantise what their first product rounded: some of the inner values go to the next FP8 code, 2**-4 away.
