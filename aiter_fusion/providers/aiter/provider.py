@@ -66,8 +66,8 @@ def terms(op: FusedOp) -> Terms | None:
     return candidates.terms((*fused.PATHS, *all_reduce.PATHS), op)
 
 
-def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
+def _native(arguments: Mapping[str, Any]) -> torch.dtype | str:
+    """The FP8 format of the GPU on which all tensors are, or why there is none."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     tensors.pop("eps_tensor", None)  # refused wherever it is
@@ -76,9 +76,15 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"{name} is on {tensor.device.type}, and its kernels are for AMD GPUs"
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-    native = native_fp8(first.device.index or 0)
-    if native is None:
-        return f"AITER does not know {machine.architecture(first.device.index or 0)}"
+    index = first.device.index or 0
+    return native_fp8(index) or f"AITER does not know {machine.architecture(index)}"
+
+
+def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
+    native = _native(arguments)
+    if isinstance(native, str):
+        return native
     if op.family in ADAPTERS:
         return ADAPTERS[op.family].why_not(arguments, native)
     if arguments.get("quant_dtype", native) != native:
@@ -87,6 +93,14 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return all_reduce.refuse(op, arguments)
     chosen = fused.choose(op, arguments)
     return chosen if isinstance(chosen, str) else None
+
+
+def routes(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """AITER's functions for an op of the bridge, in the order in which they are asked, each with why it does not take a
+    call, or None."""
+    native = missing() or _native(arguments)
+    paths = ADAPTERS[op.family].paths
+    return [(str(p.entry), native if isinstance(native, str) else p.why_not(arguments, native)) for p in paths]
 
 
 def run(op: FusedOp) -> Implementation:
@@ -102,7 +116,9 @@ def _on_its_device(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
 
 def _computed(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if op.family in ADAPTERS:
-        return ADAPTERS[op.family].run(op, arguments)
+        native = _native(arguments)
+        assert not isinstance(native, str), "refuse asks before"
+        return ADAPTERS[op.family].path(arguments, native).run(op, arguments)
     if arguments.get("column_major"):
         # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
         outputs = _computed(op, {**arguments, "column_major": False})

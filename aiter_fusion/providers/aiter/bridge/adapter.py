@@ -40,6 +40,15 @@ class Adapter:
     compute: Callable[[Arguments], Outputs] | None = None
     others: tuple[EntryPoint, ...] = ()
 
+    @property
+    def paths(self) -> tuple[Adapter, ...]:
+        """Itself, the only function that there is (``Routes`` has several)."""
+        return (self,)
+
+    def path(self, arguments: Arguments, native: torch.dtype) -> Adapter:
+        """What computes a call: itself."""
+        return self
+
     def why_not(self, arguments: Arguments, native: torch.dtype) -> str | None:
         """All conditions that a call does not meet, and what the installed version lacks, or None."""
         failed = [message for holds, message in self.conditions(arguments, native) if not holds]
@@ -53,8 +62,9 @@ class Adapter:
             RuntimeError: AITER returned something else than the op's outputs.
         """
         outputs = op.allocate(**arguments)
-        if any(tensor.numel() == 0 for tensor in outputs.values()):
-            return outputs
+        first = next(value for value in arguments.values() if isinstance(value, Tensor))
+        if any(tensor.numel() == 0 for tensor in (first, *outputs.values())):
+            return outputs  # kernels cannot be launched for nothing
         returned = self._computed(arguments, outputs)
         for name, want in outputs.items():
             have = returned.get(name)
@@ -73,10 +83,32 @@ class Adapter:
         return {self.returns: returned} if isinstance(self.returns, str) else self.returns(returned, outputs)
 
 
-def entry(path: str, takes: Mapping[str, Value]) -> EntryPoint:
-    """The function at ``module.name``."""
+@dataclass(frozen=True)
+class Routes:
+    """Several of AITER's functions that compute an op, each within limits of its own; the first that takes a call
+    computes it."""
+
+    paths: tuple[Adapter, ...]
+
+    def path(self, arguments: Arguments, native: torch.dtype) -> Adapter:
+        """The first that takes a call which one of them takes."""
+        return next(path for path in self.paths if path.why_not(arguments, native) is None)
+
+    def why_not(self, arguments: Arguments, native: torch.dtype) -> str | None:
+        """What each function objects to, or None if one takes the call."""
+        reasons = []
+        for path in self.paths:
+            why = path.why_not(arguments, native)
+            if why is None:
+                return None
+            reasons.append(f"{path.entry.name}: {why}")
+        return "; ".join(reasons)
+
+
+def entry(path: str, takes: Mapping[str, Value], *before: str) -> EntryPoint:
+    """The function at ``module.name``; in older versions in the modules ``before``."""
     home, _, name = path.rpartition(".")
-    return EntryPoint(name, (home,), takes)
+    return EntryPoint(name, (home, *before), takes)
 
 
 def flat(name: str) -> Value:
