@@ -69,7 +69,7 @@ def routes(name: str, **arguments: Any) -> list[tuple[str, str | None]]:
 def mla_decode_metadata_size(
     batch: int, max_seqlen_q: int, heads: int, q_dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> int:
-    """The size of ``mla_decode_metadata`` of the current GPU; 0 where AITER cannot run.
+    """The size of ``mla_decode_metadata`` of the current GPU; 0 where AITER cannot run, or has no such metadata.
 
     Args:
         batch: how many sequences.
@@ -77,9 +77,6 @@ def mla_decode_metadata_size(
         heads: query heads.
         q_dtype: of the queries.
         kv_dtype: of the cache.
-
-    Raises:
-        RuntimeError: the installed version of AITER has no such metadata.
     """
     if BRIDGE_PROVIDERS["aiter"].missing() is not None:
         return 0

@@ -55,8 +55,8 @@ class FusedOp:
     family:     the op's name, ``torch.ops.aiter_fusion.<family>``.
     features:   what distinguishes this overload: extra inputs and extra outputs.
     arguments:  name -> schema type, in order.
-    outputs:    names of the outputs, in order; all are tensors. None: the op writes to arguments (their types say which,
-                ``Tensor(a!)``) and returns nothing.
+    outputs:    names of the outputs, in order; all are tensors. None: the op returns nothing and writes to arguments,
+                whose types say so (``Tensor(a!)``).
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
     shape:      sizes, dtype and, unless contiguous, layout of every output, which is on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.

@@ -147,7 +147,9 @@ def write_sample(
 
 def _write_samples() -> Iterator[dict[str, Any]]:
     for layout in LAYOUTS:
-        for seed, (tokens, cache) in enumerate(((5, torch.bfloat16), (1, torch.float16), (19, FN), (0, torch.bfloat16))):
+        for seed, (tokens, cache) in enumerate(
+            ((5, torch.bfloat16), (1, torch.float16), (19, FN), (0, torch.bfloat16))
+        ):
             dtype = torch.bfloat16 if cache.itemsize == 1 else cache
             yield write_sample(tokens, 2, 32, 16, layout, dtype, cache, seed)
 
@@ -231,9 +233,7 @@ def paged_attention(
     return torch.cat(results).to(q.dtype)
 
 
-@bridge_op(
-    shape=_write_shape, samples=_write_samples, domains=LAYOUT, mutates=("key_cache", "value_cache")
-)
+@bridge_op(shape=_write_shape, samples=_write_samples, domains=LAYOUT, mutates=("key_cache", "value_cache"))
 def reshape_and_cache(
     key: Tensor,
     value: Tensor,
@@ -271,9 +271,7 @@ def reshape_and_cache(
     kept = slot_mapping >= 0
     slots, block = slot_mapping[kept].long(), sizes(key_cache, layout).block
     blocks, places = slots // block, slots % block
-    keys, values = (
-        _stored(x[kept], scale, key_cache.dtype) for x, scale in ((key, k_scale), (value, v_scale))
-    )
+    keys, values = (_stored(x[kept], scale, key_cache.dtype) for x, scale in ((key, k_scale), (value, v_scale)))
     if layout == NHD:
         key_cache[blocks, places] = keys
         value_cache[blocks, places] = values

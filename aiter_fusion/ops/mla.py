@@ -78,8 +78,6 @@ def _prefill_samples() -> Iterator[dict[str, Any]]:
             yield {name: value for name, value in given.items() if name not in others}
 
 
-
-
 def _metadata_samples() -> Iterator[dict[str, Any]]:
     for given in _samples():
         yield {

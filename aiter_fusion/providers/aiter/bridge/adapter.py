@@ -19,6 +19,8 @@ Arguments = Mapping[str, Any]
 Outputs = dict[str, Tensor]
 # (whether it holds, the message if it does not)
 Condition = tuple[bool, str]
+# (arguments, the GPU's FP8 format) -> the conditions that a call must meet
+Conditions = Callable[[Arguments, torch.dtype], Iterator[Condition]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Adapter:
 
     entry:      its function. ``takes`` has a value for each keyword: the name of an argument or an output of the op, or
                 a function of all of these by name.
-    conditions: (arguments, the GPU's FP8 format) -> the conditions that a call must meet.
+    conditions: those that a call must meet.
     returns:    the output that the function returns, or a function (what it returned, outputs) -> outputs by name. By
                 default it writes to outputs that it was given.
     compute:    computes a call instead of ``entry``, where that takes more than one call.
@@ -35,7 +37,7 @@ class Adapter:
     """
 
     entry: EntryPoint
-    conditions: Callable[[Arguments, torch.dtype], Iterator[Condition]]
+    conditions: Conditions
     returns: str | Callable[[Any, Outputs], Outputs] = lambda returned, outputs: outputs
     compute: Callable[[Arguments], Outputs] | None = None
     others: tuple[EntryPoint, ...] = ()

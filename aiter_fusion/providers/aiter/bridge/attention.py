@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,8 +12,20 @@ from .... import machine
 from ....op import is_contiguous
 from ....ops.attention_arithmetic import scale_of
 from ....ops.kv_cache import NHD, SHUFFLED, sizes, why_not_of_layout
-from ..entry_points import constant, same
-from .adapter import F32, HALVES, Adapter, Arguments, Condition, Outputs, Routes, contiguous, entry, of_dtype
+from ..entry_points import EntryPoint, Value, constant, same
+from .adapter import (
+    F32,
+    HALVES,
+    Adapter,
+    Arguments,
+    Condition,
+    Conditions,
+    Outputs,
+    Routes,
+    contiguous,
+    entry,
+    of_dtype,
+)
 
 # The largest head of CK's kernels.
 WIDEST = 256
@@ -133,19 +145,19 @@ def _lengths(a: Arguments) -> Tensor:
     return a["cu_seqlens_k"].diff()
 
 
-_RULE = {
+_RULE: dict[str, Value] = {
     "softmax_scale": lambda a: scale_of(a["q"], a["scale"]),
     "causal": "causal",
     "window_size": lambda a: (a["window_left"], 0 if a["causal"] else a["window_right"]),
     "alibi_slopes": "alibi_slopes",
 }
-_PACKED = {
+_PACKED: dict[str, Value] = {
     **same("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     **_RULE,
     "logits_soft_cap": "softcap",
     "sink_ptr": "sinks",
 }
-_UNIFIED = {
+_UNIFIED: dict[str, Value] = {
     **same("block_table", "softcap", "alibi_slopes", "sinks"),
     "q": "q",
     "out": "o",
@@ -155,12 +167,9 @@ _UNIFIED = {
 }
 
 
-def _unified_entry(takes: dict[str, object]):  # type: ignore[no-untyped-def]
-    return entry(
-        "aiter.ops.triton.attention.unified_attention.unified_attention",
-        _UNIFIED | takes,  # type: ignore[arg-type]
-        "aiter.ops.triton.unified_attention",
-    )
+def _unified_entry(takes: Mapping[str, Value]) -> EntryPoint:
+    path = "aiter.ops.triton.attention.unified_attention.unified_attention"
+    return entry(path, {**_UNIFIED, **takes}, "aiter.ops.triton.unified_attention")
 
 
 def _result_and_lse(returned: tuple[Tensor, Tensor], outputs: Outputs) -> Outputs:
@@ -226,7 +235,7 @@ def _v1(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     yield is_contiguous(key.transpose(0, 0)[0]), "the elements of a block are not next to each other"
 
 
-def _unified_paged(layout: str):  # type: ignore[no-untyped-def]
+def _unified_paged(layout: str) -> Conditions:
     def conditions(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
         yield from _paged(a, layout, native)
         if a["layout"] != layout:
@@ -278,9 +287,9 @@ def _rocm(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
         yield contiguous(name, a[name])
 
 
-def _scale(name: str):  # type: ignore[no-untyped-def]
+def _scale(name: str, like: str) -> Value:
     """A scale, 1 for a cache without one: the kernels read it in any case."""
-    return lambda a: a["q"].new_ones(1, dtype=F32) if a[name] is None else a[name]
+    return lambda a: a[like].new_ones(1, dtype=F32) if a[name] is None else a[name]
 
 
 def _partitions(a: Arguments) -> int:
@@ -294,18 +303,18 @@ def _workspace(a: Arguments) -> Tensor:
     return a["q"].new_empty(rows * heads * _partitions(a) * each, dtype=torch.uint8)
 
 
-def _partial(dtype: torch.dtype | None, *inner: str):  # type: ignore[no-untyped-def]
-    """A partial value for each partition of each query."""
-
-    def made(a: Arguments) -> Tensor:
-        rows, heads, dim = a["q"].shape
-        return a["q"].new_empty(rows, heads, _partitions(a), *([dim] if inner else []), dtype=dtype)
-
-    return made
+def _statistic(a: Arguments) -> Tensor:
+    """A number for each partition of each query."""
+    return a["q"].new_empty(*a["q"].shape[:2], _partitions(a), dtype=F32)
 
 
-_KIND = {"kv_cache_dtype": lambda a: "fp8" if a["key_cache"].element_size() == 1 else "auto"}
-_DECODE = {
+def _partial(a: Arguments) -> Tensor:
+    """A result for each partition of each query."""
+    return a["q"].new_empty(*a["q"].shape[:2], _partitions(a), a["q"].shape[2])
+
+
+_KIND: dict[str, Value] = {"kv_cache_dtype": lambda a: "fp8" if a["key_cache"].element_size() == 1 else "auto"}
+_DECODE: dict[str, Value] = {
     "out": "o",
     "query": "q",
     **same("key_cache", "value_cache", "alibi_slopes"),
@@ -313,12 +322,12 @@ _DECODE = {
     "block_tables": "block_table",
     "context_lens": "seq_lens",
     "max_context_len": "max_seq_len",
-    "k_scale": _scale("k_scale"),
-    "v_scale": _scale("v_scale"),
+    "k_scale": _scale("k_scale", "q"),
+    "v_scale": _scale("v_scale", "q"),
     "partition_size": constant(PARTITION),
     **_KIND,
 }
-_UNIFIED_DECODE = {
+_UNIFIED_DECODE: dict[str, Value] = {
     "k": "key_cache",
     "v": "value_cache",
     "cu_seqlens_q": lambda a: torch.arange(len(a["q"]) + 1, dtype=torch.int32, device=a["q"].device),
@@ -334,7 +343,7 @@ _UNIFIED_DECODE = {
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _written(layout: str):  # type: ignore[no-untyped-def]
+def _written(layout: str) -> Conditions:
     def conditions(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
         yield from _cache(a, layout, native, "key")
         if a["layout"] != layout:
@@ -358,12 +367,12 @@ def _written(layout: str):  # type: ignore[no-untyped-def]
     return conditions
 
 
-_WRITE = {
+_WRITE: dict[str, Value] = {
     **same("key", "value", "key_cache", "value_cache"),
     # older releases read the numbers as int64, whatever they are
     "slot_mapping": lambda a: a["slot_mapping"].long(),
-    "k_scale": lambda a: a["key"].new_ones(1, dtype=F32) if a["k_scale"] is None else a["k_scale"],
-    "v_scale": lambda a: a["key"].new_ones(1, dtype=F32) if a["v_scale"] is None else a["v_scale"],
+    "k_scale": _scale("k_scale", "key"),
+    "v_scale": _scale("v_scale", "key"),
     **_KIND,
 }
 
@@ -456,12 +465,11 @@ ADAPTERS = {
                     "aiter.paged_attention_rocm",
                     {
                         **_DECODE,
-                        "exp_sums": _partial(F32),
-                        "max_logits": _partial(F32),
-                        "tmp_out": _partial(None, "dim"),
+                        "exp_sums": _statistic,
+                        "max_logits": _statistic,
+                        "tmp_out": _partial,
                         "num_kv_heads": lambda a: a["key_cache"].shape[1],
                         "block_size": lambda a: a["key_cache"].shape[3],
-                        # the one that is read by v1 alone
                     },
                 ),
                 _rocm,
