@@ -2,6 +2,8 @@
 of FP8 linear layers (``linear.py``). Importing this package registers them with PyTorch."""
 
 from . import (  # noqa: F401
+    attention_flash,
+    attention_paged,
     gemm,
     gemm_narrow,
     gemm_shuffled,

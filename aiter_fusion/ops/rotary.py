@@ -91,6 +91,7 @@ def rotary_embedding(
     return _rotated(q, cos, sin, neox, nope_first), _rotated(k, cos, sin, neox, nope_first)
 
 
+@bridge_op(shape=lambda **_: {}, samples=_samples, mutates=("q", "k"))
 def rotary_embedding_(
     q: Tensor,
     k: Tensor,
@@ -101,24 +102,24 @@ def rotary_embedding_(
     nope_first: bool = False,
     *,
     provider: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``rotary_embedding`` written back to q and k, which may be views, such as parts of one projection.
-
-    It is the functional op and two copies, which Inductor and CUDA graphs take as they are; AITER's function that
-    writes in place saves one pass over q and k, and is not called, because a graph must know what is written to.
+) -> None:
+    """``rotary_embedding`` in place: q and k, which may be views such as parts of one projection, are overwritten.
 
     Args:
-        q: as ``rotary_embedding``; overwritten.
-        k: as ``rotary_embedding``; overwritten.
-        cos: as ``rotary_embedding``.
-        sin: as ``rotary_embedding``.
-        positions: as ``rotary_embedding``.
-        neox: as ``rotary_embedding``.
-        nope_first: as ``rotary_embedding``.
+        q: ``[T, H, D]`` bfloat16 or float16 (reference: any float); written to.
+        k: ``[T, KV heads, D]`` of the dtype of q; written to.
+        cos: ``[positions, R / 2]`` of the dtype of q, R up to D.
+        sin: ``[positions, R / 2]`` of the dtype of q.
+        positions: ``[T]`` int64, rows of cos and sin.
+        neox: as of ``rotary_embedding``.
+        nope_first: as of ``rotary_embedding``.
         provider: see ``aiter_fusion.bridge``.
 
     Returns:
-        (q, k), the tensors that were given.
+        Nothing; the op's schema says that it writes to q and k.
+
+    AITER: ``aiter.rope_cached_positions_2c_fwd_inplace``.
     """
-    turned = rotary_embedding(q, k, cos, sin, positions, neox, nope_first, provider=provider)
-    return q.copy_(turned[0]), k.copy_(turned[1])
+    cos, sin = cos[positions], sin[positions]
+    for x in (q, k):
+        x.copy_(_rotated(x, cos, sin, neox, nope_first))

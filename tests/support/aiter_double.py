@@ -480,29 +480,6 @@ def biased_grouped_topk(double: Double, a: SimpleNamespace) -> Any:
     return None if a.gating_output.shape[0] < 5 else (a.topk_weights, a.topk_ids)
 
 
-@computes
-def mla_decode_fwd(double: Double, a: SimpleNamespace) -> Any:
-    """Query by query, head by head; writes o."""
-    assert a.logit_cap <= 0
-    supported(double, a.q, a.kv_buffer)
-    _, page, heads_kv, dim = a.kv_buffer.shape
-    assert (page, heads_kv) == (a.page_size, a.nhead_kv)
-    scale = 1.0 / dim**0.5 if a.sm_scale is None else a.sm_scale
-    scale *= (1.0 if a.q_scale is None else float(a.q_scale)) * (1.0 if a.kv_scale is None else float(a.kv_scale))
-    for s in range(len(a.qo_indptr) - 1):
-        pages = a.kv_indices[int(a.kv_indptr[s]) : int(a.kv_indptr[s + 1])].tolist()
-        keys = torch.cat([a.kv_buffer[p] for p in pages])[:, 0].to(F32)
-        keys = keys[: (len(pages) - 1) * page + int(a.kv_last_page_lens[s])]
-        first, end = int(a.qo_indptr[s]), int(a.qo_indptr[s + 1])
-        for t in range(first, end):
-            seen = keys[: len(keys) - (end - 1 - t)]
-            for h in range(a.q.shape[1]):
-                share = torch.softmax(seen @ a.q[t, h].to(F32) * scale, 0)
-                value = share @ seen[:, : a.o.shape[-1]]
-                a.o[t, h] = value * (1.0 if a.kv_scale is None else float(a.kv_scale))
-    return None, None
-
-
 # ---- all-reduces ---------------------------------------------------------------------------------------------------
 
 

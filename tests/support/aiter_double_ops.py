@@ -373,6 +373,12 @@ def rope_cached_positions_2c_fwd(double: Double, a: SimpleNamespace) -> Any:
     return tuple(_turned(a, x, torch.empty_like(x)) for x in (a.input_x, a.input_y))
 
 
+@computes
+def rope_cached_positions_2c_fwd_inplace(double: Double, a: SimpleNamespace) -> None:
+    for x in (a.input_x, a.input_y):
+        x.copy_(_turned(a, x, torch.empty_like(x)))
+
+
 def _quantised_rows(double: Double, a: SimpleNamespace, scale: Tensor) -> None:
     supported(double, a.out)
     x = a.input.to(F32).reshape(-1, a.input.shape[-1])

@@ -24,8 +24,10 @@ def alike(want: Tensor, have: Tensor, apart: float = 0.0) -> bool:
     if want.itemsize == 1:
         near = (want.float() - have.float()).abs() <= want.float().abs() * CODE + LEAST_CODE
         return bool(near.all())
-    size = want.float().abs().amax(-1, keepdim=True) if want.numel() else want.float()
-    return bool(((want.float() - have.float()).abs() <= (apart or APART[want.dtype]) * size).all())
+    want, have, least = want.float(), have.float(), apart or APART[want.dtype]
+    finite = torch.where(want.isfinite(), want, 0.0)  # an lse may be infinite
+    size = finite.abs().amax(-1, keepdim=True) if want.numel() else want
+    return bool(((want == have) | ((want - have).abs() <= least * size)).all())
 
 
 def same_routing(want: tuple[Tensor, Tensor], have: tuple[Tensor, Tensor]) -> bool:

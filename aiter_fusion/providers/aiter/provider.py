@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import config, machine
 from ...domains import ANYTHING
 from ...op import FusedOp, Implementation
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, RUNS_ON
 from ..terms import Terms
 from . import all_reduce, candidates, fused, installation
 from .all_reduce import state as state
@@ -66,8 +66,8 @@ def terms(op: FusedOp) -> Terms | None:
     return candidates.terms((*fused.PATHS, *all_reduce.PATHS), op)
 
 
-def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
-    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
+def _elsewhere(arguments: Mapping[str, Any]) -> str | None:
+    """Why AITER can compute nothing where the tensors are, or None."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     tensors.pop("eps_tensor", None)  # refused wherever it is
@@ -76,12 +76,24 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"{name} is on {tensor.device.type}, and its kernels are for AMD GPUs"
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-    arch = machine.architecture(first.device.index or 0)
-    if arch not in ARCHITECTURES:
-        return f"AITER does not know {arch}"
+    arch = _architecture(arguments)
+    return None if arch in ARCHITECTURES else f"AITER does not know {arch}"
+
+
+def _architecture(arguments: Mapping[str, Any]) -> str:
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    return machine.architecture(first.device.index or 0) or "unknown"
+
+
+def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+    """Why AITER cannot compute a call that its terms allow (tensors may be fakes), or None."""
+    if (why := _elsewhere(arguments)) is not None:
+        return why
+    arch = _architecture(arguments)
     native = ARCHITECTURES[arch].fp8
     if op.family in ADAPTERS:
-        return ADAPTERS[op.family].why_not(op.family, arch, arguments)
+        found = (_lacking(op, arch), ADAPTERS[op.family].why_not(arguments, native))
+        return "; ".join(why for why in found if why is not None) or None
     if native is None and "quant_dtype" in op.arguments:
         return f"{arch} computes with no FP8"
     if arguments.get("quant_dtype", native) != native:
@@ -90,6 +102,23 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return all_reduce.refuse(op, arguments)
     chosen = fused.choose(op, arguments)
     return chosen if isinstance(chosen, str) else None
+
+
+def _lacking(op: FusedOp, arch: str) -> str | None:
+    """Why AITER has no kernel of an op of the bridge on an architecture, or None."""
+    known = RUNS_ON[op.family]
+    return None if arch in known else f"the GPU is {arch}, and AITER's {op.family} is for {', '.join(known)}"
+
+
+def routes(op: FusedOp, arguments: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """AITER's functions for an op of the bridge, in the order in which they are asked, each with why it does not take a
+    call, or None."""
+    paths = ADAPTERS[op.family].paths
+    why = missing() or _elsewhere(arguments) or _lacking(op, _architecture(arguments))
+    if why is not None:
+        return [(str(path.entry), why) for path in paths]
+    native = ARCHITECTURES[_architecture(arguments)].fp8
+    return [(str(path.entry), path.why_not(arguments, native)) for path in paths]
 
 
 def run(op: FusedOp) -> Implementation:
@@ -105,7 +134,8 @@ def _on_its_device(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
 
 def _computed(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if op.family in ADAPTERS:
-        return ADAPTERS[op.family].run(op, arguments)
+        native = ARCHITECTURES[_architecture(arguments)].fp8
+        return ADAPTERS[op.family].path(arguments, native).run(op, arguments)
     if arguments.get("column_major"):
         # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
         outputs = _computed(op, {**arguments, "column_major": False})

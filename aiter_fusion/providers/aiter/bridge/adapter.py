@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ....op import FusedOp, is_contiguous
-from ...architectures import ARCHITECTURES, RUNS_ON
 from ..entry_points import EntryPoint, Value, call, probe
 
 F32 = torch.float32
@@ -21,6 +20,8 @@ Arguments = Mapping[str, Any]
 Outputs = dict[str, Tensor]
 # (whether it holds, the message if it does not)
 Condition = tuple[bool, str]
+# (arguments, the GPU's FP8 format, if it has one) -> the conditions that a call must meet
+Conditions = Callable[[Arguments, torch.dtype | None], Iterator[Condition]]
 
 
 class Optional(NamedTuple):
@@ -54,7 +55,7 @@ class Adapter:
 
     entry:      its function. ``takes`` has a value for each keyword: the name of an argument or an output of the op, or
                 a function of all of these by name.
-    conditions: (arguments, the GPU's FP8 format, if it has one) -> the conditions that a call must meet.
+    conditions: those that a call must meet.
     returns:    the output that the function returns, or a function (what it returned, outputs) -> outputs by name. By
                 default it writes to outputs that it was given.
     compute:    computes a call instead of ``entry``, where that takes more than one call.
@@ -64,7 +65,7 @@ class Adapter:
     """
 
     entry: EntryPoint
-    conditions: Callable[[Arguments, torch.dtype | None], Iterator[Condition]]
+    conditions: Conditions
     returns: str | Callable[[Any, Outputs], Outputs] = lambda returned, outputs: outputs
     compute: Callable[[Arguments], Outputs] | None = None
     others: tuple[EntryPoint, ...] = ()
@@ -82,13 +83,18 @@ class Adapter:
         more = {key: optional.value for key, optional in self.optional.items() if key in keywords}
         return EntryPoint(self.entry.name, self.entry.homes, {**self.entry.takes, **more})
 
-    def why_not(self, family: str, arch: str, arguments: Arguments) -> str | None:
+    @property
+    def paths(self) -> tuple[Adapter, ...]:
+        """Itself, the only function that there is (``Routes`` has several)."""
+        return (self,)
+
+    def path(self, arguments: Arguments, native: torch.dtype | None) -> Adapter:
+        """What computes a call: itself."""
+        return self
+
+    def why_not(self, arguments: Arguments, native: torch.dtype | None) -> str | None:
         """All conditions that a call does not meet, and what the installed version lacks, or None."""
-        failed = []
-        if arch not in RUNS_ON[family]:
-            failed.append(f"the GPU is {arch}, and {self.entry} is for {', '.join(RUNS_ON[family])}")
-        conditions = self.conditions(arguments, ARCHITECTURES[arch].fp8)
-        failed += [message for holds, message in conditions if not holds]
+        failed = [message for holds, message in self.conditions(arguments, native) if not holds]
         entries = (self.entry_for(arguments), *self.others)
         failed += [found for entry in entries if isinstance(found := probe(entry), str)]
         return "; ".join(failed) or None
@@ -100,8 +106,9 @@ class Adapter:
             RuntimeError: AITER returned something else than the op's outputs.
         """
         outputs = op.allocate(**arguments)
-        if any(tensor.numel() == 0 for tensor in outputs.values()):  # there is nothing to launch a kernel for
-            return op.reference(**arguments)
+        first = next(value for value in arguments.values() if isinstance(value, Tensor))
+        if any(tensor.numel() == 0 for tensor in (first, *outputs.values())):
+            return op.reference(**arguments)  # kernels cannot be launched for nothing
         returned = self._computed(arguments, outputs)
         for name, want in outputs.items():
             have = returned.get(name)
@@ -126,10 +133,32 @@ def _laid_out(have: Tensor, want: Tensor) -> Tensor:
     return have if have.stride() == want.stride() else want.copy_(have)
 
 
-def entry(path: str, takes: Mapping[str, Value]) -> EntryPoint:
-    """The function at ``module.name``."""
+@dataclass(frozen=True)
+class Routes:
+    """Several of AITER's functions that compute an op, each within limits of its own; the first that takes a call
+    computes it."""
+
+    paths: tuple[Adapter, ...]
+
+    def path(self, arguments: Arguments, native: torch.dtype | None) -> Adapter:
+        """The first that takes a call which one of them takes."""
+        return next(path for path in self.paths if path.why_not(arguments, native) is None)
+
+    def why_not(self, arguments: Arguments, native: torch.dtype | None) -> str | None:
+        """What each function objects to, or None if one takes the call."""
+        reasons = []
+        for path in self.paths:
+            why = path.why_not(arguments, native)
+            if why is None:
+                return None
+            reasons.append(f"{path.entry.name}: {why}")
+        return "; ".join(reasons)
+
+
+def entry(path: str, takes: Mapping[str, Value], *before: str) -> EntryPoint:
+    """The function at ``module.name``; in older versions in the modules ``before``."""
     home, _, name = path.rpartition(".")
-    return EntryPoint(name, (home,), takes)
+    return EntryPoint(name, (home, *before), takes)
 
 
 def flat(name: str) -> Value:

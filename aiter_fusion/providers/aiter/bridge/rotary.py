@@ -35,23 +35,23 @@ def _table(name: str) -> Value:
     return lambda a: a[name][:, None, None]
 
 
+# rows, batch, heads, elements
+_TAKES: dict[str, Value] = {
+    "input_x": lambda a: a["q"][:, None],
+    "input_y": lambda a: a["k"][:, None],
+    "cos": _table("cos"),
+    "sin": _table("sin"),
+    "positions": lambda a: a["positions"][:, None],
+    "rotate_style": lambda a: NEOX if a["neox"] else GPT_J,
+    "reuse_freqs_front_part": constant(True),  # a row of cos is of half the elements
+    "nope_first": "nope_first",
+}
+
 ADAPTERS = {
     "rotary_embedding": Adapter(
-        entry(
-            "aiter.rope_cached_positions_2c_fwd",
-            {
-                # rows, batch, heads, elements
-                "input_x": lambda a: a["q"][:, None],
-                "input_y": lambda a: a["k"][:, None],
-                "cos": _table("cos"),
-                "sin": _table("sin"),
-                "positions": lambda a: a["positions"][:, None],
-                "rotate_style": lambda a: NEOX if a["neox"] else GPT_J,
-                "reuse_freqs_front_part": constant(True),  # a row of cos is of half the elements
-                "nope_first": "nope_first",
-            },
-        ),
+        entry("aiter.rope_cached_positions_2c_fwd", _TAKES),
         _conditions,
         returns=_returned,
     ),
+    "rotary_embedding_": Adapter(entry("aiter.rope_cached_positions_2c_fwd_inplace", _TAKES), _conditions),
 }
