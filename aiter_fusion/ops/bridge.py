@@ -60,9 +60,28 @@ def bridge_op(
     return declare
 
 
+# Annotation -> schema type. ``torch.library.infer_schema`` evaluates every annotation by itself, which for all ops took
+# as long as the rest of the import of this package; it is asked where an annotation is not here.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
+}
+
+
 def _arguments(reference: Callable[..., Any], mutates: tuple[str, ...]) -> dict[str, str]:
     """Argument -> schema type, in order, without ``provider``, which ``define`` adds. Defaults stay in Python: the
     dispatcher drops arguments that equal a schema's default."""
+    annotations = {n: kind for n, kind in reference.__annotations__.items() if n not in ("provider", "return")}
+    if not mutates and all(kind in _TYPES for kind in annotations.values()):
+        return {name: _TYPES[kind] for name, kind in annotations.items()}
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     parameters = schema.partition(" -> ")[0].removeprefix("(").removesuffix(")").split(", ")
     typed = (parameter.partition("=")[0].split(" ") for parameter in parameters if parameter != "*")
