@@ -82,6 +82,10 @@ def parameters(signature: str) -> dict[str, bool]:
     return {argument.arg: position >= required for position, argument in enumerate(arguments.args)}
 
 
+# The head of the file of what hipBLASLt has tuned.
+TUNED = "preshuffle, use_rowwise, trans_a, trans_b, m, n, k, A_data_type, lda, stride_a, B_data_type, ldb, stride_b, "
+TUNED += "C_data_type, ldc, stride_c, compute_type, batch_count, algo_index, kernel_name\n"
+
 Computation = Callable[["Double", SimpleNamespace], Any]
 COMPUTES: dict[str, Computation] = {}
 
@@ -424,7 +428,12 @@ def hipb_mm(double: Double, a: SimpleNamespace) -> Tensor:
         )
     if tuned:
         double.tuned.append((m, n, k))
-        Path("hip_online_tuning_res.csv").touch()  # in the current directory
+        results, said = Path("hip_online_tuning_res.csv"), str(bool(a.bpreshuffle)).lower()  # in the current directory
+        known = results.read_text() if results.is_file() else TUNED
+        row = f"{said},true,T,N,{n},{m},{k},"  # of hipBLASLt, whose result is the transpose
+        if f"\n{row}" not in known:  # a row that is there is read, not tuned again
+            known += f"{row}f8_e4m3_fnuz_r,{k},0,f8_e4m3_fnuz_r,{k},0,bf16_r,{n},0,f32_r,1,7,Cijk\n"
+        results.write_text(known)
     assert (a.scaleA.shape, a.scaleB.shape) == ((m, 1), (1, n)), "or one element each"
     assert a.out_dtype == torch.bfloat16
     assert n >= 16

@@ -629,7 +629,9 @@ def test_tuning(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tm
         given = hipb(m)
         assert alike(otherwise(given), by_hipb(given))
     assert double.tuned == [(5, 48, 64)] * 2
-    assert (folder / "hip_online_tuning_res.csv").is_file()
+    head, *rows = (folder / "hip_online_tuning_res.csv").read_text().splitlines()
+    assert head.startswith("preshuffle, use_rowwise, trans_a, trans_b, m, n, k, A_data_type")
+    assert [row.split(",")[:7] for row in rows] == [["true", "true", "T", "N", "48", "5", "64"]]  # one of two calls
     assert Path.cwd() == here
     assert "HIP_ONLINE_TUNING" not in os.environ
     assert double.extensions == 1

@@ -68,6 +68,13 @@ def _hipblaslt(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     yield _bias(a)
     yield contiguous("a", x)
     yield is_contiguous(b.t()), f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
+    library = hipblaslt.library_version()
+    for needed, first, what in (
+        (True, hipblaslt.SCALES_ROWS_FROM, "scales for rows"),
+        (a["b_is_shuffled"], hipblaslt.READS_TILES_FROM, "shuffled weights"),
+    ):
+        knows = not needed or library is None or library >= first
+        yield knows, f"hipBLASLt is {library}, and it has {what} from {first} on: upgrade ROCm"
     if config.tuning() is not None:
         version, first = releases.installed(), hipblaslt.TUNES_FROM
         tunes = version is None or version >= first
