@@ -20,7 +20,7 @@ def _samples() -> Iterator[dict[str, Any]]:
     for seed, (rows, heads, kv_heads, dim, rotated, dtype) in enumerate(
         (
             (5, 4, 2, 16, 16, torch.bfloat16),
-            (3, 2, 2, 24, 16, torch.float16),
+            (3, 2, 2, 32, 16, torch.float16),
             (1, 8, 1, 64, 64, torch.bfloat16),
             (0, 4, 2, 16, 16, torch.bfloat16),
             (7, 3, 1, 32, 8, F32),
