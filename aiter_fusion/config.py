@@ -44,7 +44,7 @@ PREFERENCES = {
     "LINEAR": Preference(True, ("gemm_a8w8", "gemm_a8w8_blockscale", "hipb_mm_fp8")),
     "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
     "MOE": Preference(True, ("fused_moe",)),
-    "MHA": Preference(True, ("flash_attn", "flash_attn_varlen", "flash_attn_varlen_lse")),
+    "MHA": Preference(True, ("flash_attn", "flash_attn_varlen", "flash_attn_varlen_lse", "decode_attention")),
     "PAGED_ATTN": Preference(True, ("paged_attention", "reshape_and_cache")),
     "MLA": Preference(True, ("mla_decode_fwd", "mla_decode_fwd_lse", "mla_decode_metadata", "mla_prefill_fwd")),
     "TOPK": Preference(True, ("topk_softmax", "grouped_topk", "biased_grouped_topk")),
