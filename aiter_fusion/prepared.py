@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bridge, config
+from . import bridge, config, side_by_side
 from .providers.known import BRIDGE_PROVIDERS
 from .providers.tiles import TILE, shuffled
 from .registry import REGISTRY
@@ -123,7 +123,7 @@ class Prepared:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
+def prepare(model: nn.Module, provider: str = "auto", product: str = "hipb_mm") -> Prepared:
     """Store the weights of FP8 linear layers as hipBLASLt reads them, so that no call has to; changes the model.
 
     To be called once, on the device that the model runs on, before it is compiled or run. A weight is replaced by a
@@ -138,10 +138,20 @@ def prepare(model: nn.Module, provider: str = "auto") -> Prepared:
         model: with linear layers quantised by torchao, activations and weights to FP8 with a scale for each row.
         provider: who computes them. ``auto``: AITER if the environment's preferences ``AITER``, ``LINEAR`` and
             ``LINEAR_HIPBMM`` are on; ``aiter``: whatever they are; ``reference``: plain PyTorch, to try it out.
+        product: ``hipb_mm``, or ``side_by_side``: weights stay in rows, those of neighbouring layers one after another
+            in memory, so that ``aiter_fusion::fp8_linear`` by AITER is one product. No provider reads them otherwise.
 
     Raises:
         RuntimeError: the provider asked for by name cannot run here; the message says why.
     """
+    if product == "side_by_side":
+        stored = tuple(path for group in side_by_side.store(model) for path in group)
+        others = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+        alone = "no neighbour in its module has as many inputs and is quantised alike, with a scale for each row"
+        weights = {path: model.get_submodule(path).weight for path in others if path not in stored}
+        return Prepared(stored, {path: alone for path, weight in weights.items() if _is_fp8(weight)})
+    if product != "hipb_mm":
+        raise ValueError(f"product={product!r}: weights are stored for hipb_mm, or side_by_side")
     if provider not in ("auto", "aiter", "reference"):
         raise ValueError(f"provider={provider!r}: shuffled weights are read by auto, aiter and reference")
     name = "aiter" if provider == "auto" else provider

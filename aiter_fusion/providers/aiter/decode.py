@@ -39,7 +39,7 @@ TERMS = Terms(
 )
 
 
-def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
+def refuse(op: FusedOp, arguments: Mapping[str, Any], native: torch.dtype) -> str | None:
     """Why the kernel cannot take a call that its terms allow (tensors may be fakes), or None."""
     if arguments["position"] is not None:
         return "the cache is filled up to a position, and its kernels multiply by what lies beyond it, NaN included"

@@ -17,13 +17,13 @@ from ...domains import ANYTHING
 from ...op import FusedOp, Implementation
 from ..architectures import ARCHITECTURES
 from ..terms import Terms
-from . import all_reduce, candidates, decode, fused, installation
+from . import all_reduce, candidates, decode, fused, installation, linear
 from .all_reduce import state as state
 from .bridge import ADAPTERS
 
 DEVICE = "cuda"  # PyTorch's name for an AMD GPU
 # The fused ops that are not made of stages: modules with terms, refusals and the computation.
-WHOLE: Mapping[str, Any] = {"decode_attention": decode}
+WHOLE: Mapping[str, Any] = {"decode_attention": decode, "fp8_linear": linear}
 
 
 def native_fp8(device: int = 0) -> torch.dtype | None:
@@ -92,7 +92,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if op.family in ADAPTERS:
         return ADAPTERS[op.family].why_not(arguments, native)
     if op.family in WHOLE:
-        return WHOLE[op.family].refuse(op, arguments)
+        return WHOLE[op.family].refuse(op, arguments, native)
     if arguments.get("quant_dtype", native) != native:
         return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU's FP8 format is {native}"
     if op.family in all_reduce.FAMILIES:
