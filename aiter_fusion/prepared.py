@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import bridge, config
+from . import bridge, config, side_by_side
 from .providers.known import BRIDGE_PROVIDERS
 from .providers.tiles import TILE, shuffled, unshuffled
 from .registry import REGISTRY
@@ -227,16 +227,24 @@ def prepare(model: nn.Module, provider: str = "auto", product: str = "hipb_mm") 
             ``hipb_mm``, ``LINEAR_HIPBMM`` are on; ``aiter``: whatever they are; ``reference``: plain PyTorch, to try it
             out.
         product: ``hipb_mm``: hipBLASLt's, with scales for rows. ``bpreshuffle``: AITER's own, with scales for rows or
-            blocks; a bias is added to its rounded result.
+            blocks; a bias is added to its rounded result. ``side_by_side``: weights stay in rows, those of neighbouring
+            layers one after another in memory, so that ``aiter_fusion::fp8_linear`` by AITER is one product; no
+            provider reads them otherwise, and ``unprepare`` leaves them so.
 
     Raises:
         RuntimeError: the provider asked for by name cannot run here; the message says why.
         ValueError: there is no such provider or product.
     """
+    if product == "side_by_side":
+        stored = tuple(path for group in side_by_side.store(model) for path in group)
+        others = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+        alone = "no neighbour in its module has as many inputs and is quantised alike, with a scale for each row"
+        weights = {path: model.get_submodule(path).weight for path in others if path not in stored}
+        return Prepared(stored, {path: alone for path, weight in weights.items() if _is_torchao_s(weight)})
     if provider not in ("auto", "aiter", "reference"):
         raise ValueError(f"provider={provider!r}: shuffled weights are read by auto, aiter and reference")
     if product not in PRODUCTS:
-        raise ValueError(f"product={product!r}: shuffled weights are read by {', '.join(PRODUCTS)}")
+        raise ValueError(f"product={product!r}: weights are stored for {', '.join(PRODUCTS)} or side_by_side")
     name = "aiter" if provider == "auto" else provider
     missing = BRIDGE_PROVIDERS[name].missing()
     if provider == "aiter" and missing is not None:

@@ -31,6 +31,7 @@ LAYOUT = {"layout": OneOf(LAYOUTS)}
 
 
 def _attention_shape(q: Tensor, key_cache: Tensor, value_cache: Tensor, layout: str, **_: Any) -> dict[str, Spec]:
+    """Checks, too: for kernels and the reference alike, when the op is traced and when it is called."""
     check_layout(key_cache, value_cache, layout, q.shape[-1])
     heads, kv_heads = q.shape[1], sizes(key_cache, layout).heads
     if heads % kv_heads:
@@ -39,6 +40,7 @@ def _attention_shape(q: Tensor, key_cache: Tensor, value_cache: Tensor, layout: 
 
 
 def _write_shape(key: Tensor, key_cache: Tensor, value_cache: Tensor, layout: str, **_: Any) -> dict[str, Spec]:
+    """Checks alone: nothing is returned."""
     check_layout(key_cache, value_cache, layout, key.shape[-1])
     if (found := sizes(key_cache, layout).heads) != key.shape[1]:
         raise ValueError(f"the keys have {key.shape[1]} heads, and the cache {found} (layout {layout})")
@@ -217,7 +219,7 @@ def paged_attention(
     AITER: ``aiter.paged_attention_v1`` for ``nhd``, ``aiter.pa_fwd_asm`` and ``aiter.paged_attention_rocm`` for
     ``shuffled``, its Triton ``unified_attention`` for both. ``aiter_fusion.bridge.routes`` says which takes a call.
     """
-    check_layout(key_cache, value_cache, layout, q.shape[-1])
+    _attention_shape(q, key_cache, value_cache, layout)
     rule = Rule(scale_of(q, scale), False, window - 1 if window else -1, -1, softcap, sinks, alibi_slopes)
     results = [q.new_empty(0, *q.shape[1:], dtype=F32)]
     for row, length in enumerate(seq_lens.tolist()):

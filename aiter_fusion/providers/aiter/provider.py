@@ -17,11 +17,13 @@ from ...domains import ANYTHING
 from ...op import FusedOp, Implementation
 from ..architectures import ARCHITECTURES, RUNS_ON
 from ..terms import Terms
-from . import all_reduce, candidates, fused, installation
+from . import all_reduce, candidates, decode, fused, installation, linear
 from .all_reduce import state as state
 from .bridge import ADAPTERS
 
 DEVICE = "cuda"  # PyTorch's name for an AMD GPU
+# The fused ops that are not made of stages: modules with terms, refusals and the computation.
+WHOLE: Mapping[str, Any] = {"decode_attention": decode, "fp8_linear": linear}
 
 
 def native_fp8(device: int = 0) -> torch.dtype | None:
@@ -63,6 +65,8 @@ def terms(op: FusedOp) -> Terms | None:
     conditions list every objection, and terms stop at the first."""
     if op.family in ADAPTERS:
         return Terms(dict.fromkeys(op.arguments, ANYTHING), op.features)
+    if op.family in WHOLE:
+        return WHOLE[op.family].TERMS
     return candidates.terms((*fused.PATHS, *all_reduce.PATHS), op)
 
 
@@ -94,6 +98,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if op.family in ADAPTERS:
         found = (_lacking(op, arch), ADAPTERS[op.family].why_not(arguments, native))
         return "; ".join(why for why in found if why is not None) or None
+    if op.family in WHOLE:
+        return WHOLE[op.family].refuse(op, arguments, native)
     if native is None and "quant_dtype" in op.arguments:
         return f"{arch} computes with no FP8"
     if arguments.get("quant_dtype", native) != native:
@@ -136,6 +142,8 @@ def _computed(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if op.family in ADAPTERS:
         native = ARCHITECTURES[_architecture(arguments)].fp8
         return ADAPTERS[op.family].path(arguments, native).run(op, arguments)
+    if op.family in WHOLE:
+        return WHOLE[op.family].compute(op, arguments)
     if arguments.get("column_major"):
         # copied, as the graph would have: AITER's own transposed scales come in three layouts under one flag
         outputs = _computed(op, {**arguments, "column_major": False})

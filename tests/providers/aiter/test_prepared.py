@@ -153,7 +153,7 @@ def test_the_mark_stays_where_pytorch_drops_it() -> None:
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="product='ck': shuffled weights are read by hipb_mm, bpreshuffle"):
+    with pytest.raises(ValueError, match="product='ck': weights are stored for hipb_mm, bpreshuffle or side_by_side"):
         aiter_fusion.prepare(nn.Linear(2, 2), product="ck")
     monkeypatch.setenv("AITER_FUSION_LINEAR", "0")
     refused = aiter_fusion.prepare(transformers_s(), product="bpreshuffle").refused["0"]

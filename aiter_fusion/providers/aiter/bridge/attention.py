@@ -145,10 +145,16 @@ def _lengths(a: Arguments) -> Tensor:
     return a["cu_seqlens_k"].diff()
 
 
+def _window(a: Arguments) -> tuple[int, int]:
+    """What a query sees on its sides. Without a window nothing is said, though causal calls see nothing after the
+    query: only so AITER takes its assembly."""
+    return a["window_left"], (-1 if a["window_left"] < 0 else 0) if a["causal"] else a["window_right"]
+
+
 _RULE: dict[str, Value] = {
     "softmax_scale": lambda a: scale_of(a["q"], a["scale"]),
     "causal": "causal",
-    "window_size": lambda a: (a["window_left"], 0 if a["causal"] else a["window_right"]),
+    "window_size": _window,
     "alibi_slopes": "alibi_slopes",
 }
 _PACKED: dict[str, Value] = {
