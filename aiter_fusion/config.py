@@ -72,6 +72,8 @@ def preference(name: str) -> bool:
     text = os.environ.get(variable, "").strip().lower()
     if text and text not in _WORDS:
         raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
+    if not text and name == "LINEAR_HIPBMM" and tuning() is not None:
+        return True  # who names a folder for what hipBLASLt tunes wants hipBLASLt
     return _WORDS[text] if text else PREFERENCES[name].default
 
 

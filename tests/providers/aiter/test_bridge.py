@@ -645,6 +645,21 @@ def test_tuning(make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tm
     assert os.environ["HIP_ONLINE_TUNING"] == "true"
 
 
+def test_one_variable_for_hipblaslt_and_its_tuning(
+    make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder for what it tunes turns it on; an explicit 0 does not."""
+    double = make()
+    arguments = arguments_of("hipb_mm_fp8", double)
+    assert AITER.unwanted(OPS["hipb_mm_fp8"], arguments) == "AITER_FUSION_LINEAR_HIPBMM is off (set it to 1)"
+    monkeypatch.setenv("AITER_FUSION_TUNING", str(tmp_path / "tuned"))
+    assert AITER.unwanted(OPS["hipb_mm_fp8"], arguments) is None
+    by_hipb(hipb(5), "auto")
+    assert double.tuned == [(5, 48, 64)]
+    monkeypatch.setenv("AITER_FUSION_LINEAR_HIPBMM", "0")
+    assert AITER.unwanted(OPS["hipb_mm_fp8"], arguments) == "AITER_FUSION_LINEAR_HIPBMM is off (set it to 1)"
+
+
 def test_tuning_by_releases_that_cannot(
     make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

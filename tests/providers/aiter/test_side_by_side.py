@@ -198,7 +198,7 @@ def test_prepared_layers(make: Callable[..., Double]) -> None:
     apart: list[Any] = [weight.qdata.clone().t() for weight in weights]
     compute(call | {"weights": apart})
     assert double.called == ["gemm_a8w8"] * 4
-    with pytest.raises(ValueError, match="product='rows': weights are stored for hipb_mm, or side_by_side"):
+    with pytest.raises(ValueError, match="product='rows': weights are stored for hipb_mm, bpreshuffle or side_by_side"):
         aiter_fusion.prepare(model, product="rows")
 
 
