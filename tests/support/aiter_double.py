@@ -103,7 +103,8 @@ class Double:
         self, version: str = NEWEST, arch: str = "gfx942", signatures: Mapping[str, str] | None = None
     ) -> None:
         self.version, self.arch = version, arch
-        self.fp8 = ARCHITECTURES[arch].fp8 if arch in SUPPORTED else torch.float8_e4m3fn  # gfx90a: of no use
+        known = ARCHITECTURES[arch].fp8 if arch in SUPPORTED else None
+        self.fp8: torch.dtype = known or torch.float8_e4m3fn  # of no use to gfx90a
         self.calls: list[tuple[str, SimpleNamespace]] = []
         self.computes = dict(COMPUTES)
         self.extensions = 0
