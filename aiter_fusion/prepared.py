@@ -203,8 +203,8 @@ class _Layer(NamedTuple):
     def granularity(self) -> str | None:
         """What shares a scale of the weight; None: neither a row nor a block."""
         n, k = self.values.shape
-        rows, blocks = (n, 1), (-(-n // BLOCK), -(-k // BLOCK))
-        return {rows: ROWS_OF, blocks: BLOCKS_OF}.get(tuple(self.scale.shape))
+        known: dict[tuple[int, ...], str] = {(n, 1): ROWS_OF, (-(-n // BLOCK), -(-k // BLOCK)): BLOCKS_OF}
+        return known.get(tuple(self.scale.shape))
 
 
 def prepare(model: nn.Module, provider: str = "auto", product: str = "hipb_mm") -> Prepared:

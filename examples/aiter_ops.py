@@ -63,7 +63,7 @@ class Layer(nn.Module):
         x, residual = bridge.add_rms_norm(x, residual, self.attention_norm, EPS)
         heads = self.qkv(x).unflatten(-1, (-1, sizes.head))
         q, k, v = heads.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 1)
-        q, k = bridge.rotary_embedding(q, k, *rotary, step.positions)
+        q, k = bridge.rotary_embedding(q, k, rotary[0], rotary[1], step.positions)
         bridge.reshape_and_cache(k, v.contiguous(), *cache, step.slots, LAYOUT)
         attended = bridge.paged_attention(q, *cache, step.block_table, step.lengths, MOST, LAYOUT)
         x, residual = bridge.add_rms_norm(self.out(attended.flatten(1)), residual, self.experts_norm, EPS)

@@ -53,9 +53,9 @@ def unified(far: Far, moved: Callable[..., dict[str, Any]], dtypes: tuple[torch.
             decode: tuple[dict[str, Any], ...] = ({}, {"window": 5}, {"softcap": 2.0}, {"alibi_slopes": slopes})
             for rule in (*decode, {"sinks": slopes}, {"cache": FN}):
                 changes = {name: value for name, value in rule.items() if name != "cache"}
-                cache = rule.get("cache", dtype)
+                cache: Any = rule.get("cache", dtype)
                 sample = paged.attention_sample((40, 1, 17), (4, 2, 64), 16, layout, dtype, cache, 1, **changes)
-                given = moved(sample)
+                given: dict[str, Any] = moved(sample)
                 want = reference("paged_attention", given)
                 what = f"unified_attention: {layout}, {dtype} over {cache}, {', '.join(changes) or 'plain'}"
                 yield what, far(want, by(path, "paged_attention"), (given,))
@@ -107,7 +107,7 @@ def written(far: Far, moved: Callable[..., dict[str, Any]], dtypes: tuple[torch.
         # of halves it writes bfloat16 alone
         for layout, cache in ((layout, FN if dtype is F16 else BF16) for layout in (NHD, SHUFFLED)):
             given = moved(paged.write_sample(7, 2, 64, 16, layout, dtype, cache, 0))
-            wanted = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+            wanted: dict[str, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
             bridge.reshape_and_cache(**wanted, provider="reference")
 
             def run(call: tuple[Any, ...], layout: str = layout) -> list[Tensor]:

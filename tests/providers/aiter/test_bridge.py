@@ -326,7 +326,7 @@ def for_aiter(op: FusedOp, double: Double) -> Iterator[dict[str, Any]]:
         yield from attention_samples.FOR_AITER[op.family](double)
         return
     for arguments in op.samples():
-        given = {
+        given: dict[str, Any] = {
             name: value.float().clamp(-240, 240).to(double.fp8).as_strided(value.shape, value.stride())
             if isinstance(value, Tensor) and value.dtype is FN and value.is_contiguous()
             else value.t().float().clamp(-240, 240).to(double.fp8).t()

@@ -70,8 +70,9 @@ def test_rotary_embedding_is_transformers(neox: bool) -> None:
     have = bridge.rotary_embedding(q, k, angles.cos(), angles.sin(), positions, neox)
     cos, sin = angles.cos()[positions][None], angles.sin()[positions][None]
     if neox:
-        full = [torch.cat((table, table), -1) for table in (cos, sin)]
-        want = tuple(x[0].transpose(0, 1) for x in of_llama(q[None].transpose(1, 2), k[None].transpose(1, 2), *full))
+        full = (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+        turned = of_llama(q[None].transpose(1, 2), k[None].transpose(1, 2), full[0], full[1])
+        want = tuple(x[0].transpose(0, 1) for x in turned)
     else:
         want = tuple(of_gpt_j(x[None], sin, cos)[0] for x in (q, k))
     assert all(map(alike, want, have))
@@ -476,8 +477,9 @@ def test_softmax_that_is_not_renormalised(version: str, fault: bool, make: Calla
     why = bridge.why_not("topk_gating", **given)
     said = f"AITER {version} does not renormalise softmax (ROCm/aiter#4460, in 0.1.20)"
     assert why == (said if fault else None)
-    assert bridge.why_not("topk_gating", **(given | {"renormalize": False})) is None
-    assert bridge.why_not("topk_gating", **(given | {"score": "sigmoid"})) is None
+    for other in ({"renormalize": False}, {"score": "sigmoid"}):
+        arguments: dict[str, Any] = given | other
+        assert bridge.why_not("topk_gating", **arguments) is None
 
 
 # ---- architectures -------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def _result_and_lse(returned: tuple[Tensor, Tensor], outputs: Outputs) -> Output
 # ---- caches in blocks ----------------------------------------------------------------------------------------------
 
 
-def _cache(a: Arguments, layout: str, native: torch.dtype, like: str) -> Iterator[Condition]:
+def _cache(a: Arguments, layout: str, native: torch.dtype | None, like: str) -> Iterator[Condition]:
     """A cache in the layout that a function reads, of halves or of FP8 with scales."""
     yield a["layout"] == layout, f"it reads layout {layout}, and the cache is {a['layout']}"
     key, value, dtype = a["key_cache"], a["value_cache"], a[like].dtype
