@@ -22,13 +22,16 @@ import torch
 from .ops.attention_flash import *  # noqa: F403
 from .ops.attention_paged import *  # noqa: F403
 from .ops.gemm import *  # noqa: F403
-from .ops.kv_cache import *  # noqa: F403
 from .ops.mla import *  # noqa: F403
 from .ops.moe import *  # noqa: F403
 from .ops.norm import *  # noqa: F403
 from .ops.routing import *  # noqa: F403
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
+from .providers.kv_cache import kv_cache as kv_cache
+from .providers.kv_cache import preferred_kv_layout as preferred_kv_layout
+from .providers.kv_cache import shuffled_kv_cache as shuffled_kv_cache
+from .providers.kv_cache import unshuffled_kv_cache as unshuffled_kv_cache
 from .providers.tiles import shuffled as shuffled
 from .providers.tiles import unshuffled as unshuffled
 from .registry import REGISTRY
