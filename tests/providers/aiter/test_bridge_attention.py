@@ -323,9 +323,10 @@ def test_a_compiled_step_writes_to_the_caller_s_cache(layout: str, backend: str)
 def test_gather_is_an_op() -> None:
     op = OPS["gather_kv_cache"]
     assert AITER.why_not(op, next(op.samples())) == "it declares no kernel for gather_kv_cache"
-    for arguments in op.samples():
+    for index, arguments in enumerate(op.samples()):
         checks = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
-        torch.library.opcheck(op.target, tuple(arguments.values()), test_utils=checks)
+        if index in (0, 3):  # plain halves, shuffled FP8
+            torch.library.opcheck(op.target, tuple(arguments.values()), test_utils=checks)
         k, v = op.target(*arguments.values(), "reference")
         starts, block = arguments["cu_seqlens"].tolist(), 16
         caches = arguments["key_cache"], arguments["value_cache"]
