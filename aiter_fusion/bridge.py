@@ -24,7 +24,6 @@ from .ops.attention_paged import *  # noqa: F403
 from .ops.gemm import *  # noqa: F403
 from .ops.gemm_narrow import *  # noqa: F403
 from .ops.gemm_shuffled import *  # noqa: F403
-from .ops.kv_cache import *  # noqa: F403
 from .ops.layer_norm import *  # noqa: F403
 from .ops.mla import *  # noqa: F403
 from .ops.moe import *  # noqa: F403
@@ -35,6 +34,10 @@ from .ops.routing import *  # noqa: F403
 from .ops.sampling import *  # noqa: F403
 from .providers import BRIDGE_PROVIDERS
 from .providers import why_not as _why_not
+from .providers.kv_cache import kv_cache as kv_cache
+from .providers.kv_cache import preferred_kv_layout as preferred_kv_layout
+from .providers.kv_cache import shuffled_kv_cache as shuffled_kv_cache
+from .providers.kv_cache import unshuffled_kv_cache as unshuffled_kv_cache
 from .providers.tiles import shuffled as shuffled
 from .providers.tiles import shuffled_scales as shuffled_scales
 from .providers.tiles import unshuffled as unshuffled

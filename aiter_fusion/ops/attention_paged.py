@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..domains import OneOf
 from ..op import Spec
-from .attention_arithmetic import F32, Rule, attend, scale_of
-from .bridge import bridge_op
-from .kv_cache import (
+from ..providers.kv_cache import (
     LAYOUTS,
     NHD,
     check_layout,
@@ -23,6 +21,8 @@ from .kv_cache import (
     sizes,
     unshuffled_kv_cache,
 )
+from .attention_arithmetic import F32, Rule, attend, scale_of
+from .bridge import bridge_op
 
 __all__ = ["gather_kv_cache", "paged_attention", "reshape_and_cache"]
 

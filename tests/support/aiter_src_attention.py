@@ -13,10 +13,10 @@ from aiter_fusion import bridge
 from aiter_fusion.ops import attention_flash as flash
 from aiter_fusion.ops import attention_paged as paged
 from aiter_fusion.ops import mla
-from aiter_fusion.ops.kv_cache import NHD, SHUFFLED
 from aiter_fusion.providers.aiter.bridge import ADAPTERS
 from aiter_fusion.providers.aiter.bridge import mla as mla_adapters
 from aiter_fusion.providers.aiter.bridge.adapter import Adapter
+from aiter_fusion.providers.kv_cache import NHD, SHUFFLED
 from aiter_fusion.registry import REGISTRY
 
 F16, BF16, FN = torch.float16, torch.bfloat16, torch.float8_e4m3fn
@@ -51,7 +51,8 @@ def unified(far: Far, moved: Callable[..., dict[str, Any]], dtypes: tuple[torch.
             path = ADAPTERS["paged_attention"].paths[place]
             slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
             decode: tuple[dict[str, Any], ...] = ({}, {"window": 5}, {"softcap": 2.0}, {"alibi_slopes": slopes})
-            for rule in (*decode, {"sinks": slopes}, {"cache": FN}):
+            more: tuple[dict[str, Any], ...] = ({"sinks": slopes}, {"cache": FN})
+            for rule in (*decode, *more):
                 changes = {name: value for name, value in rule.items() if name != "cache"}
                 cache: Any = rule.get("cache", dtype)
                 sample = paged.attention_sample((40, 1, 17), (4, 2, 64), 16, layout, dtype, cache, 1, **changes)
@@ -107,7 +108,9 @@ def written(far: Far, moved: Callable[..., dict[str, Any]], dtypes: tuple[torch.
         # of halves it writes bfloat16 alone
         for layout, cache in ((layout, FN if dtype is F16 else BF16) for layout in (NHD, SHUFFLED)):
             given = moved(paged.write_sample(7, 2, 64, 16, layout, dtype, cache, 0))
-            wanted: dict[str, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+            wanted: dict[str, Any] = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()
+            }
             bridge.reshape_and_cache(**wanted, provider="reference")
 
             def run(call: tuple[Any, ...], layout: str = layout) -> list[Tensor]:

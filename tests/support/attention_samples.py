@@ -11,7 +11,7 @@ from aiter_fusion import bridge
 from aiter_fusion.ops import attention_flash as flash
 from aiter_fusion.ops import attention_paged as paged
 from aiter_fusion.ops import mla
-from aiter_fusion.ops.kv_cache import LAYOUTS, NHD
+from aiter_fusion.providers.kv_cache import LAYOUTS, NHD
 
 from .aiter_double import Double
 

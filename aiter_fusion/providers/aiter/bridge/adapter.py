@@ -166,6 +166,11 @@ def flat(name: str) -> Value:
     return lambda given: given[name].view(-1, given[name].shape[-1])
 
 
+def score_scale(name: str) -> Value:
+    """The scale of attention's scores, an argument; where it is None ``D ** -0.5``."""
+    return lambda given: given["q"].shape[-1] ** -0.5 if given[name] is None else given[name]
+
+
 def contiguous(name: str, tensor: Tensor) -> Condition:
     """The condition that a tensor is contiguous."""
     return is_contiguous(tensor), f"{name} is not contiguous (strides {tuple(tensor.stride())})"

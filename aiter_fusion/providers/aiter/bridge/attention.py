@@ -10,8 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .... import machine
 from ....op import is_contiguous
-from ....ops.attention_arithmetic import scale_of
-from ....ops.kv_cache import NHD, SHUFFLED, sizes, why_not_of_layout
+from ...kv_cache import NHD, SHUFFLED, sizes, why_not_of_layout
 from ..entry_points import EntryPoint, Value, constant, same
 from .adapter import (
     F32,
@@ -25,6 +24,7 @@ from .adapter import (
     contiguous,
     entry,
     of_dtype,
+    score_scale,
 )
 
 # The largest head of CK's kernels.
@@ -152,7 +152,7 @@ def _window(a: Arguments) -> tuple[int, int]:
 
 
 _RULE: dict[str, Value] = {
-    "softmax_scale": lambda a: scale_of(a["q"], a["scale"]),
+    "softmax_scale": score_scale("scale"),
     "causal": "causal",
     "window_size": _window,
     "alibi_slopes": "alibi_slopes",
@@ -168,7 +168,7 @@ _UNIFIED: dict[str, Value] = {
     "q": "q",
     "out": "o",
     "causal": constant(True),
-    "softmax_scale": lambda a: scale_of(a["q"], a["scale"]),
+    "softmax_scale": score_scale("scale"),
     "q_descale": constant(None),
 }
 
@@ -324,7 +324,7 @@ _DECODE: dict[str, Value] = {
     "out": "o",
     "query": "q",
     **same("key_cache", "value_cache", "alibi_slopes"),
-    "scale": lambda a: scale_of(a["q"], a["scale"]),
+    "scale": score_scale("scale"),
     "block_tables": "block_table",
     "context_lens": "seq_lens",
     "max_context_len": "max_seq_len",

@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 from .... import machine
-from ....ops.attention_arithmetic import scale_of
 from ..entry_points import EntryPoint, call, constant, probe, same
-from .adapter import F32, HALVES, Adapter, Arguments, Condition, Outputs, Routes, contiguous, entry, of_dtype
+from .adapter import (
+    F32,
+    HALVES,
+    Adapter,
+    Arguments,
+    Condition,
+    Outputs,
+    Routes,
+    contiguous,
+    entry,
+    of_dtype,
+    score_scale,
+)
 
 # Elements of a head's keys and of its values.
 HEAD, VALUE = 576, 512
@@ -224,7 +235,7 @@ CAPPED = entry(
     {
         **same("q", "k_buffer", "v_buffer", "o", "lse", "req_to_token", "b_seq_len", "attn_logits", "logit_cap"),
         "num_kv_splits": constant(SPLITS),
-        "sm_scale": lambda a: scale_of(a["q"], a["sm_scale"]),
+        "sm_scale": score_scale("sm_scale"),
         "page_size": "page",
         "k_scale": "kv_scale",
         "v_scale": "kv_scale",

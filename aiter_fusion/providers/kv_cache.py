@@ -19,8 +19,6 @@ from torch import Tensor
 
 from .. import config
 
-__all__ = ["kv_cache", "preferred_kv_layout", "shuffled_kv_cache", "unshuffled_kv_cache"]
-
 NHD, SHUFFLED = "nhd", "shuffled"
 LAYOUTS = (NHD, SHUFFLED)
 
