@@ -59,7 +59,7 @@ def attention_variant(features: frozenset[str], attributes: Mapping[str, Any], v
 
 
 def _attention(kind: str, exact: bool) -> Fusion:
-    only = frozenset({"triton", "reference"})
+    only = frozenset({"aiter", "triton", "reference"})
     return Fusion("decode_attention", (kind,), attention_variant, level=3, only=only, exact=exact)
 
 

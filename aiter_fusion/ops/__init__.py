@@ -2,4 +2,20 @@
 of FP8 linear layers (``linear.py``) and of a decode step's attention (``attention.py``). Importing this package
 registers them with PyTorch."""
 
-from . import attention, gemm, linear, mla, moe, norm, routing  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    attention_flash,
+    attention_paged,
+    gemm,
+    gemm_narrow,
+    gemm_shuffled,
+    layer_norm,
+    linear,
+    mla,
+    moe,
+    norm,
+    quantisers,
+    rotary,
+    routing,
+    sampling,
+)
