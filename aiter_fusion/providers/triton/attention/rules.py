@@ -64,8 +64,8 @@ SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, S
 # Of ``prefill_attention``, by elements of a head; and with a mask that is added.
 MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
 MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
-# On AMD's GPUs more rows do not fit the registers.
-MANY_AMD = {**MANY, 256: Tile(64, 32, 2, 4)}
+# On AMD's GPUs (not measured), what fits the registers with every mask.
+MANY_AMD = {**MANY, 128: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 4)}
 
 
 def plan(
