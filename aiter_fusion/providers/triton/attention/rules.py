@@ -57,15 +57,15 @@ FEW = {64: (Tile(16, 128, 3, 4), 128), 128: (Tile(16, 64, 3, 4, swapped=True), 2
 # Of heads of 65 to 128 elements: where half of the multiprocessors would have nothing to do, so that all loads of a
 # program are under way at once; and of long caches, for one program on each multiprocessor.
 FEW_SHORT, FEW_LONG = Tile(16, 128, 2, 4), Tile(16, 128, 3, 4)
-# Of more rows: where one tile has all rows of a head of keys, and of more than 128 elements (one program on each
-# multiprocessor); elsewhere by the number of parts, which have at least so many keys.
-SOME, SOME_KEYS = Tile(64, 32, 4, 4), 256
+# Of more rows: where one tile has all rows of a head of keys; of heads of more than 128 elements (not measured: one
+# program on each multiprocessor); elsewhere by the number of parts. These have at least so many keys.
+SOME, SOME_WIDE, SOME_KEYS = Tile(64, 32, 4, 4), Tile(64, 32, 4, 8), 256
 SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, SOME))
 # Of ``prefill_attention``, by elements of a head; and with a mask that is added.
 MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
 MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
-# On AMD's GPUs more rows do not fit the registers.
-MANY_AMD = {**MANY, 256: Tile(64, 32, 2, 4)}
+# On AMD's GPUs (not measured), what fits the registers with every mask.
+MANY_AMD = {**MANY, 128: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 4)}
 
 
 def plan(
@@ -113,7 +113,8 @@ def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multipr
     if rows > LEAST_ROWS:
         splits = parts(WAVES if size <= 128 else 1, SOME_KEYS)
         by_parts = next(tile for least, tile in SOME_SPLIT if splits >= least)
-        return (SOME if is_one or size > 128 else by_parts)._replace(rows=rows), splits
+        tile = SOME_WIDE if size > 128 else SOME if is_one else by_parts
+        return tile._replace(rows=rows), splits
     if size == 128 and keys >= LONG and parts(1, FEW_LONG.block) > 1:
         return FEW_LONG, parts(1, FEW_LONG.block)
     tile, least = FEW[max(LEAST_SIZE, power_of_two(size))]
