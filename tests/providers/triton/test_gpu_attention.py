@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -262,7 +263,7 @@ def test_opcheck(case: Case) -> None:
     ids=str,
 )
 def test_inductor_launches_the_same(case: Case) -> None:
-    """Our kernels are in the generated code, which allocates nothing of the cache's size."""
+    """Our kernels are in the generated code, which allocates no copy of the cache, with heads repeated or not."""
     given = arguments(case)
     PROVIDERS["triton"].prepare()
     ours = functions(given)["ours_us"]
@@ -272,7 +273,7 @@ def test_inductor_launches_the_same(case: Case) -> None:
     assert ("decode_attention_kernel" if few else "prefill_attention_kernel") in code
     body = code.split("def call")[-1]
     assert "torch.ops.aiter_fusion" not in body
-    assert f"{case.context}, {case.size})" not in body.split("assert_size_stride")[-1]
+    assert not re.search(rf"empty_strided_cuda\(\({case.batch}, \d+, {case.context}, {case.size}\)", body)
     if few and torch.version.hip is None:
         assert ("'launch_pdl': True" in code) == (torch.cuda.get_device_capability() >= (9, 0))
 
