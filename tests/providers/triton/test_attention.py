@@ -80,7 +80,8 @@ BEST = [
 
 @pytest.mark.parametrize(("call", "best"), BEST, ids=str)
 def test_rules_choose_what_was_the_fastest(call: tuple[Any, ...], best: rules.Plan) -> None:
-    assert rules.plan(*call[:5], 2, H200, call[5]) == best
+    given: list[Any] = [*call[:5], 2, H200, call[5]]
+    assert rules.plan(*given) == best
 
 
 def test_rules_fill_the_multiprocessors_and_no_more() -> None:

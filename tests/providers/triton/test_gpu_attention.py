@@ -299,6 +299,6 @@ def test_one_graph_for_all_numbers_of_tokens() -> None:
 
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     for tokens in (40, 3, 300):
-        given = arguments(Case(2, 512, tokens=tokens)) | {"scale": 0.1}
+        given: dict[str, Any] = {**arguments(Case(2, 512, tokens=tokens)), "scale": 0.1}
         y = compiled(*(given[name] for name in ("q", "k", "v", "position")))
         assert error(given, y.transpose(1, 2)) < 2**-7
