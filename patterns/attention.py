@@ -190,6 +190,13 @@ def _complete_call(root: fx.Node, found: Found, false: Sequence[float]) -> Compl
     return _complete(root, found, found.attributes["scale"], false)
 
 
+def _complete_causal(root: fx.Node, found: Found) -> Completion | str:
+    """A prompt's attention. Nothing could be gained but the copies."""
+    if not any(_copies(found, name) for name in "kv"):
+        return "nothing is copied for it"
+    return _complete(root, found, found.attributes["scale"])
+
+
 def _complete_decomposed(root: fx.Node, found: Found) -> Completion | str:
     """The products are those of all heads, and the scale is the one that there is."""
     q, k = (found.inputs[name] for name in "qk")
@@ -305,7 +312,7 @@ def _calls() -> Iterator[Form]:
             complete = partial(_complete_call, false=FALSE_FOR.get(name, FALSE))
             kind = "cpu_attention" if name == "cpu" else "attention"
             yield _form(kind, name, _result(operator, causal=False), complete)
-            yield _form("causal_attention", name, _result(operator, causal=True), complete, ALIGNED)
+            yield _form("causal_attention", name, _result(operator, causal=True), _complete_causal, ALIGNED)
 
 
 FORMS = (
