@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import aiter_fusion
 from aiter_fusion.passes.verify import same_bits
-from support import models
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +86,8 @@ def test_256_steps() -> None:
     eager = decode(model, model, None, prompt)
     tokens = torch.cat([model(prompt).logits[:, -1:].argmax(-1), eager.logits.argmax(-1).T], 1)
     quantised = copy.deepcopy(model)
-    models.QUANTISATIONS["PerRow"](quantised)
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(quantised, torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow()))
     every = {"rms_norm_quant": 5, "act_mul_quant": 2, "fp8_linear": 9, "decode_attention": 2}
     ours = decode(compiled(quantised, aiter_fusion.Backend(expect=every)), quantised, tokens, prompt)
     theirs = decode(compiled(quantised, "inductor"), quantised, tokens, prompt)
