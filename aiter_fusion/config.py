@@ -48,6 +48,7 @@ PREFERENCES = {
     "LAYERNORM": Preference(True, ("layer_norm", "add_layer_norm")),
     "LINEAR": Preference(True, _PRODUCTS),
     "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
+    "LINEAR_SIDE_BY_SIDE": Preference(False, ("fp8_linear",)),  # wants prepared weights to gain anything
     "MHA": Preference(True, ("flash_attn", "flash_attn_varlen", "flash_attn_varlen_lse", "decode_attention")),
     "MLA": Preference(True, ("mla_decode_fwd", "mla_decode_fwd_lse", "mla_decode_metadata", "mla_prefill_fwd")),
     "MOE": Preference(True, ("fused_moe", "asm_moe_tkw1", "moe_sum")),

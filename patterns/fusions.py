@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -47,10 +48,17 @@ JOIN_BLOCKS = Join(
 )
 
 
-def _joined(kind: str, join: Join, exact: bool = True) -> Fusion:
-    """Matrix products of one value as one op; AITER's, where it has them, come first."""
-    only = frozenset({"triton", "reference"})
+def _joined(
+    kind: str, join: Join, exact: bool = True, only: frozenset[str] = frozenset({"triton", "reference"})
+) -> Fusion:
+    """Matrix products of one value as one op."""
     return Fusion("fp8_linear", (kind,), linear_variant, level=3, op="fp8_linear", only=only, join=join, exact=exact)
+
+
+def _side_by_side(kind: str, join: Join) -> Fusion:
+    """The same by AITER, which gains by it only if the weights lie side by side: that is for the user to prefer."""
+    fusion = _joined(kind, join, only=frozenset({"aiter"}))
+    return replace(fusion, against=lambda: config.against("fp8_linear"))
 
 
 def attention_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
@@ -93,6 +101,8 @@ for _form in (  # earlier ones win where two explain the same node
     REGISTRY.register(_form)
 for _fusion in (
     *(row for family in FAMILIES for row in rows(family)),
+    _side_by_side("scaled_mm", JOIN),
+    _side_by_side("block_mm", JOIN_BLOCKS),
     _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
