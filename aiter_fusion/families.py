@@ -6,7 +6,7 @@ from .op import define
 from .providers.choice import implementation
 from .registry import REGISTRY
 from .stage import Family, maybe
-from .stages.activation import ACT_MUL, PACKED_ACT_MUL
+from .stages.activation import ACT, ACT_MUL, PACKED_ACT_MUL
 from .stages.norm import RMS_NORM
 from .stages.quantise import QUANTISE
 from .stages.reduce import ALL_REDUCE
@@ -16,6 +16,7 @@ from .stages.residual import INPUT, RESIDUAL
 FAMILIES = (
     Family("rms_norm_quant", (INPUT, maybe(RESIDUAL), RMS_NORM, QUANTISE)),
     Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
+    Family("act_quant", (ACT, QUANTISE)),
     Family(
         "all_reduce_rms_norm",
         (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM, QUANTISE),

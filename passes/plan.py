@@ -108,12 +108,12 @@ def plan(
                 draft.records.append(record)
                 accounted[record] = draft
     for record in recognised.records:
-        if record not in accounted and record.serves is None:
+        if record not in accounted and not record.serves:
             account(_Draft([record], record.kind, record.variant, BARE, str(record.alone), record.root))
     for record in recognised.records:
         if record not in accounted:  # it serves a record that is not fused with it
             served = next(
-                r for r in recognised.records if r.kind == record.serves and behind(r.inputs["x"]) is record.root
+                r for r in recognised.records if r.kind in record.serves and behind(r.inputs["x"]) is record.root
             )
             accounted[served].records.append(record)
     for node, kind, reason in recognised.unknown:

@@ -31,7 +31,7 @@ class Record:
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     rows, shared: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, None if one might.
-    serves: the kind of record that this one was looked for as an input of; its site accounts for it.
+    serves: the kinds of records that this one was looked for as an input of; the site of such a one accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
     """
@@ -48,7 +48,7 @@ class Record:
     alone: Refusal
     rows: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    serves: str | None = None
+    serves: tuple[str, ...] = ()
     listed: bool = True
     refusal: Refusal | None = None
     rooted: Record | None = None
@@ -82,8 +82,9 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     by_target: dict[Any, list[Form]] = defaultdict(list)
     serving: dict[str, list[Form]] = defaultdict(list)
     for form in forms:
-        if form.serves is not None:
-            serving[form.serves].append(form)
+        for kind in form.serves:
+            serving[kind].append(form)
+        if form.serves:
             continue
         targets = heads(form.pattern)
         if targets is None:
@@ -120,16 +121,20 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         if record is not None:
             found.records.append(record)
             inside[record.kind] |= record.nodes
-    served = {}
     roots = {record.root for record in found.records}
-    for record in found.records:
+    tried: set[tuple[fx.Node, str]] = set()
+    for record in list(found.records):
         helpers = serving.get(record.kind, ())
         root = behind(record.inputs["x"]) if helpers else None
-        if root is not None and root not in served and root not in roots:
-            served[root] = first(helpers, root)
-            if served[root] is None and (failed := _failed(Matcher(), helpers, root)) is not None:
-                found.unserved[root] = f"{next(iter(helpers)).kind}: {failed[0]}"
-    found.records += [helper for helper in served.values() if helper is not None]
+        if root is None or root in roots or (root, record.kind) in tried:
+            continue
+        tried.add((root, record.kind))
+        helper = first(helpers, root)
+        if helper is not None:
+            found.records.append(helper)
+            roots.add(root)
+        elif (failed := _failed(Matcher(), helpers, root)) is not None:
+            found.unserved[root] = f"{failed[0].kind}: {failed[1]}"
     found.records.sort(key=lambda record: record.root)
     return found
 
@@ -182,16 +187,17 @@ def _why(node: fx.Node, forms: Iterable[Form]) -> tuple[str, int]:
     matcher = Matcher(trace=True)
     failed = _failed(matcher, forms, node)
     if failed is not None:
-        return failed
+        return failed[1:]
     culprit = matcher.misfit if matcher.misfit is not None else node
     return f"{culprit.name} ({culprit.target}) fits none", matcher.depth
 
 
-def _failed(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> tuple[str, int] | None:
-    """The condition that a complete match failed, and its number of nodes; None if no pattern matches."""
+def _failed(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> tuple[Form, str, int] | None:
+    """The form of which a complete match failed a condition, that condition, and its number of nodes; None if no
+    pattern matches."""
     for form in forms:
         for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
-                return completion, len(found.nodes)
+                return form, completion, len(found.nodes)
     return None
