@@ -44,6 +44,8 @@ VARIANTS = (
     ("act_mul_quant", "token"),
     ("act_mul_quant", "packed+token"),
     ("act_mul_quant", "tensor"),
+    ("act_quant", "group128"),
+    ("act_quant", "token"),
 )
 HIDDEN = (2880, 4096, 8192, 14336)
 ROWS = (1, 16384)

@@ -45,7 +45,7 @@ def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
     if op.family == scaled_product.FAMILY:
         return linear.of(arguments, linear.gpu_of(arguments["x"].device.index or 0))
-    return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
+    return (_norm_quant if op.stage("rms_norm") else _act_quant)(op, dict(arguments), nvidia)
 
 
 def quantiser_arguments(
@@ -108,7 +108,7 @@ def _programs(rows: Int, together: int) -> Int:
     return programs
 
 
-def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
+def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
     x, residual, weight = arguments["x"], arguments.get("residual"), arguments["weight"]
     width = width_of(op, x)
     found = rows_of(x)
@@ -152,15 +152,19 @@ def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Lau
     )
 
 
-def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, Any]:
-    """The activation and its numbers. SiLU from bfloat16 to bfloat16 has a faster kernel that gives the same bits."""
+def _activation(arguments: Mapping[str, Any], first: torch.dtype, value: torch.dtype) -> dict[str, Any]:
+    """The activation of values of the dtype ``first``, and its numbers. SiLU from bfloat16 to bfloat16 has a faster
+    kernel that gives the same bits."""
     name, _, numbers = arguments["act"].partition("=")
-    first = arguments["gate_up" if "gate_up" in arguments else "gate"]
-    short = first.dtype == arguments["dtype"] == value == torch.bfloat16 and arguments["cast_first"]
+    short = first == arguments["dtype"] == value == torch.bfloat16 and arguments.get("cast_first", True)
     if short and name in ("silu", "swish"):
         name = "silu_of_bfloat16"
     alpha, limit = map(float, numbers.split(",")) if numbers else (0.0, 0.0)
     return {"ACT": name, "ALPHA": alpha, "LIMIT": limit}
+
+
+def _is_dense(stride: Int, width: int) -> bool:
+    return statically_known_true(stride == width)
 
 
 def _gate_and_up(arguments: Mapping[str, Any], packed: bool, width: int) -> dict[str, Any]:
@@ -180,22 +184,47 @@ def _gate_and_up(arguments: Mapping[str, Any], packed: bool, width: int) -> dict
         "GATE_FROM": 0 if gate_first else second,
         "UP_FROM": second if gate_first else 0,
         "INTERLEAVED": interleaved,
-        "DENSE": not packed and all(statically_known_true(stride == width) for stride in (found[1], apart[1])),
+        "DENSE": not packed and all(_is_dense(stride, width) for stride in (found[1], apart[1])),
     }
 
 
-def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
+# Where a kernel of activations finds its values if there is one tensor.
+_ALONE: Mapping[str, Any] = {
+    "up": None,
+    "up_stride": 0,
+    "before": None,
+    "before_stride": 0,
+    "GATE_FROM": 0,
+    "UP_FROM": 0,
+    "INTERLEAVED": False,
+    "BEFORE": 0,
+    "BEFORE_ACT": "",
+}
+
+
+def _activated(op: FusedOp, arguments: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The tensors of activations, and how rows lie in them."""
+    if op.stage("act_mul"):
+        return {**_ALONE, **_gate_and_up(arguments, "packed" in op.features, width)}
+    found = rows_of(arguments["x"])
+    assert found is not None
+    placed = {"gate": Ref("x"), "rows": found[0], "gate_stride": found[1], "DENSE": _is_dense(found[1], width)}
+    return {**_ALONE, **placed}
+
+
+def _act_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
     packed = "packed" in op.features
-    width = width_of(op, arguments["gate_up" if packed else "gate"])
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    width = width_of(op, first)
     value = op.shape(**arguments)["value"][1]
     quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     scales = granularity(op, arguments, width)
     by_row = scales is not None and scales.name == "token"
     common = quantiser | {
-        **_gate_and_up(arguments, packed, width),
+        **_activated(op, arguments, width),
         "one": 1.0,
-        **_activation(arguments, value),
-        "CAST_FIRST": arguments["cast_first"],
+        **_activation(arguments, first.dtype, value),
+        "CAST_FIRST": arguments.get("cast_first", True),
         "DTYPE": dtype_name(arguments["dtype"]),
     }
     rows = common["rows"]
@@ -210,11 +239,11 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
     if not _is_of_tensor(op, arguments, width):
-        return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
+        return Launches((Launch("act_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (
-            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
-            Launch("act_mul_quant", grid, _using(common), shape.warps(nvidia)),
+            Launch("act_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
+            Launch("act_quant", grid, _using(common), shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )

@@ -28,10 +28,13 @@ STEPS = (
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
-# The activations of ``kernels/act_mul_quant.py``.
-ACTIVATIONS = Activations(
-    {**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")}
+# The activations of ``kernels/act_quant.py``.
+ALONE = (
+    *("silu", "swish", "gelu_tanh", "gelu"),
+    *("relu", "squared_relu", "sigmoid", "quick_gelu", "gelu_new"),
 )
+ACTIVATIONS = Activations(dict.fromkeys(ALONE, ()))
+GATED_ACTIVATIONS = Activations({**ACTIVATIONS.numbers, "clamped_swiglu": ("alpha", "limit")})
 
 # The values that the arguments of each stage can have, by the kind of stage. All others are refused.
 STAGES: Mapping[str, Mapping[str, Domain]] = {
@@ -53,9 +56,10 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
     "act_mul": {
         **dict.fromkeys(("gate", "up", "gate_up"), Tensors(FLOATS)),
         **dict.fromkeys(("gate_first", "interleaved", "cast_first"), FLAG),
-        "act": ACTIVATIONS,
+        "act": GATED_ACTIVATIONS,
         "dtype": OneOf(FLOATS),
     },
+    "act": {"x": Tensors(FLOATS), "act": ACTIVATIONS, "dtype": OneOf(FLOATS)},
     "fp8_quant": {
         "block": Blocks(largest=rules.TILE),
         "column_major": FLAG,
@@ -70,6 +74,7 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
 CHAINS: Mapping[tuple[str, ...], Sizes] = {
     ("rms_norm", "fp8_quant"): ROWS,
     ("act_mul", "fp8_quant"): ROWS,
+    ("act", "fp8_quant"): ROWS,
     ("all_reduce", "rms_norm"): REDUCED_ROWS,
     ("all_reduce", "rms_norm", "fp8_quant"): REDUCED_ROWS,
 }
