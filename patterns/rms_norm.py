@@ -118,6 +118,6 @@ RESIDUAL_FORMS = (
             ),
         ),
         rows=("x", "residual"),
-        serves=("rms_norm",),
+        serves=("rms_norm", "layer_norm"),
     ),
 )
