@@ -66,6 +66,8 @@ class FusedOp:
     domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
                 named; of others that are not, all values of their type are.
     stages:     what it computes, one after another; empty for an op that is not made of stages.
+    once:       arguments of which a row stands for several consecutive rows: whoever gives the op its rows in another
+                order would tear these apart.
     each:       an argument, a list: the op computes as many tensors as this has entries, and returns them as one list,
                 the one of ``outputs``. ``reference`` and ``shape`` then give them by names of their own, in order.
     products:   whether it computes sums of products, whose order is a library's own.
@@ -83,6 +85,7 @@ class FusedOp:
     order_free: frozenset[str] = frozenset()
     domains: Mapping[str, Domain] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    once: frozenset[str] = frozenset()
     each: str = ""
     products: bool = False
     table: ClassVar[str] = "ops"

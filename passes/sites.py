@@ -96,6 +96,8 @@ def attempt(
 ) -> tuple[Plan, frozenset[str]]:
     """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
     records = [*chain, *group]
+    if fusion.features is not None and (unknown := features - fusion.features):
+        raise Refused(Reason.OVERLOAD, f"{fusion.op} has none with {', '.join(sorted(unknown))}")
     ways = [way_of(record) for record in [*chain, group[0]][1:]]
     selections = selections_of(chain, ways)
     nodes = frozenset().union(*(record.nodes for record in records), *ways)

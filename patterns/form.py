@@ -130,6 +130,7 @@ class Fusion:
     one:     attributes that must be the same at all sites of a graph that are taken; the first site decides.
     jointly: all processes must take it or none: it is taken only if all of them compile alike.
     op:      the name in ``torch.ops.aiter_fusion``; empty: the family's.
+    features: what its records may have that its op computes; None: whatever they have.
     join:    how the op computes several records (of a chain of one kind); None: it computes one.
     exact:   whether the op's reference computes what the records do bit by bit; not where a library's own kernel does.
     """
@@ -145,6 +146,7 @@ class Fusion:
     op: str = ""
     against: Callable[[], list[str]] = list
     only: frozenset[str] | None = None
+    features: frozenset[str] | None = None
     join: Join | None = None
     exact: bool = True
     table: ClassVar[str] = "fusions"

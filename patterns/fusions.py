@@ -12,7 +12,7 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act, act_mul, all_reduce, fp8_linear, fp8_quant, layer_norm, rms_norm
+from . import act, act_mul, all_reduce, fp8_linear, fp8_quant, layer_norm, modulate, rms_norm
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -68,12 +68,14 @@ def rows(family: Family) -> Iterator[Fusion]:
             one=tuple(name for stage in row for name in stage.one),
             jointly=any(stage.collective for stage in row),
             op=family.op,
+            features=family.features,
         )
 
 
 for _form in (  # earlier ones win where two explain the same node
     *rms_norm.FORMS,
     *layer_norm.FORMS,
+    *modulate.modulated((*rms_norm.FORMS, *layer_norm.FORMS)),
     *act_mul.FORMS,
     *act.FORMS,
     *act_mul.SERVING_FORMS,
