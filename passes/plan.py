@@ -110,8 +110,8 @@ def plan(
     for record in recognised.records:
         if record not in accounted and not record.serves:
             account(_Draft([record], record.kind, record.variant, BARE, str(record.alone), record.root))
-    for record in recognised.records:
-        if record not in accounted:  # it serves a record that is not fused with it
+    for record in reversed(recognised.records):
+        if record not in accounted:  # it serves a record after it that is not fused with it
             served = next(
                 r for r in recognised.records if r.kind in record.serves and behind(r.inputs["x"]) is record.root
             )

@@ -80,21 +80,29 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     An exception concerns the value at which it was raised, and is reported there; with ``strict`` it is raised.
     """
     by_target: dict[Any, list[Form]] = defaultdict(list)
+    anywhere: dict[Any, list[Form]] = defaultdict(list)
     serving: dict[str, list[Form]] = defaultdict(list)
     for form in forms:
+        targets = heads(form.pattern)
+        if targets is None and not form.serves:
+            raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
+        for target in filter(None, map(operator, targets or ())):
+            by_target[target].append(form)
+            if not form.serves:
+                anywhere[target].append(form)
         for kind in form.serves:
             serving[kind].append(form)
-        if form.serves:
-            continue
-        targets = heads(form.pattern)
-        if targets is None:
-            raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
-        for target in filter(None, map(operator, targets)):
-            by_target[target].append(form)
 
     matcher = Matcher()
     found = Recognised(by_target=by_target)
+    records: dict[fx.Node, Record] = {}
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
+    tried: set[tuple[fx.Node, str]] = set()
+
+    def candidates(node: fx.Node) -> list[Form]:
+        forms_here = anywhere.get(node.target, ())
+        read = readers(node) if forms_here else []
+        return [form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)]
 
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:
@@ -111,31 +119,29 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             found.unknown.append((node, candidates[0].kind, refusal))
             return None
 
-    for node in reversed(graph.nodes):
-        forms_here = by_target.get(node.target, ())
-        read = readers(node) if forms_here else []
-        candidates = [
-            form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)
-        ]
-        record = first(candidates, node) if candidates else None
-        if record is not None:
-            found.records.append(record)
-            inside[record.kind] |= record.nodes
-    roots = {record.root for record in found.records}
-    tried: set[tuple[fx.Node, str]] = set()
-    for record in list(found.records):
+    def keep(record: Record) -> None:
+        """Keep a record, and look at once for one that serves it: what lies inside that is found later."""
+        records[record.root] = record
+        inside[record.kind] |= record.nodes
         helpers = serving.get(record.kind, ())
         root = behind(record.inputs["x"]) if helpers else None
-        if root is None or root in roots or (root, record.kind) in tried:
-            continue
+        if root is None or root in records or is_fp8_cast(root) or (root, record.kind) in tried:
+            return
         tried.add((root, record.kind))
+        if (others := candidates(root)) and first(others, root) is not None:
+            return  # a record of its own, which is kept in its turn
         helper = first(helpers, root)
         if helper is not None:
-            found.records.append(helper)
-            roots.add(root)
+            keep(helper)
         elif (failed := _failed(Matcher(), helpers, root)) is not None:
             found.unserved[root] = f"{failed[0].kind}: {failed[1]}"
-    found.records.sort(key=lambda record: record.root)
+
+    for node in reversed(graph.nodes):
+        if node not in records and (forms_here := candidates(node)):
+            record = first(forms_here, node)
+            if record is not None:
+                keep(record)
+    found.records = sorted(records.values(), key=lambda record: record.root)
     return found
 
 

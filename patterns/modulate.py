@@ -60,6 +60,7 @@ def modulated(norms: Iterable[Form]) -> tuple[Form, ...]:
             _modulated(Named("normed", norm.pattern)),
             output=norm.output,
             complete=_complete(norm),
+            serves=("fp8_quant",),  # elsewhere it may be a rotary embedding, which is no modulation
         )
         for norm in norms
     )
