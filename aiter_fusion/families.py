@@ -7,6 +7,7 @@ from .providers.choice import implementation
 from .registry import REGISTRY
 from .stage import Family, maybe
 from .stages.activation import ACT, ACT_MUL, PACKED_ACT_MUL
+from .stages.cat import CAT
 from .stages.modulate import MODULATE
 from .stages.norm import LAYER_NORM, RMS_NORM
 from .stages.quantise import QUANTISE
@@ -22,6 +23,8 @@ FAMILIES = (
     Family("layer_norm_quant", (INPUT, SUMMED, LAYER_NORM, maybe(MODULATE), QUANTISE)),
     Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
     Family("act_quant", (ACT, QUANTISE)),
+    Family("cat_quant", (CAT, QUANTISE)),
+    Family("add_quant", (INPUT, (GATED_RESIDUAL, RESIDUAL), QUANTISE)),
     Family(
         "all_reduce_rms_norm",
         (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM, QUANTISE),

@@ -163,9 +163,15 @@ class BridgeOp(FusedOp):
     table: ClassVar[str] = "bridge"
 
 
-def width_of(op: FusedOp, first: Tensor) -> int:
-    """The length of the rows that a call works on, from its first tensor."""
-    return first.shape[-1] // (op.stages[0].columns if op.stages else 1)
+def width_of(op: FusedOp, arguments: Mapping[str, Any]) -> Any:
+    """The length of the rows that a call works on."""
+    return op.stages[0].width(arguments) if op.stages else first_width(arguments)
+
+
+def first_width(arguments: Mapping[str, Any]) -> Any:
+    """The length of the rows of the first tensor; 1 if it has none."""
+    first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    return first.shape[-1] if first is not None and first.dim() else 1
 
 
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .domains import Domain
-from .op import FusedOp, Spec, Tolerance
+from .op import FusedOp, Spec, Tolerance, first_width
 from .registry import Registry
 
 
@@ -117,7 +117,8 @@ class Stage:
     one:        attributes that must be the same at all sites of a graph that are taken.
     domains:    argument -> the values that it is defined for; one that is text must be named.
     once:       tensors of which a row stands for several consecutive rows of the value.
-    columns:    columns of its first tensor for each of the value's, where it begins a family.
+    width:      the length of the value's rows from the arguments of a call, where it begins a family; by default that
+                of the first tensor's.
     collective: every rank of a group must compute it, or none.
     order_free: tensors that are summed over ranks, in an order that is a library's own.
     """
@@ -140,7 +141,7 @@ class Stage:
     one: tuple[str, ...] = ()
     domains: Mapping[str, Domain] = field(default_factory=dict)
     once: tuple[str, ...] = ()
-    columns: int = 1
+    width: Callable[[Mapping[str, Any]], Any] = first_width
     collective: bool = False
     order_free: frozenset[str] = frozenset()
 

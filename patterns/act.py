@@ -107,7 +107,10 @@ def _rounded(activated: Pattern) -> Pattern:
     return OneOf((convert_to(activated, "dtype", HALVES), activated))
 
 
-FORMS = (
-    *(_form(act, _rounded(written(in_float32(Var("x"))))) for act, written in IN_FLOAT32.items()),
-    *(_form(act, written(Var("x"))) for act, written in IN_STEPS.items()),
-)
+def activations(name: str) -> dict[str, Pattern]:
+    """By name, all activations of the input ``name``."""
+    wide = {act: _rounded(written(in_float32(Var(name)))) for act, written in IN_FLOAT32.items()}
+    return wide | {act: written(Var(name)) for act, written in IN_STEPS.items()}
+
+
+FORMS = tuple(_form(act, pattern) for act, pattern in activations("x").items())

@@ -1,4 +1,4 @@
-"""Modulation after a norm: ``norm(x) * (1 + factor) + shift``, with one row of factor and shift for several of x.
+"""Modulation after a norm: ``norm(x) * (1 + gain) + shift``, with one row of gain and shift for several of x.
 
 It is part of the norm's record: of one normalised value there may be several modulations, each of which computes it.
 """
@@ -15,8 +15,8 @@ from .form import Completion, Form
 from .fx_facts import FLOATS, HALVES, dtype, same_size, shape
 from .language import Const, Found, Named, OneOf, Pattern, Var, With, add, convert_to, in_float32, mul
 
-FACTOR, SHIFT = in_float32(Var("factor")), in_float32(Var("shift"))
-PLUS_ONE = OneOf((With(add(FACTOR, Const(1)), {"plus_one": True}), With(FACTOR, {"plus_one": False})))
+GAIN, SHIFT = in_float32(Var("gain")), in_float32(Var("shift"))
+PLUS_ONE = OneOf((With(add(GAIN, Const(1)), {"plus_one": True}), With(GAIN, {"plus_one": False})))
 
 
 def is_once(node: fx.Node, of: Any) -> bool:
@@ -37,7 +37,7 @@ def _complete(norm: Form):
         completed = norm.complete(value, found)
         if isinstance(completed, str):
             return completed
-        for name in ("factor", "shift"):
+        for name in ("gain", "shift"):
             node = found.inputs.get(name)
             if node is not None and dtype(node) not in FLOATS:
                 return f"{node.name}, the {name} of the modulation, is {dtype(node)}"

@@ -125,7 +125,7 @@ GATED_SUM = Call(
     ),
     commute=True,
 )
-NORMS = ("rms_norm", "layer_norm")
+SERVED = ("rms_norm", "layer_norm", "fp8_quant")
 
 RESIDUAL_FORMS = (
     Form(
@@ -134,7 +134,7 @@ RESIDUAL_FORMS = (
         OneOf((GATED_SUM, convert_to(replace(GATED_SUM, dtype=F32), "residual_dtype", HALVES))),
         output="residual_out",
         complete=_complete_gated,
-        serves=NORMS,
+        serves=SERVED,
     ),
     Form(
         "residual_add",
@@ -153,6 +153,6 @@ RESIDUAL_FORMS = (
             ),
         ),
         rows=("x", "residual"),
-        serves=NORMS,
+        serves=SERVED,
     ),
 )

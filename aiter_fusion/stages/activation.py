@@ -180,5 +180,5 @@ PACKED_ACT_MUL = replace(
     samples=_samples_packed,
     typical=_typical_packed,
     feature="packed",
-    columns=2,
+    width=lambda arguments: arguments["gate_up"].shape[-1] // 2,
 )

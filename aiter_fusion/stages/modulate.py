@@ -1,4 +1,4 @@
-"""Modulation: a factor and a shift of one row for several rows of the value, as diffusion models have per image."""
+"""Modulation: a gain and a shift of one row for several rows of the value, as diffusion models have per image."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def once(sample: Sample) -> Tensor:
     return torch.stack([sample.weight() * (entry + 1) for entry in range(entries)]).unsqueeze(1)
 
 
-def modulate(x: Tensor, factor: Tensor, shift: Tensor | None, plus_one: bool, modulated_dtype: torch.dtype) -> Tensor:
-    """``(x * (1 + factor) + shift).to(modulated_dtype)``, every operation of the promoted dtype of its operands.
+def modulate(x: Tensor, gain: Tensor, shift: Tensor | None, plus_one: bool, modulated_dtype: torch.dtype) -> Tensor:
+    """``(x * (1 + gain) + shift).to(modulated_dtype)``, every operation of the promoted dtype of its operands.
 
-    x ``[..., H]``; factor, shift: as ``once`` in ``row_by_row``, or no shift; plus_one: whether 1 is added to factor.
+    x ``[..., H]``; gain, shift: as ``once`` in ``row_by_row``, or no shift; plus_one: whether 1 is added to gain.
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023.
     """
-    y = row_by_row(torch.mul, x, factor + 1 if plus_one else factor)
+    y = row_by_row(torch.mul, x, gain + 1 if plus_one else gain)
     y = y if shift is None else row_by_row(torch.add, y, shift)
     return y.to(modulated_dtype)
 
@@ -54,22 +54,22 @@ def _spec(value: Value, modulated_dtype: torch.dtype, **_: Any) -> tuple[Value, 
 def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     rows, dtype = once(sample), sample.dtype
     return [
-        {"factor": rows, "shift": rows.flip(-1), "plus_one": True, "modulated_dtype": dtype},
-        {"factor": rows, "shift": None, "plus_one": True, "modulated_dtype": dtype},
-        {"factor": rows.to(F32), "shift": rows.to(F32), "plus_one": False, "modulated_dtype": dtype},
+        {"gain": rows, "shift": rows.flip(-1), "plus_one": True, "modulated_dtype": dtype},
+        {"gain": rows, "shift": None, "plus_one": True, "modulated_dtype": dtype},
+        {"gain": rows.to(F32), "shift": rows.to(F32), "plus_one": False, "modulated_dtype": dtype},
     ]
 
 
 def _typical(setting: Setting) -> dict[str, Any]:
     """Of one image."""
-    factor, shift = setting.random(1, setting.hidden), setting.random(1, setting.hidden)
-    return {"factor": factor, "shift": shift, "plus_one": True, "modulated_dtype": torch.bfloat16}
+    gain, shift = setting.random(1, setting.hidden), setting.random(1, setting.hidden)
+    return {"gain": gain, "shift": shift, "plus_one": True, "modulated_dtype": torch.bfloat16}
 
 
 # It is part of the record of the norm before it, whose value two modulations may share.
 MODULATE = Stage(
     "",
-    {"factor": "Tensor", "shift": "Tensor?", "plus_one": "bool", "modulated_dtype": "ScalarType"},
+    {"gain": "Tensor", "shift": "Tensor?", "plus_one": "bool", "modulated_dtype": "ScalarType"},
     _compute,
     _spec,
     _samples,
@@ -77,5 +77,5 @@ MODULATE = Stage(
     feature="modulate",
     returns="value",
     levels={"value": 2},
-    once=("factor", "shift"),
+    once=("gain", "shift"),
 )

@@ -67,7 +67,7 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
         return None
-    width = width_of(op, first)
+    width = width_of(op, arguments)
     rows = hint((rows_of(first) or (1, width))[0], rules.FEW)
     scales = granularity(op, arguments, width)
     version = machine.release(torch.__version__)

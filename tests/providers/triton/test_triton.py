@@ -35,7 +35,7 @@ from aiter_fusion.scale_program import WITH_NUMBER
 from support.compiling import MOST_THREADS, TARGETS, compile_for, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
-EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant", "act_quant") for op in REGISTRY.overloads(family).values()]
+EVERY_OP = [op for op in REGISTRY.ops.values() if op.stages and not op.is_collective]
 REDUCING = [op for op in REGISTRY.ops.values() if op.is_collective]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
 

@@ -99,12 +99,12 @@ def layer_normalised(value, mean, statistic, weight, bias, one, DTYPE: tl.conste
 
 
 @triton.jit
-def modulated(y, factor, shift, one, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """``y * (1 + factor) + shift``, every operation's result in the wider dtype of its operands, the last rounded to
+def modulated(y, gain, shift, one, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """``y * (1 + gain) + shift``, every operation's result in the wider dtype of its operands, the last rounded to
     ``DTYPE``."""
-    f = factor
+    f = gain
     if PLUS_ONE:
-        f = (wide(f, PTX) + 1.0).to(factor.dtype)
+        f = (wide(f, PTX) + 1.0).to(gain.dtype)
     if y.dtype == f.dtype:
         y = y * f
     else:
@@ -133,9 +133,9 @@ def normed(
     statistic,
     weights,
     biases,
-    factor,
+    gain,
     shift,
-    factor_at,
+    gain_at,
     shift_at,
     mask,
     one,
@@ -156,9 +156,9 @@ def normed(
     else:
         tl.static_assert(NORM == "", "unknown norm")
         y = value
-    if factor is not None:
-        factors, shifts = read_row(factor, factor_at, mask), read_row(shift, shift_at, mask)
-        y = modulated(y, factors, shifts, one, PLUS_ONE, VALUE, PTX)
+    if gain is not None:
+        gains = tl.load(gain + gain_at, mask=mask, other=0.0)
+        y = modulated(y, gains, read_row(shift, shift_at, mask), one, PLUS_ONE, VALUE, PTX)
     return y
 
 
@@ -179,7 +179,7 @@ def norm_quant_kernel(
     gate,
     weight,
     bias,
-    factor,
+    gain,
     shift,
     scale,
     maxima,
@@ -193,8 +193,8 @@ def norm_quant_kernel(
     residual_stride,
     gate_stride,
     gate_period,
-    factor_stride,
-    factor_period,
+    gain_stride,
+    gain_period,
     shift_stride,
     shift_period,
     eps,
@@ -250,20 +250,22 @@ def norm_quant_kernel(
         factor = apply_steps(FACTOR_STEPS, whole, whole)
     best = 0.0
     number = number_of(eps)
-    weights, biases = None, None
+    weights = None
+    biases = None
     if TILES == 1:  # on their way while the statistic is computed
         exist = (tile_columns < WIDTH) & (element < BLOCK)
-        weights, biases = read_row(weight, tile_columns, exist), read_row(bias, tile_columns, exist)
+        weights = read_row(weight, tile_columns, exist)
+        biases = read_row(bias, tile_columns, exist)
 
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         near = first + tl.arange(0, ROWS)[:, None, None]
         row = near.to(tl.int64)
         present = row < rows
-        gate_row, factor_row, shift_row = row, row, row
+        gate_row, gain_row, shift_row = row, row, row
         if gate is not None:
             gate_row = (near // gate_period).to(tl.int64) * gate_stride
-        if factor is not None:
-            factor_row = (near // factor_period).to(tl.int64) * factor_stride
+        if gain is not None:
+            gain_row = (near // gain_period).to(tl.int64) * gain_stride
         if shift is not None:
             shift_row = (near // shift_period).to(tl.int64) * shift_stride
 
@@ -344,17 +346,20 @@ def norm_quant_kernel(
                         SUM,
                         PTX,
                     )
+                these = weights
+                those = biases
                 if TILES > 1:
-                    weights, biases = read_row(weight, columns, mask), read_row(bias, columns, mask)
+                    these = read_row(weight, columns, mask)
+                    those = read_row(bias, columns, mask)
                 y = normed(
                     value,
                     mean,
                     statistic,
-                    weights,
-                    biases,
-                    factor,
+                    these,
+                    those,
+                    gain,
                     shift,
-                    factor_row + columns,
+                    gain_row + columns,
                     shift_row + columns,
                     mask,
                     one,
@@ -397,17 +402,20 @@ def norm_quant_kernel(
                         PTX,
                     )
                 if TILES > 1 or not ROW_FIRST:
+                    these = weights
+                    those = biases
                     if TILES > 1:
-                        weights, biases = read_row(weight, columns, mask), read_row(bias, columns, mask)
+                        these = read_row(weight, columns, mask)
+                        those = read_row(bias, columns, mask)
                     y = normed(
                         value,
                         mean,
                         statistic,
-                        weights,
-                        biases,
-                        factor,
+                        these,
+                        those,
+                        gain,
                         shift,
-                        factor_row + columns,
+                        gain_row + columns,
                         shift_row + columns,
                         mask,
                         one,
