@@ -47,7 +47,10 @@ def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granul
     """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
     if STATIC in op.stages:
         return Granularity("static", 0)
-    return Granularity.of(arguments["block"], width) if DYNAMIC in op.stages else None
+    if DYNAMIC not in op.stages:
+        return None
+    block = arguments["block"]
+    return Granularity.of(block, max(width, block) if isinstance(width, int) else width)
 
 
 def _rows(sizes: Sequence[Any], block: int) -> Sequence[Any]:
