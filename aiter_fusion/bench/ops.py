@@ -32,6 +32,7 @@ from ..stage import Setting
 from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
+# A word that is no feature of the op is the activation.
 VARIANTS = (
     ("rms_norm_quant", "add+group128"),
     ("rms_norm_quant", "group128"),
@@ -44,8 +45,19 @@ VARIANTS = (
     ("act_mul_quant", "token"),
     ("act_mul_quant", "packed+token"),
     ("act_mul_quant", "tensor"),
-    ("act_quant", "group128"),
-    ("act_quant", "token"),
+    ("act_mul_quant", "sigmoid+token"),
+    ("act_quant", "gelu_tanh+group128"),
+    ("act_quant", "gelu_tanh+token"),
+    ("act_quant", "gelu+token"),
+    ("act_quant", "squared_relu+token"),
+    ("layer_norm_quant", "token"),
+    ("layer_norm_quant", "add+token"),
+    ("layer_norm_quant", "modulate+token"),
+    ("layer_norm_quant", "gated_add+modulate+token"),
+    ("rms_norm_quant", "modulate+token"),
+    ("rms_norm_quant", "gated+token"),
+    ("cat_quant", "gelu_tanh+token"),
+    ("add_quant", "gated_add+token"),
 )
 HIDDEN = (2880, 4096, 8192, 14336)
 ROWS = (1, 16384)
@@ -83,7 +95,8 @@ class Case:
 
     def arguments(self, device: str, fp8: torch.dtype = torch.float8_e4m3fn) -> dict[str, Any]:
         """The op's arguments by name, in order, as its stages say that models give them."""
-        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], fp8)
+        words = self.variant.split("+")
+        setting = Setting(self.rows, self.hidden, device, words[-1], fp8, frozenset(words))
         return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
 
     @property

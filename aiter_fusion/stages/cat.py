@@ -54,7 +54,7 @@ def _typical(setting: Setting) -> dict[str, Any]:
     columns = max(1, setting.hidden // 5)
     first = setting.random(setting.rows, columns)
     second = setting.random(setting.rows, setting.hidden - columns)
-    acts = {"first_act": AS_IT_IS, "second_act": "gelu_tanh"}
+    acts = {"first_act": AS_IT_IS, "second_act": setting.said(ACTIVATIONS, "gelu_tanh")}
     return {"first": first, "second": second, **acts, "dtype": torch.bfloat16}
 
 
