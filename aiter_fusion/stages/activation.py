@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Activations
-from ..op import Spec
+from ..op import Spec, columns
 from ..stage import Sample, Setting, Stage, Value
 
 F32 = torch.float32
@@ -137,8 +137,8 @@ def _typical_act(setting: Setting) -> Mapping[str, Any]:
 
 
 def _typical_packed(setting: Setting) -> Mapping[str, Any]:
-    columns = setting.random(setting.rows, 2 * setting.hidden)
-    return {"gate_up": columns, "gate_first": True, "interleaved": False, **_typical_act(setting)}
+    gate_up = setting.random(setting.rows, 2 * setting.hidden)
+    return {"gate_up": gate_up, "gate_first": True, "interleaved": False, **_typical_act(setting)}
 
 
 def _compute_alone(value: None, x: Tensor, act: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,5 +181,5 @@ PACKED_ACT_MUL = replace(
     samples=_samples_packed,
     typical=_typical_packed,
     feature="packed",
-    width=lambda arguments: arguments["gate_up"].shape[-1] // 2,
+    width=lambda arguments: columns(arguments["gate_up"]) // 2,
 )

@@ -332,7 +332,7 @@ def test_the_default_cases() -> None:
     assert {case.op.family for case in made} == every
     acts = {case.arguments("meta")["act"] for case in ops.cases([256], [1], "act_")}
     assert acts == {"silu", "sigmoid", "gelu_tanh", "gelu", "squared_relu"}
-    assert {case.variant for case in ops.cases([256], [1], "add+")} == {"add+group128", "add+token"}
+    assert {case.variant for case in ops.cases([256], [1], "rms_norm_quant add+")} == {"add+group128", "add+token"}
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,10 @@ def test_aiter(op: FusedOp, make: Callable[..., Double], alone: None) -> None:
     double = make(arch="gfx950")
     provider = PROVIDERS["aiter"]
     terms = provider.terms(op)
-    assert terms is not None
     call = base(op, double.fp8, "cpu")
+    if terms is None:
+        assert provider.why_not(op, call) == f"it declares no kernel for {op.family}"
+        return
     if other := op.features - terms.features:
         assert provider.why_not(op, call) == f"it declares no kernel for {op.family} with {', '.join(sorted(other))}"
         return
