@@ -90,6 +90,12 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (y.float() / scale).to(cases.FN), scale
 
 
+def grouped(x: Tensor) -> Tensor:
+    """One expert's rows."""
+    weights = x.new_ones(1, x.shape[-1], x.shape[-1])
+    return torch._grouped_mm(x, weights, offs=torch.tensor([len(x)], dtype=torch.int32))
+
+
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
     """In a group of one process."""
     store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
@@ -108,6 +114,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "producer": lambda patch: sites(lambda x: cases.q3(x * 2), ("x",)),
     "boundary": lambda patch: sites(lambda x: cases.q3(x.view(2, 2, -1)), ("x",)),
     "unquantised": lambda patch: sites(cases.llama),
+    "grouped": lambda patch: sites(lambda x: cases.q3(grouped(x)), ("x",)),
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
