@@ -73,9 +73,9 @@ def two_kinds(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q3(y), *cases.q7(128)(y))
 
 
-def last_row_and_all(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    y = cases.llama(x, w)
-    return (*cases.q3(y[-1:]), y + 1)
+def last_row_modulated(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Which row of a modulation a row meets depends on those before it."""
+    return cases.q3(cases.modulated(x, w, w)[-1:])
 
 
 def unknown(x: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
-    "rows": lambda patch: sites(last_row_and_all),
+    "rows": lambda patch: sites(last_row_modulated),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),

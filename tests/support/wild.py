@@ -100,7 +100,10 @@ def _ltx() -> Made:
         "encoder_hidden_states": _random(2, 8, 128),
         "encoder_attention_mask": torch.ones(2, 8, dtype=torch.int64),
         "timestep": torch.tensor([5, 7]),
-        **{"num_frames": 1, "height": 4, "width": 4, "return_dict": False},
+        "num_frames": 1,
+        "height": 4,
+        "width": 4,
+        "return_dict": False,
     }
 
 
@@ -120,7 +123,10 @@ def _whisper() -> Made:
         **{f"{side}_layers": LAYERS for side in ("encoder", "decoder")},
         **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
         **{f"{side}_ffn_dim": 512 for side in ("encoder", "decoder")},
-        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
     )
     inputs = {"input_features": _random(2, 16, 32), "decoder_input_ids": _tokens(8), "use_cache": False}
     return transformers.WhisperForConditionalGeneration(config), inputs
