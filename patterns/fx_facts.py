@@ -43,12 +43,13 @@ VIEWS: frozenset[Target] = frozenset(
 # Views of some of the rows, unless their argument ``dim`` is the last. (What takes rows by an index copies them.)
 SELECTIONS: frozenset[Target] = frozenset({aten.slice.Tensor, aten.select.int})
 
-# Calls that give elements of their first argument as they are, in another place, order or number.
+# Calls that give elements of their first argument as they are, or converted, in another place, order or number.
 MOVING: frozenset[Target] = (
     VIEWS
     | SELECTIONS
     | {
         getitem,
+        CONVERT,
         aten.permute.default,
         aten.expand.default,
         aten.split.Tensor,
