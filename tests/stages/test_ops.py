@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,22 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+def chosen(every: list[FusedOp]) -> list[Any]:
+    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow."""
+    made = []
+    for op in every:
+        many = REGISTRY.overloads(op.family)
+        fullest = max(many, key=len)
+        slow = len(many) > 8 and len(op.features) > 1 and op.features != fullest
+        made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
+    return made
+
+
+def _named(op: FusedOp) -> str:
+    return op.name.split("::")[1]
+
+
+ops = pytest.mark.parametrize("op", chosen(EVERY_OP), ids=_named)
 providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
 
 
@@ -67,7 +83,7 @@ def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
     strided_rows_give_the_same_bits(op, provider)
 
 
-@pytest.mark.parametrize("op", QUANTISING, ids=lambda op: op.name.split("::")[1])
+@pytest.mark.parametrize("op", chosen(QUANTISING), ids=_named)
 @providers
 def test_scale_contract(op: FusedOp, provider: str) -> None:
     """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
