@@ -15,7 +15,12 @@ from support.models import FAMILIES as DECODERS
 from support.models import HIDDEN, LAYERS, VOCABULARY, quantises
 
 BF16 = torch.bfloat16
-SIZES = {"num_attention_heads": 4, "hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": LAYERS}
+SIZES: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 512,
+    "num_hidden_layers": LAYERS,
+}
 Made = tuple[nn.Module, Mapping[str, Any]]
 
 
@@ -114,22 +119,13 @@ def _siglip() -> Made:
 
 
 def _whisper() -> Made:
-    config = transformers.WhisperConfig(
-        d_model=HIDDEN,
-        vocab_size=VOCABULARY,
-        num_mel_bins=16,
-        max_source_positions=16,
-        max_target_positions=16,
-        **{f"{side}_layers": LAYERS for side in ("encoder", "decoder")},
-        **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
-        **{f"{side}_ffn_dim": 512 for side in ("encoder", "decoder")},
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
+    sizes: dict[str, Any] = {"d_model": HIDDEN, "vocab_size": VOCABULARY, "num_mel_bins": 16}
+    sizes |= {"max_source_positions": 16, "max_target_positions": 16}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": LAYERS, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 512}
     inputs = {"input_features": _random(2, 16, 32), "decoder_input_ids": _tokens(8), "use_cache": False}
-    return transformers.WhisperForConditionalGeneration(config), inputs
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes)), inputs
 
 
 def _bert() -> Made:
