@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from aiter_fusion import providers, report
+from aiter_fusion.backend import FusionError, check
 from aiter_fusion.config import options
 from aiter_fusion.passes import layout
 from aiter_fusion.passes import sites as sites_module
@@ -90,10 +92,16 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (y.float() / scale).to(cases.FN), scale
 
 
+def attended(x: Tensor) -> Tensor:
+    heads = x.view(1, 4, 4, -1)
+    cache = heads[:, :2].repeat_interleave(2, 1)
+    return torch.nn.functional.scaled_dot_product_attention(heads, cache, cache, is_causal=True)
+
+
 def grouped(x: Tensor) -> Tensor:
     """One expert's rows."""
     weights = x.new_ones(1, x.shape[-1], x.shape[-1])
-    return torch._grouped_mm(x, weights, offs=torch.tensor([len(x)], dtype=torch.int32))
+    return torch.nn.functional.grouped_mm(x, weights, offs=torch.tensor([len(x)], dtype=torch.int32))
 
 
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
@@ -118,6 +126,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
+    "attention": lambda patch: sites(attended, ("x",)),
     "rows": lambda patch: sites(last_row_modulated),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
@@ -229,3 +238,12 @@ def test_what_is_not_chosen_unasked_can_be_asked_for_by_name(why: str, monkeypat
     changed = replace(providers.PROVIDERS["reference"], **{why: lambda op, arguments: "two kernels"})
     monkeypatch.setitem(providers.PROVIDERS, "reference", changed)
     assert [site.status for site in sites(provider="reference")] == [report.REPLACED]
+
+
+@pytest.mark.parametrize("code", ["slower", "unmeasured", "provider"])
+def test_strict_allows_what_speed_decides(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the graph's own code is as fast, nothing is lost."""
+    made = report.FusionReport(tuple(PROVOKE[code](monkeypatch)))
+    assert [site.code for site in made.skipped] == [code]
+    with pytest.raises(FusionError, match="1 sites were skipped") if code == "provider" else nullcontext():
+        check(options(strict=True), made)
