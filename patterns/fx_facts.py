@@ -195,6 +195,12 @@ def _keeps_rows(node: fx.Node) -> bool:
     return node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:])  # type: ignore[arg-type]
 
 
+def is_promoted(result: fx.Node, left: fx.Node, right: fx.Node) -> bool:
+    """Whether a result has the promoted dtype of two tensors. An op that reads them as they are, and not as a graph
+    converts them before, computes in that dtype; so a conversion is left out only where it changes nothing."""
+    return dtype(result) is torch.promote_types(dtype(left), dtype(right))
+
+
 def origin(node: fx.Node) -> fx.Node:
     """What computed the elements of a node."""
     while node.target in MOVING and isinstance(node.args[0], fx.Node):

@@ -251,6 +251,25 @@ def test_a_broadcast_residual_stays_outside() -> None:
     assert fused(fn, *inputs("x", "w")).variants == ["rms_norm_quant:token"]
 
 
+@pytest.mark.parametrize(
+    "producer",
+    [
+        lambda x, g, s: cases.layer(x) * (1 + g) + s.float(),
+        lambda x, g, s: cases.layer(x).float() * g + s,
+        lambda x, g, s: cases.layer(x) * g.float() + s,
+        lambda x, g, s: (cases.layer(x) * g).float() + s,
+        lambda x, g, s: ((cases.layer(x) * g).float() + s).to(BF16),
+        lambda x, g, s: cases.llama(x, g[0, 0]).float() * torch.sigmoid(x),
+        lambda x, g, s: cases.llama(x, g[0, 0]) * torch.sigmoid(x).float(),
+        lambda x, g, s: (cases.llama(x, g[0, 0]) * torch.sigmoid(x).float()).to(BF16),
+    ],
+)
+def test_an_operation_in_float32_because_one_operand_was_converted(producer: Callable[..., Tensor]) -> None:
+    """A conversion is left out only where the others' dtype says as much; otherwise it stays, or the graph does."""
+    made = cases.tensors(("x", "g", "s"), (2, 3), BF16, "normal")
+    fused(lambda x, g, s: cases.q3(producer(x, g, s)), *made)
+
+
 def test_equal_outputs_stay_two_tensors() -> None:
     """return x + 1, x + 1: nothing is merged that is not part of a site."""
     result = fused(lambda x: (x + 1, x + 1), *inputs("x"))

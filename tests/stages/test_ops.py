@@ -86,19 +86,24 @@ def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
 @pytest.mark.parametrize("op", chosen(QUANTISING), ids=_named)
 @providers
 def test_scale_contract(op: FusedOp, provider: str) -> None:
-    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
+    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to.
+
+    Not of rows whose scale is subnormal in the dtype of the value: the graph divides their maximum in that dtype, so
+    the scale has lost bits in the graph as well (or the sum has, where it is returned in that dtype).
+    """
     for given in sampled(op, provider):
         if "static" in op.features:
             continue
         before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
         outputs = call(op, provider, given)
         computed = op.reference(**given)
-        value = computed["value" if "value" in computed else "residual_out"].float()  # where there is no norm, the sum
+        rounded = computed["value" if "value" in computed else "residual_out"]  # where there is no norm, the sum
+        value, normal = rounded.float(), max(1e-30, torch.finfo(rounded.dtype).tiny)
         q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
         assert scale.dtype is torch.float32
         assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
         spread = scale if block == 0 else scale.repeat_interleave(block, -1)
-        usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
+        usable = value.isfinite() & (spread >= normal) & spread.isfinite()
         # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales); a scale in bf16 adds 2**-8
         error = (q * spread - value).abs()[usable]
         bound = (value.abs() * (2**-4 + 2**-8) + spread * 2**-10).expand_as(value)[usable]

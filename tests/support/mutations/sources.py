@@ -191,6 +191,7 @@ SOURCES = (
     combined("produced", "L2", "Q7_128", dtype=F16),
     combined("produced", "M1", "Q1r", sizes=(2, 3)),
     combined("produced_value", "M1_float32", "Q2", sizes=(2, 3)),
+    combined("produced", "M1_chunked", "Q3", sizes=(2, 3)),
     combined("produced", "M2", "Q4", sizes=(2, 3)),
     combined("produced", "G1", "Q1r", sizes=(2, 3)),
     combined("produced", "G1_float32", "Q3", sizes=(2, 3)),
