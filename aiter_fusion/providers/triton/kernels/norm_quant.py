@@ -305,8 +305,8 @@ def norm_quant_kernel(
 
         zs = None
         if TILES == 1:  # on their way while the statistic is computed
-            exist = mask_of(tile_columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
-            zs = read_row(z, z_row + tile_columns, exist)
+            of_z = mask_of(tile_columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
+            zs = read_row(z, z_row + tile_columns, of_z)
 
         # the row statistic
         total = tl.zeros([ROWS, SEGMENTS, SEGMENT], tl.float32)
