@@ -108,7 +108,7 @@ def _register_ops() -> None:
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     if getattr(spec, "_initializing", False):
         return
-    # What is made here stays: a collection meanwhile would walk over all of torch and free nothing (a third of the time).
+    # What is made here stays: a collection would walk over all of torch, in a third of the time, and free nothing
     enabled = gc.isenabled()
     gc.disable()
     try:
