@@ -92,7 +92,7 @@ def _class(given: Any) -> str:
 def _input(node: fx.Node) -> str:
     """The model's name of an input: ``norm.weight`` of ``L['self']._modules['norm']._parameters['weight']``; empty if
     Dynamo does not say where it comes from."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
+    source: Any = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:
         return ""
     path = source.name() if callable(source.name) else source.name  # a property from torch 2.10 on

@@ -43,7 +43,7 @@ WORDS = {
     "form": "one way in which a model spells a computation, such as a norm or a quantiser; each belongs to one site",
     "fusion": "the family of fused ops; of a bare site the kind of the form",
     "variant": "what distinguishes sites of one family: what is added or returned as well, and what has a scale",
-    "module": "the module of the model whose computation it is; {0-3} stands for layers 0 to 3",
+    "module": "the module of the model whose computation it is; {0..3} stands for layers 0 to 3",
     "moved": "bytes read and written: by the original nodes if each ran alone (Inductor fuses some of them itself, so "
     "its code moves less), and by what takes their place",
     "provider": "what computes the fused op: aiter, triton or reference, which is plain PyTorch",
@@ -121,7 +121,7 @@ def _groups(sites: Sequence[Site]) -> Iterator[_Group]:
     groups: dict[tuple[str, ...], dict[int, Site]] = defaultdict(dict)
     for position, site in enumerate(sites):
         where, reason = (re.sub(r"\d+", "#", text) for text in (site.where, site.reason))
-        groups[site.status, site.family, site.variant, site.op, site.provider, where, reason][position] = site
+        groups[site.status, site.family, site.described, site.op, site.provider, where, reason][position] = site
     for group in groups.values():
         reasons = list(dict.fromkeys(site.reason for site in group.values()))
         alike = " (others differ in its numbers)" if len(reasons) > 1 else ""
@@ -129,20 +129,20 @@ def _groups(sites: Sequence[Site]) -> Iterator[_Group]:
 
 
 def _together(places: Sequence[str]) -> str:
-    """``layers.{0-2}.mlp`` of ``layers.0.mlp``, ``layers.1.mlp`` and ``layers.2.mlp``."""
+    """``layers.{0..2}.mlp`` of ``layers.0.mlp``, ``layers.1.mlp`` and ``layers.2.mlp``."""
     columns = zip(*(place.split(".") for place in places), strict=True)
     return ".".join(same.pop() if len(same := set(column)) == 1 else f"{{{_ranges(column)}}}" for column in columns)
 
 
 def _ranges(numbers: Iterable[str]) -> str:
-    """``0-2, 5`` of 0, 1, 2 and 5; of what are no numbers, all."""
+    """``0..2, 5`` of 0, 1, 2 and 5; of what are no numbers, all."""
     ordered = sorted(set(numbers), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
     if not all(map(str.isdecimal, ordered)):
         return ", ".join(ordered)
     values = list(map(int, ordered))
     starts = [values[0], *(later for earlier, later in pairwise(values) if later != earlier + 1)]
     ends = [*(earlier for earlier, later in pairwise(values) if later != earlier + 1), values[-1]]
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
+    return ", ".join(f"{a}..{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 # Of several sites in one cell of a map, the first of these shows.

@@ -208,8 +208,8 @@ def test_equal_sites_are_one_row(tmp_path: Path) -> None:
     refused = [site(f"model.layers.{n}.mlp", SKIPPED, f"layout: add_{n} has other strides") for n in (0, 1)]
     found = page(FusionReport((*layers, *refused, site("model.norm")), 7), tmp_path)
     words = " ".join(found.words().split())
-    assert "\u00d7 4 replaced rms_norm_quant token model.layers.{0-2, 5}.norm" in words
-    assert "\u00d7 2 skipped rms_norm_quant token model.layers.{0-1}.mlp" in words
+    assert "\u00d7 4 replaced rms_norm_quant token model.layers.{0..2, 5}.norm" in words
+    assert "\u00d7 2 skipped rms_norm_quant token model.layers.{0..1}.mlp" in words
     assert ": add_0 has other strides (others differ in its numbers)" in words
     assert len(found.rows()) == 7
     cells = [attributes for tag, attributes in found.elements if tag == "a" and "title" in attributes]
