@@ -11,8 +11,8 @@ from .parser import Parser, Run
 from .streams import PROGRAM, show
 
 NOTHING = (
-    "nothing was fused: the script called nothing that torch.compile returned, or names another backend, or compiled the "
-    'model by another one before (torch._dynamo.reset() forgets that); TORCH_LOGS="graph_breaks" says more'
+    "nothing was fused: the script called nothing that torch.compile returned, or names another backend, or compiled "
+    'the model by another one before (torch._dynamo.reset() forgets that); TORCH_LOGS="graph_breaks" says more'
 )
 
 
