@@ -96,7 +96,7 @@ def _input(node: fx.Node) -> str:
     if source is None:
         return ""
     path = source.name() if callable(source.name) else source.name  # a property from torch 2.10 on
-    return _top(re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", path))
+    return _top(path)
 
 
 def nodes(graph: fx.Graph) -> tuple[NodeText, ...]:
@@ -152,7 +152,8 @@ def where(node: fx.Node) -> str:
 
 
 def _top(path: str) -> str:
-    """A path of Dynamo's without the model that it starts from."""
+    """A path of Dynamo's as the model's own code has it, without the model that it starts from."""
+    path = re.sub(r"\.(?:__dict__\['_modules'\]|_modules|_parameters|_buffers)\['(\w+)'\]", r".\1", path)
     path = path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
     path = re.sub(r"^L\['kwargs'\]\['(\w+)'\]", r"\1", path)
     return re.sub(r"^[LG]\['(\w+)'\]", r"\1", path)  # a module that a function reads from its surroundings

@@ -23,7 +23,7 @@ STYLES = {REPLACED: "green", SKIPPED: "yellow", BARE: "dim"}
 # What to do where nothing was replaced, by why: ``FusionReport.advice``.
 TRAIN = "the graph is compiled for training, and fused ops have no gradient: call the model under torch.no_grad()"
 QUANTISE = (
-    "nothing in it is quantised to FP8: quantise the model before it is compiled, with torchao.quantization "
+    "no activation is quantised to FP8 (weights alone do not count): before compiling, call torchao.quantization's "
     "quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))"
 )
 ALLOW = "the level or 'disable' leaves out every fusion that applies: give level=3, or name the fusion in enable=[...]"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import aiter_fusion
+from aiter_fusion import graph_text
 from aiter_fusion.graph_text import NodeText, Recorded
 from aiter_fusion.journal import recording
 from aiter_fusion.report import BARE, REPLACED, SKIPPED, FusionReport, Site, merge
@@ -180,6 +181,20 @@ def test_the_names_of_inputs() -> None:
         exported = torch.export.export(model, (torch.ones(4, 64, dtype=torch.bfloat16),))
         torch.compile(exported.module(), backend="aiter_fusion")(torch.ones(4, 64, dtype=torch.bfloat16))
     assert "layers.0.weight" in [node.name for node in aiter_fusion.reports()[-1].recorded[0].before]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self']._modules['layers']._modules['0']._parameters['weight']", "layers.0.weight"),
+        ("L['self'].__dict__['_modules']['blocks'].0.norm", "blocks.0.norm"),
+        ("L['kwargs']['x']", "x"),
+        ("G['model'].norm", "model.norm"),
+    ],
+)
+def test_paths_are_those_of_the_model(path: str, name: str) -> None:
+    """Dynamo goes by ``__dict__`` where a module has a ``__getattr__`` of its own, as those of diffusers have."""
+    assert graph_text._top(path) == name
 
 
 def test_bytes_are_counted() -> None:
