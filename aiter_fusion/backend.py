@@ -215,7 +215,7 @@ def check(options: config.Options, made: report.FusionReport) -> None:
 
 
 LEVEL_0 = "level 0: plain Inductor"
-SLOW = "on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than Inductor's own code"
+SLOW = "on a CPU plain PyTorch computes the fused ops: good for checking, but slower than Inductor's own code"
 
 _warned: set[str] = set()
 

@@ -95,8 +95,8 @@ def _input(node: fx.Node) -> str:
     source: Any = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:
         return ""
-    path = source.name() if callable(source.name) else source.name  # a property from torch 2.10 on
-    return _top(path)
+    name = source.name() if callable(source.name) else source.name  # a property from torch 2.10 on
+    return _top(str(name))
 
 
 def nodes(graph: fx.Graph) -> tuple[NodeText, ...]:

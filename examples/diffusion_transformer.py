@@ -23,7 +23,7 @@ import aiter_fusion
 
 def build() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model and the arguments of one denoising step."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(

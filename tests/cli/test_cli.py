@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +57,24 @@ def saved(tmp_path: Path) -> str:
 
 
 # ---- info --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([name] for name in cli.COMMANDS),
+        *(["bench", kind] for kind in ("ops", "model", "linear", "attention", "allreduce")),
+    ],
+    ids=" ".join,
+)
+def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose words the command takes."""
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    (example,) = re.findall(r"^example:\n  aiter-fusion (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert example.startswith(" ".join(words))
+    assert callable(cli._parser().parse_args(shlex.split(example)).run)
 
 
 @pytest.mark.usefixtures("no_gpu")
