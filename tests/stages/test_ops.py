@@ -127,7 +127,7 @@ def test_codes_where_summands_cancel() -> None:
     assert difference(shifted, triton, "q", want, near) is None
     assert "codes apart" in str(difference(shifted, triton, "q", want, far))
     assert "codes apart" in str(difference(shifted, triton, "q", want, torch.full_like(want, math.nan)))
-    assert "codes apart" in str(difference(REGISTRY.ops["layer_norm_quant", frozenset()], triton, "q", want, near))
+    assert "codes apart" in str(difference(REGISTRY.ops["rms_norm_quant", frozenset()], triton, "q", want, near))
 
 
 @ops

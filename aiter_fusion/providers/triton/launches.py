@@ -199,7 +199,7 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
         common["BLOCK"] = normed
     rule = "gated_norm" if z is not None else NORM_RULES[common["NORM"]]
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW), rule)
-    common |= _tiling(shape) | {"ROWS": shape.rows}
+    common |= _tiling(shape) | {"ROWS": shape.rows, "LATE": shape.late, "BLOCK": shape.block or common["BLOCK"]}
     grid = _programs(rows, shape.rows)
     if not _is_of_tensor(op, arguments, width):
         return Launches((Launch("norm_quant", grid, common, shape.warps(nvidia)),))

@@ -26,6 +26,9 @@ FEW = 256
 # warps then wait for memory (compiled for sm_90: 172 a thread for a gated norm of 12,288, 141 for a concatenation of
 # 15,360). With 512 threads there are 16 warps, of 100 and 86 registers a thread.
 MORE_REGISTERS = frozenset({"gated_norm", "cat_row"})
+# Rules by which weights are read when the statistic is known, if there are many rows: before, they would take registers
+# (of a LayerNorm of 3,072 64 a thread, not 56), and with few rows their way from memory would be waited for.
+LATE = frozenset({"layer_norm", "gated_norm"})
 ANY = (0, 1 << 62)
 
 
@@ -104,6 +107,8 @@ class Shape:
     tiles:    of a row, each of ``segments`` segments.
     threads:  of the program.
     run:      consecutive elements that a thread writes.
+    block:    elements of a segment that exist; 0: the caller's.
+    late:     whether a norm's weights are read when its statistic is known.
     """
 
     rows: int
@@ -112,6 +117,8 @@ class Shape:
     tiles: int
     threads: int
     run: int
+    block: int = 0
+    late: bool = False
 
     def warps(self, nvidia: bool) -> int:
         """The warps with so many threads, at least one."""
@@ -150,7 +157,8 @@ def norm(width: int, block: int, rows: int, rule: str = "norm") -> Shape:
         wanted, run = (256 if elements > 8192 else 128), (16 if grouped and elements <= 8192 else 8)
         if rule in MORE_REGISTERS and elements > 8192:
             wanted = 512
-    shape = Shape(together, segments, segment, tiles, threads(wanted, elements), run)
+    late = rule in LATE and rows >= FEW
+    shape = Shape(together, segments, segment, tiles, threads(wanted, elements), run, late=late)
     return replace(shape, **tuned.choice(rule, width, block, rows < FEW))
 
 

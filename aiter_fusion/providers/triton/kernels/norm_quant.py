@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .act_quant import activation
-from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
+from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide, wide_anew
 
 
 @triton.jit
@@ -91,11 +91,11 @@ def normalised(
 def layer_normalised(value, mean, statistic, weight, bias, one, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The value of a LayerNorm. A product that is added to something passes through ``fma(product, one, something)``,
     with ``one`` a number that the compiler does not know: it would round product and sum once instead of twice."""
-    y = (wide(value, PTX) - mean) * statistic
+    y = (wide_anew(value, PTX) - mean) * statistic
     if weight is not None:
-        y = y * wide(weight, PTX)
+        y = y * wide_anew(weight, PTX)
     if bias is not None:
-        y = tl.fma(y, one, wide(bias, PTX))
+        y = tl.fma(y, one, wide_anew(bias, PTX))
     return y.to(dtype_called(DTYPE))
 
 
@@ -245,6 +245,7 @@ def norm_quant_kernel(
     SEGMENT: tl.constexpr,
     TILES: tl.constexpr,
     RUN: tl.constexpr,
+    LATE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Programs take ``ROWS`` rows at a time; a row is ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements
@@ -255,7 +256,8 @@ def norm_quant_kernel(
 
     ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. ``BY_SEGMENT``: rows of x, a
     residual and z are segments, so many of which are a row here, and each is normalised by itself. eps is a constant,
-    ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
+    ``EPS``, or, where that is None, ``eps``: a number or a pointer to one. ``LATE``: weight and bias are read when the
+    statistic is known, and take no registers before, so that more rows are on their way at a time.
     """
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     PADDED: tl.constexpr = TILES * COLUMNS != WIDTH
@@ -279,9 +281,9 @@ def norm_quant_kernel(
     number = number_of(eps)
     weights = None
     biases = None
-    if TILES == 1:  # before the first row
-        exist = (tile_columns < WIDTH) & (element < BLOCK)
-        of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
+    exist = (tile_columns < WIDTH) & (element < BLOCK)
+    of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
+    if TILES == 1 and not LATE:
         weights = read_row(weight, of_weight, exist)
         biases = read_row(bias, of_weight, exist)
 
@@ -329,7 +331,7 @@ def norm_quant_kernel(
             if residual_out is not None:
                 rounded = value.to(residual_out.dtype.element_ty)
                 tl.store(residual_out + row * WIDTH + columns, rounded, mask=mask)
-            value32 = wide(value, PTX)
+            value32 = wide_anew(value, PTX) if NORM == "layer" else wide(value, PTX)
             if NORM == "rms":
                 total = value32 * value32 if TILES == 1 else total + value32 * value32
             elif NORM == "layer":
@@ -359,10 +361,15 @@ def norm_quant_kernel(
                         SUM,
                         PTX,
                     )
-                apart = tl.where(mask, wide(value, PTX) - mean, 0.0)
+                apart = tl.where(mask, wide_anew(value, PTX) - mean, 0.0)
                 total = apart * apart if TILES == 1 else total + apart * apart
             squares = row_sum(total, BY_SEGMENT, ROWS, SEGMENTS, SEGMENT)
             statistic = statistic_of(squares * (1.0 / NORMED), number, EPS)
+        own = weights
+        own_bias = biases
+        if TILES == 1 and LATE:
+            own = read_row(weight, of_weight, exist)
+            own_bias = read_row(bias, of_weight, exist)
 
         # The maximum of each row, where nothing can be quantised before it is known. What is masked counts as 0, or,
         # like its row, as NaN.
@@ -385,8 +392,8 @@ def norm_quant_kernel(
                         SUM,
                         PTX,
                     )
-                these = weights
-                those = biases
+                these = own
+                those = own_bias
                 gates = zs
                 if TILES > 1:
                     these = read_row(weight, columns, mask)
@@ -446,8 +453,8 @@ def norm_quant_kernel(
                         PTX,
                     )
                 if TILES > 1 or not ROW_FIRST:
-                    these = weights
-                    those = biases
+                    these = own
+                    those = own_bias
                     gates = zs
                     if TILES > 1:
                         these = read_row(weight, columns, mask)

@@ -47,6 +47,18 @@ def wide(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def wide_anew(x, PTX: tl.constexpr):
+    """``wide``, computed at every use: the compiler would else keep a row in float32 from one use to the next, in twice
+    the registers, and half as many rows would be on their way at a time."""
+    if PTX and x.dtype == tl.bfloat16 and x.numel % 2 == 0:
+        halves: tl.constexpr = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
+        y = tl.inline_asm_elementwise(halves, "=f,=f,r", [x], tl.float32, is_pure=False, pack=2)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def reciprocal_of_normal(x):
     """``1 / x`` within two units in the last place for x between 2**-126 and 2**126, and right for 0 and infinity."""
     return libdevice.fast_dividef(1.0, x)
