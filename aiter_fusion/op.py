@@ -29,7 +29,7 @@ Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, Seq
 class Tolerance(NamedTuple):
     """How far a provider may be from the reference on finite, non-zero rows.
 
-    codes:  FP8 codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
+    codes:  codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
             2.4 to 3.5 % of the elements by one code and none by two (512 x 4096, torchao per row).
     scale:  relative difference of any other output: two roundings to bf16 (2**-8 each) of the values below the maximum.
     kernel: the same of a provider that does not keep the graph's roundings, of which there are up to four to bf16: of

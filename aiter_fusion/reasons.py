@@ -14,9 +14,9 @@ class Reason(Enum):
         "boundary",
         "the value comes from outside the graph: its producer is an input or in the graph before a break",
     )
-    UNQUANTISED = "unquantised", "the value is not quantised to FP8"
+    UNQUANTISED = "unquantised", "the value is not quantised"
     UNNORMALISED = "unnormalised", "no RMSNorm reads the all-reduced value"
-    UNKNOWN = "unknown", "a cast to FP8 whose arithmetic no form describes"
+    UNKNOWN = "unknown", "a cast to FP8 or int8 whose arithmetic no form describes"
     ROWS = "rows", "only some rows of a value are quantised, and the others are needed too or cannot be left out"
     STARVED = "starved", "another site has taken the value that this one would fuse with"
     LEVEL = "level", "the optimisation level does not include this fusion"

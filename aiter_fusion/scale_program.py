@@ -31,6 +31,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "exp2": aten.exp2.default,
     "ceil": aten.ceil.default,
     "floor": aten.floor.default,
+    "round": aten.round.default,  # of two that are as near, to the even one
 }
 WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "mul": aten.mul.Tensor,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .domains import Domain
+from .formats import Format
 from .op import FusedOp, Spec, Tolerance, first_width
 from .registry import Registry
 
@@ -63,14 +64,14 @@ SAMPLES = tuple(
 class Setting(NamedTuple):
     """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
 
-    granularity: of the scales, as a site's variant names it, e.g. ``group128``; fp8: what the values are quantised to.
+    granularity: of the scales, as a site's variant names it, e.g. ``group128``; format: of the quantised values.
     """
 
     rows: int
     hidden: int
     device: str
     granularity: str
-    fp8: torch.dtype
+    format: Format
 
     def random(self, *sizes: int) -> Tensor:
         """Normal values, by default a row each of ``rows``."""
@@ -257,9 +258,9 @@ class Family:
             words += [stage.feature] if stage.feature else []
             words += [trait for trait in stage.traits if trait in features]
             words += [stage.label(attributes, sizes)] if stage.label is not None else []
-        words += [self.ending] if self.ending else []
+        words += [self.ending]
         returned = dict.fromkeys(stage.returns for stage in reversed(row[:-1]) if stage.returns in features)
-        return "+".join([*words, *returned])
+        return "+".join([*filter(None, words), *returned])
 
 
 def _features(row: Sequence[Stage]) -> frozenset[str]:

@@ -109,7 +109,7 @@ def plan(
                 accounted[record] = draft
     for record in recognised.records:
         if record not in accounted and not record.serves:
-            account(_Draft([record], record.kind, record.variant, BARE, str(record.alone), record.root))
+            account(_Draft([record], record.called, record.variant, BARE, str(record.alone), record.root))
     for record in reversed(recognised.records):
         if record not in accounted:  # it serves a record after it that is not fused with it
             served = next(
@@ -197,7 +197,7 @@ class _Planner:
         if refused is not None:
             return refused
         why = Refusal(Reason.PRODUCER, misfit) if misfit is not None else self._where_from(tail.inputs["x"])
-        return _Draft(list(group), tail.kind, tail.variant, BARE, str(why), tail.root)
+        return _Draft(list(group), tail.called, tail.variant, BARE, str(why), tail.root)
 
     def join(self, groups: Sequence[list[Record]]) -> list[_Draft]:
         """Sites of kinds of which one op computes several records; fusions that compute one are tried before."""

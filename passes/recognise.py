@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from ..formats import format_of
 from ..patterns.form import Form
-from ..patterns.fx_facts import behind, is_fp8_cast, operator, readers
+from ..patterns.fx_facts import behind, dtype, is_quantising_cast, operator, readers
 from ..patterns.language import heads
 from ..reasons import Reason, Refusal
 from .matcher import Matcher, follow
@@ -34,6 +35,7 @@ class Record:
     serves: the kinds of records that this one was looked for as an input of; the site of such a one accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
+    called:  the name of its kind in reports where no fusion takes it.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Record:
     shared: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     listed: bool = True
+    called: str = ""
     refusal: Refusal | None = None
     rooted: Record | None = None
 
@@ -107,8 +110,9 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:
             record = _first(matcher, candidates, node)
-            if record is None and is_fp8_cast(node):
-                found.unknown.append((node, "fp8_quant", Refusal(Reason.UNKNOWN, _why(node, candidates)[0])))
+            if record is None and is_quantising_cast(node):
+                called = f"{format_of(dtype(node)).name}_quant"
+                found.unknown.append((node, called, Refusal(Reason.UNKNOWN, _why(node, candidates)[0])))
             return record if record is None or record.listed else None
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
@@ -125,7 +129,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         inside[record.kind] |= record.nodes
         helpers = serving.get(record.kind, ())
         root = behind(record.inputs["x"]) if helpers else None
-        if root is None or root in records or is_fp8_cast(root) or (root, record.kind) in tried:
+        if root is None or root in records or is_quantising_cast(root) or (root, record.kind) in tried:
             return
         tried.add((root, record.kind))
         if (others := candidates(root)) and first(others, root) is not None:
@@ -170,6 +174,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 serves=form.serves,
                 alone=form.alone,
                 listed=form.listed,
+                called=completion.called or form.kind,
                 refusal=completion.refusal,
             )
             for branch in form.branches:

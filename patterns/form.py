@@ -15,17 +15,18 @@ from .fx_facts import Target
 from .language import Found, Pattern, first_inputs, heads
 
 # Why a value that begins no fusion is left alone, unless its form says otherwise.
-UNQUANTISED = Refusal(Reason.UNQUANTISED, "no FP8 quantiser in this graph reads it")
+UNQUANTISED = Refusal(Reason.UNQUANTISED, "no quantiser in this graph reads it")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports where
-    that says more than the form's, and, where no fused op can compute it, why."""
+    """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports and that
+    of its kind, where these say more than the form's, and, where no fused op can compute it, why."""
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     variant: str | None = None
+    called: str | None = None
     refusal: Refusal | None = None
 
 

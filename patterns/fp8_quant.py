@@ -1,4 +1,4 @@
-"""FP8 quantisers: ``q = cast(clamp(x / scale))`` with the scale from the maximum of a block, or given.
+"""Quantisers: ``q = cast(clamp(x / scale))`` with the scale from the maximum of a block, or given.
 
 A block is the set of elements that share a scale: consecutive elements of a row (a whole row is per token), or the
 whole tensor (``block`` 0). The arithmetic between maximum, scale and values differs from model to model and is
@@ -7,18 +7,21 @@ captured as programs (``aiter_fusion/scale_program.py``), not enumerated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import getitem
 
 import torch
 from torch import fx
 
+from ..formats import format_of
 from ..scale_program import cast, is_inverse, parse
 from ..stages.quantise import Granularity
 from .form import Branch, Completion, Form
-from .fx_facts import FLOATS, FP8, aten, dtype, same_shape, same_size, shape
+from .fx_facts import FLOATS, FP8, QUANTISED, aten, dtype, same_shape, same_size, shape
 from .language import (
     Attr,
     Call,
+    Const,
     Found,
     Named,
     OneOf,
@@ -31,6 +34,8 @@ from .language import (
     convert_to,
     in_float32,
 )
+
+Complete = Callable[[fx.Node, Found], Completion | str]
 
 X = Views(in_float32(Views(Var("x"))))
 FIRST = Attr("", lambda node, index: index == 0)
@@ -47,10 +52,22 @@ MAXIMUM = Named(
         )
     ),
 )
-# What the values are divided by or multiplied with: one factor for each block ...
-FACTOR = Named("factor", Steps("factor_steps", MAXIMUM))
-# ... or one for each element, spread over the block (torchao's block-wise quantiser)
-SPREAD = Views(Named("spread", Call((aten.expand.default,), (FACTOR, anything()))))
+# The same from the least and the greatest value (torchao's int8), apart from the sign of a zero.
+_ZERO = Call((aten.full.default,), (anything(), Const(0), *[anything()] * 4))
+_EXTREMES = [
+    Named(extreme, Call((target,), (Named("blocks", X), anything("dims"), anything())))
+    for extreme, target in (("least", aten.amin.default), ("greatest", aten.amax.default))
+]
+_BELOW = Call((aten.neg.default,), (Call((aten.minimum.default,), (_EXTREMES[0], _ZERO)),))
+_ABOVE = Call((aten.maximum.default,), (_EXTREMES[1], _ZERO))
+OF_EXTREMES = Named("maximum", Call((aten.maximum.default,), (_BELOW, _ABOVE)))
+
+
+def _factor(maximum: Pattern) -> Pattern:
+    """What the values are divided by or multiplied with: one factor for each block, or one for each element, spread
+    over the block (torchao's block-wise quantiser)."""
+    factor = Named("factor", Steps("factor_steps", maximum))
+    return OneOf((factor, Views(Named("spread", Call((aten.expand.default,), (factor, anything()))))))
 
 
 def _quantised(multiplier: Pattern) -> Pattern:
@@ -63,7 +80,7 @@ def _quantised(multiplier: Pattern) -> Pattern:
             With(Call((aten.mul.Tensor,), (multiplier, elements)), {"combine": "scale_mul"}),
         )
     )
-    return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", FP8)
+    return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", QUANTISED)
 
 
 def _blocks(found: Found) -> list[int]:
@@ -146,7 +163,22 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
             "quant_dtype": found.attributes["quant_dtype"],
         },
         variant=str(Granularity.of(block, _width(found))),
+        called=_called(found),
     )
+
+
+def _complete_of_extremes(root: fx.Node, found: Found) -> Completion | str:
+    maximum, least, greatest = (found.named[name] for name in ("maximum", "least", "greatest"))
+    alike = all(same_shape(shape(extreme), shape(maximum)) for extreme in (least, greatest))
+    if not alike or dtype(maximum) is not dtype(least):
+        return f"{maximum.name} is not of the least and the greatest value"
+    if not _is_floored(" ".join(found.attributes["factor_steps"])):
+        return f"the sign of a zero of {maximum.name} matters without a floor above 0"
+    return _complete_dynamic(root, found)
+
+
+def _called(found: Found) -> str:
+    return f"{format_of(found.attributes['quant_dtype']).name}_quant"
 
 
 def _complete_static(root: fx.Node, found: Found) -> Completion | str:
@@ -167,6 +199,7 @@ def _complete_static(root: fx.Node, found: Found) -> Completion | str:
             "quant_dtype": found.attributes["quant_dtype"],
         },
         features=frozenset({"static"}),
+        called=_called(found),
     )
 
 
@@ -176,17 +209,26 @@ def _is_scale(node: fx.Node, steps: str) -> bool:
     return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
 
 
+def _is_floored(steps: str) -> bool:
+    """Whether a number above 0 takes the place of a maximum of 0."""
+    return any(name == "clamp_min" and number is not None and number > 0 for name, number in parse(steps))
+
+
+def _dynamic(name: str, maximum: Pattern, complete: Complete, test: Callable[[fx.Node, str], bool]) -> Form:
+    branch = Branch("scale", source="maximum", attribute="scale_steps", test=test, start=_start)
+    return Form("fp8_quant", name, _quantised(_factor(maximum)), output="q", complete=complete, branches=(branch,))
+
+
 # A maximum that is itself kept in FP8, perhaps divided by a scale for all of them, as NVFP4 keeps its scales.
 SCALE = OneOf((MAXIMUM, Call((aten.div.Tensor,), (Steps("factor_steps", MAXIMUM), Var("outer")))))
 
 FORMS = (
-    Form(
-        "fp8_quant",
-        "dynamic",
-        _quantised(OneOf((FACTOR, SPREAD))),
-        output="q",
-        complete=_complete_dynamic,
-        branches=(Branch("scale", source="maximum", attribute="scale_steps", test=_is_scale, start=_start),),
+    _dynamic("dynamic", MAXIMUM, _complete_dynamic, _is_scale),
+    _dynamic(
+        "of extremes",
+        OF_EXTREMES,
+        _complete_of_extremes,
+        lambda node, steps: _is_scale(node, steps) and _is_floored(steps),
     ),
     Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(

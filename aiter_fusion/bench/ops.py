@@ -23,6 +23,7 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 
 from .. import families  # noqa: F401  (importing it registers ops)
+from ..formats import FORMATS, FP8, Format, format_of
 from ..op import FusedOp
 from ..passes.verify import differing_codes
 from ..providers import PROVIDERS
@@ -39,13 +40,18 @@ VARIANTS = (
     ("rms_norm_quant", "token"),
     ("rms_norm_quant", "tensor"),
     ("rms_norm_quant", "static"),
+    ("rms_norm_quant", "add+int8+token"),
+    ("rms_norm_quant", "int8+token"),
     ("act_mul_quant", "group128"),
     ("act_mul_quant", "packed+group128"),
     ("act_mul_quant", "token"),
     ("act_mul_quant", "packed+token"),
     ("act_mul_quant", "tensor"),
+    ("act_mul_quant", "int8+token"),
+    ("act_mul_quant", "packed+int8+token"),
     ("act_quant", "group128"),
     ("act_quant", "token"),
+    ("act_quant", "int8+token"),
 )
 HIDDEN = (2880, 4096, 8192, 14336)
 ROWS = (1, 16384)
@@ -81,9 +87,14 @@ class Case:
         assert found is not None
         return found
 
-    def arguments(self, device: str, fp8: torch.dtype = torch.float8_e4m3fn) -> dict[str, Any]:
+    def format(self, fp8: torch.dtype) -> Format:
+        """What it quantises to: ``fp8`` where the variant names no other format."""
+        words = self.variant.split("+")
+        return next((format for format in FORMATS if format.word() in words), format_of(fp8))
+
+    def arguments(self, device: str, fp8: torch.dtype = FP8[0]) -> dict[str, Any]:
         """The op's arguments by name, in order, as its stages say that models give them."""
-        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], fp8)
+        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], self.format(fp8))
         return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
 
     @property
@@ -332,7 +343,7 @@ def verify(op: FusedOp, ours: Sequence[Tensor], inductors: Sequence[Tensor]) -> 
         if name == "q":
             codes = differing_codes(have, want)
             if codes > op.tolerance.codes:
-                raise Refused(f"ours and Inductor's q are {codes} FP8 codes apart")
+                raise Refused(f"ours and Inductor's q are {codes} codes apart")
         elif not torch.allclose(have.float(), want.float(), rtol=DROPPED, atol=0.0):
             raise Refused(f"ours and Inductor's {name} are more than {DROPPED:.0e} apart")
 

@@ -1,4 +1,4 @@
-"""Quantisers: a value to FP8, with a scale for each row, group of columns, or the tensor, or a given one."""
+"""Quantisers: a value to FP8 or int8, with a scale for each row, group of columns, or the tensor, or a given one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Blocks, Domain, Steps, Tensors
-from ..formats import FORMATS
+from ..formats import format_of
 from ..op import FusedOp, Spec
 from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
 from ..stage import Sample, Setting, Stage, Value
@@ -132,6 +132,12 @@ _STEPS = {
 
 def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     width, bounded = sample.sizes[-1], "float32 clamp_min=1e-12 div=240.0"
+    rounded = {
+        "scale_steps": "div=127.5 float32 clamp_min=1e-07",
+        "factor_steps": "div=127.5 float32 clamp_min=1e-07 reciprocal",
+        "value_steps": "mul_scale float32 round clamp_min=-128.0 clamp_max=127.0",
+        "quant_dtype": torch.int8,
+    }
     by_product = {
         "scale_steps": bounded,
         "factor_steps": f"{bounded} reciprocal",
@@ -141,6 +147,7 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     return [
         _STEPS | {"scale_steps": "div=448.0 float32", "block": width, "column_major": False},
         _STEPS | {"scale_steps": "div=448.0 float32", "block": 0, "column_major": False},
+        rounded | {"block": width, "column_major": False},
         by_product | {"block": width // 2, "column_major": False},
         by_product | {"block": width // 4, "column_major": True},
     ]
@@ -152,14 +159,20 @@ def _samples_static(sample: Sample) -> Sequence[dict[str, Any]]:
 
 def _typical(setting: Setting) -> Mapping[str, Any]:
     """torchao's arithmetic."""
-    top = FORMATS[setting.fp8].top
+    top, block = setting.format.top, Granularity.parse(setting.granularity, setting.hidden).block
+    scale = factor = f"div={top!r} float32"
+    values = f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}"
+    if setting.format.is_integer:
+        scale = f"div={top + 0.5!r} float32 clamp_min={torch.finfo(torch.float32).eps!r} bfloat16 float32"
+        factor = f"{scale} reciprocal"
+        values = f"float32 mul_scale round clamp_min={-top - 1!r} clamp_max={top!r}"
     return {
-        "block": Granularity.parse(setting.granularity, setting.hidden).block,
-        "scale_steps": f"div={top!r} float32",
+        "block": block,
+        "scale_steps": scale,
         "column_major": False,
-        "factor_steps": f"div={top!r} float32",
-        "value_steps": f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}",
-        "quant_dtype": setting.fp8,
+        "factor_steps": factor,
+        "value_steps": values,
+        "quant_dtype": setting.format.dtype,
     }
 
 
@@ -167,6 +180,11 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
     scale = torch.full((), 0.02, device=setting.device)
     given = {**_typical(setting._replace(granularity="tensor")), "scale": scale, "factor_steps": ""}
     return {name: given[name] for name in STATIC.arguments}
+
+
+def _named(attributes: Mapping[str, Any], granularity: str = "") -> str:
+    """The format of a record and its granularity, as a site's variant has them."""
+    return "+".join(filter(None, (format_of(attributes["quant_dtype"]).word(), granularity)))
 
 
 # The programs (scale_program.py) between a maximum, its scale and the values, and the dtype of these.
@@ -186,7 +204,7 @@ DYNAMIC = Stage(
     _samples,
     _typical,
     outputs=("q", "scale"),
-    label=lambda attributes, sizes: str(Granularity.of(attributes["block"], sizes[-1])),
+    label=lambda attributes, sizes: _named(attributes, str(Granularity.of(attributes["block"], sizes[-1]))),
     fits=_fits,
     layouts=({"column_major": True}, {"column_major": False}),
     domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},
@@ -200,6 +218,7 @@ STATIC = Stage(
     _typical_static,
     feature="static",
     outputs=("q",),
+    label=lambda attributes, sizes: _named(attributes),
     levels={"static": 2},
     domains={"scale": Tensors((torch.float32,), elements=1), **_DOMAINS},
     fits=_fits,

@@ -326,6 +326,37 @@ def q8_power_of_two(y: Tensor) -> tuple[Tensor, ...]:
     return _saturated(groups / scale).reshape(y.shape), scale.reshape(*y.shape[:-1], y.shape[-1] // 128)
 
 
+def i1(y: Tensor) -> tuple[Tensor, ...]:
+    """torchao's dynamic int8: of the least and the greatest value."""
+    zero = torch.zeros_like(y.amin(-1, keepdim=True))
+    top = torch.max(-torch.min(y.amin(-1, keepdim=True), zero), torch.max(y.amax(-1, keepdim=True), zero))
+    scale = (top / 127.5).float().clamp(min=torch.finfo(torch.float32).eps).to(y.dtype).float()
+    q = torch.round(y * (1.0 / scale)).clamp(-128, 127).to(torch.int8)
+    return q.reshape(-1, y.shape[-1]), scale.reshape(-1, 1)
+
+
+def i2(y: Tensor) -> tuple[Tensor, ...]:
+    """By hand: symmetric, of the maximum."""
+    scale = y.abs().amax(-1, keepdim=True).float().clamp(min=1e-5) / 127.0
+    return torch.round(y / scale).clamp(-127, 127).to(torch.int8), scale
+
+
+def i2_unclamped(y: Tensor) -> tuple[Tensor, ...]:
+    """A scale that was rounded down makes codes that int8 does not have."""
+    scale = y.abs().amax(-1, keepdim=True) / 127.0
+    return torch.round(y / scale).to(torch.int8), scale.float()
+
+
+def i2_group(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // 64, 64)
+    scale = groups.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 127.0
+    return torch.round(groups / scale).to(torch.int8).reshape(y.shape), scale.squeeze(-1)
+
+
+def i3_static(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (torch.round(y.float() / scale).clamp(-128, 127).to(torch.int8),)
+
+
 @dataclass(frozen=True)
 class QuantForm:
     name: str
@@ -359,6 +390,11 @@ QUANTS = (
     QuantForm("Q7_128", q7(128), "group128"),
     QuantForm("Q7_floor_in_half", q7_floor_in_half, "group128"),
     QuantForm("Q8", q8_power_of_two, "group128"),
+    QuantForm("I1", i1, "int8+token"),
+    QuantForm("I2", i2, "int8+token"),
+    QuantForm("I2_unclamped", i2_unclamped, "int8+token"),
+    QuantForm("I2_64", i2_group, "int8+group64"),
+    QuantForm("I3", i3_static, "static+int8", static=True),
 )
 
 

@@ -35,6 +35,7 @@ needs_triton = pytest.mark.skipif(
 def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
     """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    names |= {torch.int8: "*i8", torch.uint8: "*u8"}
     found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
     return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
 

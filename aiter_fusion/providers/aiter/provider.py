@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import config, machine
 from ...domains import ANYTHING
+from ...formats import FP8
 from ...op import FusedOp, Implementation
 from ..architectures import ARCHITECTURES
 from ..terms import Terms
@@ -81,7 +82,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return f"AITER does not know {machine.architecture(first.device.index or 0)}"
     if op.family in ADAPTERS:
         return ADAPTERS[op.family].why_not(arguments, native)
-    if arguments.get("quant_dtype", native) != native:
+    if arguments.get("quant_dtype") in FP8 and arguments["quant_dtype"] != native:
         return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU's FP8 format is {native}"
     if op.family in all_reduce.FAMILIES:
         return all_reduce.refuse(op, arguments)

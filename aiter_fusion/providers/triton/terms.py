@@ -8,7 +8,7 @@ import torch
 
 from ... import scaled_product
 from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
-from ...formats import FORMATS
+from ...formats import DTYPES as VALUES
 from ...op import FusedOp
 from ..terms import Terms
 from . import rules
@@ -24,7 +24,7 @@ REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
 STEPS = (
     *("float32", "bfloat16", "float16"),
     *("mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive"),
-    *("reciprocal", "log2", "exp2", "ceil", "floor"),
+    *("reciprocal", "log2", "exp2", "ceil", "floor", "round"),
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
@@ -81,7 +81,7 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
         "scale_steps": Steps(STEPS),
         "factor_steps": Steps(STEPS),
         "value_steps": Steps((*STEPS, *COMBINING)),
-        "quant_dtype": OneOf(tuple(FORMATS)),
+        "quant_dtype": OneOf(VALUES),
     },
 }
 # The chains of stages that a kernel computes, each with or without a residual addition, and the hidden sizes.

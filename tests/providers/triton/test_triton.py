@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
+from aiter_fusion.formats import FORMATS
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
@@ -452,6 +453,18 @@ def test_kernels_compile(op: FusedOp, target: str) -> None:
     samples = list(op.samples())
     for arguments in samples[:: max(1, len(samples) // 4)]:
         compiled(op, {name: arguments[name] for name in op.arguments} | {"quant_dtype": TARGETS[target][1]}, target)
+
+
+# The variants in formats other than FP8.
+OTHER_FORMATS = [case for case in VARIANTS if any(format.word() in case[1].split("+") for format in FORMATS)]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx950"])
+@pytest.mark.parametrize("variant", OTHER_FORMATS, ids="-".join)
+def test_other_formats_compile(variant: tuple[str, str], target: str) -> None:
+    case = Case(*variant, 4096, 16384)
+    compiled(case.op, case.arguments("meta", TARGETS[target][1]), target)
 
 
 # Where a program has the most threads: the decoding of a large model.

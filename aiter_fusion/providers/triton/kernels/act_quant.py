@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, scale_index, whole_maximum, wide
+from .steps import (
+    apply_steps,
+    codes_of,
+    dtype_called,
+    mask_of,
+    nan_max,
+    reciprocal_of_normal,
+    scale_index,
+    whole_maximum,
+    wide,
+)
 
 
 @triton.jit
@@ -310,7 +320,7 @@ def act_quant_kernel(
                     )
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
     else:
         begin = tl.program_id(0)
@@ -362,7 +372,7 @@ def act_quant_kernel(
                 if GROUPED:
                     top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
                 if GROUPED:
                     scale_at = scale_index(row, at - row * IN_ROW, rows, IN_ROW, COLUMN_MAJOR)

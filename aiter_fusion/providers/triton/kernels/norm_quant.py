@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
+from .steps import apply_steps, codes_of, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
 
 
 @triton.jit
@@ -433,7 +433,7 @@ def norm_quant_kernel(
                     size = tl.abs(y).to(tl.float32)
                     top = tl.reduce(size, 2, nan_max).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
                 at = tl.max_contiguous(row * WIDTH + columns, [1, 1, RUN])
                 tl.store(q + at, codes, mask=mask)

@@ -108,6 +108,8 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.c
             y = tl.ceil(x)
         elif NAME == "floor":
             y = tl.floor(x)
+        elif NAME == "round":
+            y = libdevice.rint(x)
         elif NAME == "nan_from":
             y = tl.where(tl.abs(x) >= NUMBER, float("nan"), x)
         else:
@@ -129,6 +131,15 @@ def apply_steps(STEPS: tl.constexpr, value, scale, PTX: tl.constexpr = False):
     for i in tl.static_range(step_count(STEPS)):
         value = apply_step(step_name(STEPS, i), step_number(STEPS, i), value, scale, PTX)
     return value
+
+
+@triton.jit
+def codes_of(value, STEPS: tl.constexpr, factor, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The value by a program, as a number of the format ``DTYPE``."""
+    y = apply_steps(STEPS, value, factor, PTX)
+    if tl.int8 == DTYPE:  # as PyTorch casts: what int8 does not have wraps around, and NaN is 0
+        y = y.to(tl.int32)
+    return y.to(DTYPE)
 
 
 @triton.jit
