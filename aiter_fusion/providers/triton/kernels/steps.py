@@ -109,7 +109,7 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.c
         elif NAME == "floor":
             y = tl.floor(x)
         elif NAME == "round":
-            y = libdevice.rint(x)
+            y = libdevice.nearbyint(x)
         elif NAME == "nan_from":
             y = tl.where(tl.abs(x) >= NUMBER, float("nan"), x)
         else:
