@@ -35,6 +35,7 @@ FORMATS = (
     Format("fp8", torch.float8_e4m3fn, 448.0),  # OCP's format, which most GPUs have
     Format("fp8", torch.float8_e4m3fnuz, 240.0),  # that of MI300, without infinities and negative zero
     Format("int8", torch.int8, 127.0),
+    Format("mxfp8", torch.float8_e4m3fn, 448.0, torch.uint8),  # scales of 32 elements are a byte, their exponent
 )
 DTYPES = tuple(dict.fromkeys(format.dtype for format in FORMATS))
 FP8 = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)

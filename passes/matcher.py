@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ..patterns.composed import BY_HEAD, FIRST, WITHIN
 from ..patterns.form import Branch
 from ..patterns.fx_facts import (
     CHOICES,
@@ -38,8 +39,10 @@ def step_of(node: Any) -> Step | None:
     """A node as a step of a program; None if it is no scalar operation."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    if node.target is torch.ops.aten.where.self:
-        return _choice(node)
+    if node.target is torch.ops.aten.where.self and (choice := _choice(node)) is not None:
+        return choice
+    if node.target in BY_HEAD:
+        return composed(node)
     words = _words(node)
     return None if words is None else Step(node.args[0], words, (node,))
 
@@ -80,6 +83,29 @@ def _choice(node: fx.Node) -> Step | None:
     if not (rounded and alike and is_number(constant, number)):
         return None
     return Step(value, (step(name, float(number)),), (constant, condition, node))  # type: ignore[arg-type]
+
+
+def composed(node: Any) -> Step | None:
+    """A step that takes several calls, of which a node is the last; the value is float32 and keeps its shape."""
+    options = BY_HEAD.get(node.target, ()) if isinstance(node, fx.Node) else ()
+    for name, pattern in options:
+        for found in Matcher().match(pattern, node):
+            value = found.inputs["value"]
+            if dtype(value) is torch.float32 and same_shape(shape(node), shape(value)):
+                return Step(value, (name,), (*(other for other in found.nodes if other is not node), node))
+    return None
+
+
+def composed_of(value: fx.Node) -> list[Step]:
+    """The steps of several calls that begin with a value."""
+    if not any(user.target in FIRST for user in value.users):
+        return []
+    reached, left = set[fx.Node](), [value]
+    while left:
+        left += (more := {user for user in left.pop().users if user.target in WITHIN} - reached)
+        reached |= more
+    steps = filter(None, map(composed, sorted(reached)))
+    return [step for step in steps if step.value is value]
 
 
 class Matcher:
@@ -244,4 +270,7 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
             if following is not None and following.value is node:
                 words, passed = following.words, following.nodes
                 stack.append((user, user if words else last, (*steps, *words), (*nodes, *passed)))
+        for following in composed_of(node):
+            end = following.nodes[-1]
+            stack.append((end, end, (*steps, *following.words), (*nodes, *following.nodes)))
     return min(reached, key=lambda r: r[0], default=None)

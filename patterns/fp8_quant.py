@@ -7,21 +7,21 @@ captured as programs (``aiter_fusion/scale_program.py``), not enumerated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
 
-from ..formats import format_of
+from ..formats import FORMATS
 from ..scale_program import cast, is_inverse, parse
-from ..stages.quantise import Granularity
+from ..stages.quantise import Granularity, named_format
 from .form import Branch, Completion, Form
 from .fx_facts import FLOATS, FP8, QUANTISED, aten, dtype, same_shape, same_size, shape
 from .language import (
     Attr,
     Call,
-    Const,
     Found,
     Named,
     OneOf,
@@ -31,10 +31,12 @@ from .language import (
     Views,
     With,
     anything,
+    constant,
     convert_to,
     in_float32,
 )
 
+SCALES = frozenset(format.scale for format in FORMATS)
 Complete = Callable[[fx.Node, Found], Completion | str]
 
 X = Views(in_float32(Views(Var("x"))))
@@ -53,13 +55,12 @@ MAXIMUM = Named(
     ),
 )
 # The same from the least and the greatest value (torchao's int8), apart from the sign of a zero.
-_ZERO = Call((aten.full.default,), (anything(), Const(0), *[anything()] * 4))
 _EXTREMES = [
     Named(extreme, Call((target,), (Named("blocks", X), anything("dims"), anything())))
     for extreme, target in (("least", aten.amin.default), ("greatest", aten.amax.default))
 ]
-_BELOW = Call((aten.neg.default,), (Call((aten.minimum.default,), (_EXTREMES[0], _ZERO)),))
-_ABOVE = Call((aten.maximum.default,), (_EXTREMES[1], _ZERO))
+_BELOW = Call((aten.neg.default,), (Call((aten.minimum.default,), (_EXTREMES[0], constant(0))),))
+_ABOVE = Call((aten.maximum.default,), (_EXTREMES[1], constant(0)))
 OF_EXTREMES = Named("maximum", Call((aten.maximum.default,), (_BELOW, _ABOVE)))
 
 
@@ -154,17 +155,14 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
     if block is None:
         return f"{found.named['combined'].name} does not give each element the scale of its own block"
     factor_steps = " ".join([*_start(found), *found.attributes["factor_steps"]])
-    return Completion(
-        {
-            "block": block,
-            "scale_steps": factor_steps,  # unless a branch says otherwise
-            "factor_steps": factor_steps,
-            "value_steps": _value_steps(found),
-            "quant_dtype": found.attributes["quant_dtype"],
-        },
-        variant=str(Granularity.of(block, _width(found))),
-        called=_called(found),
-    )
+    attributes = {
+        "block": block,
+        "scale_steps": factor_steps,  # unless a branch says otherwise
+        "factor_steps": factor_steps,
+        "value_steps": _value_steps(found),
+        "quant_dtype": found.attributes["quant_dtype"],
+    }
+    return Completion(attributes, variant=str(Granularity.of(block, _width(found))), called=_called(attributes))
 
 
 def _complete_of_extremes(root: fx.Node, found: Found) -> Completion | str:
@@ -177,8 +175,8 @@ def _complete_of_extremes(root: fx.Node, found: Found) -> Completion | str:
     return _complete_dynamic(root, found)
 
 
-def _called(found: Found) -> str:
-    return f"{format_of(found.attributes['quant_dtype']).name}_quant"
+def _called(attributes: Mapping[str, Any]) -> str:
+    return f"{named_format(attributes).name}_quant"
 
 
 def _complete_static(root: fx.Node, found: Found) -> Completion | str:
@@ -191,22 +189,19 @@ def _complete_static(root: fx.Node, found: Found) -> Completion | str:
         return f"the scale {scale.name} is {dtype(scale)}, not float32"
     if not _aligned(found, 0):
         return f"{found.named['combined'].name} changes the shape"
-    return Completion(
-        {
-            "block": 0,
-            "factor_steps": " ".join(found.attributes["factor_steps"]),
-            "value_steps": _value_steps(found),
-            "quant_dtype": found.attributes["quant_dtype"],
-        },
-        features=frozenset({"static"}),
-        called=_called(found),
-    )
+    attributes = {
+        "block": 0,
+        "factor_steps": " ".join(found.attributes["factor_steps"]),
+        "value_steps": _value_steps(found),
+        "quant_dtype": found.attributes["quant_dtype"],
+    }
+    return Completion(attributes, features=frozenset({"static"}), called=_called(attributes))
 
 
 def _is_scale(node: fx.Node, steps: str) -> bool:
-    """A dequantisation scale: float32, and the maximum times a constant up to bounds and rounding."""
+    """A dequantisation scale: of a dtype that formats have, the maximum times a constant up to bounds and rounding."""
     scaled = any(name in ("mul", "div") for name, _ in parse(steps))
-    return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
+    return dtype(node) in SCALES and scaled and not is_inverse(steps)
 
 
 def _is_floored(steps: str) -> bool:

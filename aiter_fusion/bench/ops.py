@@ -42,6 +42,8 @@ VARIANTS = (
     ("rms_norm_quant", "static"),
     ("rms_norm_quant", "add+int8+token"),
     ("rms_norm_quant", "int8+token"),
+    ("rms_norm_quant", "add+mxfp8+group32"),
+    ("rms_norm_quant", "mxfp8+group32"),
     ("act_mul_quant", "group128"),
     ("act_mul_quant", "packed+group128"),
     ("act_mul_quant", "token"),
@@ -49,9 +51,12 @@ VARIANTS = (
     ("act_mul_quant", "tensor"),
     ("act_mul_quant", "int8+token"),
     ("act_mul_quant", "packed+int8+token"),
+    ("act_mul_quant", "mxfp8+group32"),
+    ("act_mul_quant", "packed+mxfp8+group32"),
     ("act_quant", "group128"),
     ("act_quant", "token"),
     ("act_quant", "int8+token"),
+    ("act_quant", "mxfp8+group32"),
 )
 HIDDEN = (2880, 4096, 8192, 14336)
 ROWS = (1, 16384)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..domains import Blocks, Domain, Steps, Tensors
-from ..formats import format_of
+from ..formats import Format, format_of
 from ..op import FusedOp, Spec
-from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
+from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, is_of_bytes, result_dtype, run
 from ..stage import Sample, Setting, Stage, Value
+
+F32 = torch.float32
 
 
 class Granularity(NamedTuple):
@@ -138,6 +140,11 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
         "value_steps": "mul_scale float32 round clamp_min=-128.0 clamp_max=127.0",
         "quant_dtype": torch.int8,
     }
+    of_bytes = {
+        "scale_steps": "float32 div=448.0 e8m0",
+        "factor_steps": "float32 div=448.0 e8m0_inverse",
+        "value_steps": "float32 mul_scale clamp_min=-448.0 clamp_max=448.0",
+    }
     by_product = {
         "scale_steps": bounded,
         "factor_steps": f"{bounded} reciprocal",
@@ -150,6 +157,7 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
         rounded | {"block": width, "column_major": False},
         by_product | {"block": width // 2, "column_major": False},
         by_product | {"block": width // 4, "column_major": True},
+        _STEPS | of_bytes | {"block": 32, "column_major": False},
     ]
 
 
@@ -166,6 +174,9 @@ def _typical(setting: Setting) -> Mapping[str, Any]:
         scale = f"div={top + 0.5!r} float32 clamp_min={torch.finfo(torch.float32).eps!r} bfloat16 float32"
         factor = f"{scale} reciprocal"
         values = f"float32 mul_scale round clamp_min={-top - 1!r} clamp_max={top!r}"
+    elif setting.format.scale is torch.uint8:
+        values = values.replace("div_scale", "mul_scale")
+        scale, factor = (f"float32 div={top!r} {step}" for step in ("e8m0", "e8m0_inverse"))
     return {
         "block": block,
         "scale_steps": scale,
@@ -184,7 +195,12 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
 
 def _named(attributes: Mapping[str, Any], granularity: str = "") -> str:
     """The format of a record and its granularity, as a site's variant has them."""
-    return "+".join(filter(None, (format_of(attributes["quant_dtype"]).word(), granularity)))
+    return "+".join(filter(None, (named_format(attributes).word(), granularity)))
+
+
+def named_format(attributes: Mapping[str, Any]) -> Format:
+    """The format of a record."""
+    return format_of(attributes["quant_dtype"], torch.uint8 if is_of_bytes(attributes["factor_steps"]) else F32)
 
 
 # The programs (scale_program.py) between a maximum, its scale and the values, and the dtype of these.

@@ -13,7 +13,7 @@ from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
-from aiter_fusion.scale_program import is_inverse, parse, run
+from aiter_fusion.scale_program import is_inverse, is_of_bytes, parse, run
 from support.op_contract import (
     agrees_with_the_reference,
     call,
@@ -78,8 +78,10 @@ def test_scale_contract(op: FusedOp, provider: str) -> None:
         outputs = call(op, provider, given)
         value = op.reference(**given)["value"].float()
         q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
-        assert scale.dtype is torch.float32
+        assert scale.dtype is (torch.uint8 if is_of_bytes(given["factor_steps"]) else torch.float32)
         assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
+        if scale.dtype is torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu).float()
         spread = scale if block == 0 else scale.repeat_interleave(block, -1)
         usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
         # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales), that of int8 half a scale, and one that

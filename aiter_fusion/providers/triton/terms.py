@@ -24,7 +24,7 @@ REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
 STEPS = (
     *("float32", "bfloat16", "float16"),
     *("mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive"),
-    *("reciprocal", "log2", "exp2", "ceil", "floor", "round"),
+    *("reciprocal", "log2", "exp2", "ceil", "floor", "round", "e8m0", "e8m0_inverse", "next_power"),
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
