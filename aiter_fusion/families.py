@@ -8,6 +8,7 @@ from .registry import REGISTRY
 from .stage import Family, maybe
 from .stages.activation import ACT, ACT_MUL, PACKED_ACT_MUL
 from .stages.cat import CAT
+from .stages.gate import GATE
 from .stages.modulate import MODULATE
 from .stages.norm import LAYER_NORM, RMS_NORM
 from .stages.quantise import QUANTISE
@@ -19,7 +20,7 @@ SUMMED = maybe(GATED_RESIDUAL, RESIDUAL)
 
 # Longer chains are tried first, and of equal ones the earlier.
 FAMILIES = (
-    Family("rms_norm_quant", (INPUT, SUMMED, RMS_NORM, maybe(MODULATE), QUANTISE)),
+    Family("rms_norm_quant", (INPUT, SUMMED, RMS_NORM, maybe(MODULATE, GATE), QUANTISE)),
     Family("layer_norm_quant", (INPUT, SUMMED, LAYER_NORM, maybe(MODULATE), QUANTISE)),
     Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
     Family("act_quant", (ACT, QUANTISE)),

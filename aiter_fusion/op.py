@@ -169,9 +169,13 @@ def width_of(op: FusedOp, arguments: Mapping[str, Any]) -> Any:
 
 
 def first_width(arguments: Mapping[str, Any]) -> Any:
-    """The length of the rows of the first tensor; 1 if it has none."""
-    first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
-    return first.shape[-1] if first is not None and first.dim() else 1
+    """The length of the rows of the first tensor."""
+    return columns(next((value for value in arguments.values() if isinstance(value, Tensor)), None))
+
+
+def columns(x: Any) -> Any:
+    """The length of a tensor's rows; 1 for a number and for what is no tensor, which terms refuse."""
+    return x.shape[-1] if isinstance(x, Tensor) and x.dim() else 1
 
 
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ chains of records that the op replaces, and the names of its variants in reports
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, combinations, product
@@ -64,7 +64,8 @@ SAMPLES = tuple(
 class Setting(NamedTuple):
     """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
 
-    granularity: of the scales, as a site's variant names it, e.g. ``group128``; format: of the quantised values.
+    granularity: of the scales, as a site's variant names it, e.g. ``group128``; format: of the quantised values; words:
+    what else the benchmark calls the variant, such as the name of an activation.
     """
 
     rows: int
@@ -72,6 +73,11 @@ class Setting(NamedTuple):
     device: str
     granularity: str
     format: Format
+    words: frozenset[str] = frozenset()
+
+    def said(self, known: Iterable[str], unless: str) -> str:
+        """The one of these words that the variant has, or another."""
+        return next((word for word in known if word in self.words), unless)
 
     def random(self, *sizes: int) -> Tensor:
         """Normal values, by default a row each of ``rows``."""

@@ -102,14 +102,14 @@ def _form(act: str, pattern: Pattern) -> Form:
     )
 
 
-def _rounded(activated: Pattern) -> Pattern:
-    """What was computed in float32 rounded, or left so."""
-    return OneOf((convert_to(activated, "dtype", HALVES), activated))
+def activations(name: str, dtype: str = "dtype") -> dict[str, Pattern]:
+    """By name, all activations of the input ``name``; ``dtype``: the attribute for what half precision the result of
+    those in float32 is rounded to."""
 
+    def rounded(activated: Pattern) -> Pattern:
+        return OneOf((convert_to(activated, dtype, HALVES), activated))
 
-def activations(name: str) -> dict[str, Pattern]:
-    """By name, all activations of the input ``name``."""
-    wide = {act: _rounded(written(in_float32(Var(name)))) for act, written in IN_FLOAT32.items()}
+    wide = {act: rounded(written(in_float32(Var(name)))) for act, written in IN_FLOAT32.items()}
     return wide | {act: written(Var(name)) for act, written in IN_STEPS.items()}
 
 

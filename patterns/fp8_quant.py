@@ -155,14 +155,16 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
     if block is None:
         return f"{found.named['combined'].name} does not give each element the scale of its own block"
     factor_steps = " ".join([*_start(found), *found.attributes["factor_steps"]])
+    width = _width(found)
     attributes = {
         "block": block,
+        "row": width,
         "scale_steps": factor_steps,  # unless a branch says otherwise
         "factor_steps": factor_steps,
         "value_steps": _value_steps(found),
         "quant_dtype": found.attributes["quant_dtype"],
     }
-    return Completion(attributes, variant=str(Granularity.of(block, _width(found))), called=_called(attributes))
+    return Completion(attributes, variant=str(Granularity.of(block, width)), called=_called(attributes))
 
 
 def _complete_of_extremes(root: fx.Node, found: Found) -> Completion | str:

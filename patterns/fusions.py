@@ -12,7 +12,7 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act, act_mul, all_reduce, cat, fp8_linear, fp8_quant, layer_norm, modulate, rms_norm
+from . import act, act_mul, all_reduce, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, rms_norm
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -73,6 +73,7 @@ def rows(family: Family) -> Iterator[Fusion]:
 
 
 for _form in (  # earlier ones win where two explain the same node
+    *gate.gated(rms_norm.FORMS),
     *rms_norm.FORMS,
     *layer_norm.FORMS,
     *modulate.modulated((*rms_norm.FORMS, *layer_norm.FORMS)),

@@ -15,8 +15,9 @@ from .form import Completion, Form
 from .fx_facts import FLOATS, HALVES, dtype, same_size, shape
 from .language import Const, Found, Named, OneOf, Pattern, Var, With, add, convert_to, in_float32, mul
 
-GAIN, SHIFT = in_float32(Var("gain")), in_float32(Var("shift"))
-PLUS_ONE = OneOf((With(add(GAIN, Const(1)), {"plus_one": True}), With(GAIN, {"plus_one": False})))
+SHIFT = in_float32(Var("shift"))
+# 1 is added in the gain's own dtype, so not to what it was converted from.
+GAIN = OneOf((With(add(Var("gain"), Const(1)), {"plus_one": True}), With(in_float32(Var("gain")), {"plus_one": False})))
 
 
 def is_once(node: fx.Node, of: Any) -> bool:
@@ -67,6 +68,6 @@ def modulated(norms: Iterable[Form]) -> tuple[Form, ...]:
 
 
 def _modulated(norm: Pattern) -> Pattern:
-    scaled = mul(in_float32(norm), PLUS_ONE)
+    scaled = mul(in_float32(norm), GAIN)
     shifted = OneOf((add(scaled, SHIFT), scaled))
     return OneOf((shifted, convert_to(shifted, "modulated_dtype", HALVES)))

@@ -30,9 +30,11 @@ from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
 from ..registry import REGISTRY
 from ..stage import Setting
+from ..stages.quantise import Granularity
 from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
+# A word that is no feature of the op is the activation.
 VARIANTS = (
     ("rms_norm_quant", "add+group128"),
     ("rms_norm_quant", "group128"),
@@ -53,10 +55,21 @@ VARIANTS = (
     ("act_mul_quant", "packed+int8+token"),
     ("act_mul_quant", "mxfp8+group32"),
     ("act_mul_quant", "packed+mxfp8+group32"),
-    ("act_quant", "group128"),
-    ("act_quant", "token"),
-    ("act_quant", "int8+token"),
-    ("act_quant", "mxfp8+group32"),
+    ("act_quant", "gelu_tanh+int8+token"),
+    ("act_quant", "gelu_tanh+mxfp8+group32"),
+    ("act_mul_quant", "sigmoid+token"),
+    ("act_quant", "gelu_tanh+group128"),
+    ("act_quant", "gelu_tanh+token"),
+    ("act_quant", "gelu+token"),
+    ("act_quant", "squared_relu+token"),
+    ("layer_norm_quant", "token"),
+    ("layer_norm_quant", "add+token"),
+    ("layer_norm_quant", "modulate+token"),
+    ("layer_norm_quant", "gated_add+modulate+token"),
+    ("rms_norm_quant", "modulate+token"),
+    ("rms_norm_quant", "gated+token"),
+    ("cat_quant", "gelu_tanh+token"),
+    ("add_quant", "gated_add+token"),
 )
 HIDDEN = (2880, 4096, 8192, 14336)
 ROWS = (1, 16384)
@@ -99,7 +112,8 @@ class Case:
 
     def arguments(self, device: str, fp8: torch.dtype = FP8[0]) -> dict[str, Any]:
         """The op's arguments by name, in order, as its stages say that models give them."""
-        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], self.format(fp8))
+        words = self.variant.split("+")
+        setting = Setting(self.rows, self.hidden, device, words[-1], self.format(fp8), frozenset(words))
         return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
 
     @property
@@ -253,11 +267,11 @@ def cases(hidden: Iterable[int] = HIDDEN, rows: Iterable[int] = ROWS, only: str 
         Case(family, variant, width, count)
         for family, variant in chosen
         for width in hidden
-        if "group128" not in variant or width % 128 == 0
+        if width % (Granularity.parse(variant.split("+")[-1], width).block or 1) == 0
         for count in rows
     ]
     if not made:
-        raise ValueError(f"--hidden {' '.join(map(str, hidden))}: groups of 128 need a hidden size that 128 divides")
+        raise ValueError(f"--hidden {' '.join(map(str, hidden))}: groups need a hidden size that they divide")
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Activations
-from ..op import Spec
+from ..op import Spec, columns
 from ..stage import Sample, Setting, Stage, Value
 
 F32 = torch.float32
@@ -132,12 +132,13 @@ def _samples_packed(sample: Sample) -> Sequence[dict[str, Any]]:
     ]
 
 
-_TYPICAL = {"act": "silu", "cast_first": True, "dtype": torch.bfloat16}
+def _typical_act(setting: Setting) -> Mapping[str, Any]:
+    return {"act": setting.said(ACTIVATIONS, "silu"), "cast_first": True, "dtype": torch.bfloat16}
 
 
 def _typical_packed(setting: Setting) -> Mapping[str, Any]:
-    columns = setting.random(setting.rows, 2 * setting.hidden)
-    return {"gate_up": columns, "gate_first": True, "interleaved": False} | _TYPICAL
+    gate_up = setting.random(setting.rows, 2 * setting.hidden)
+    return {"gate_up": gate_up, "gate_first": True, "interleaved": False, **_typical_act(setting)}
 
 
 def _compute_alone(value: None, x: Tensor, act: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,7 +155,7 @@ ACT = Stage(
     _compute_alone,
     _spec_alone,
     lambda sample: [{"x": sample.rows(), "act": act, "dtype": sample.dtype} for act in ACTIVATIONS],
-    lambda setting: {"x": setting.random(), "act": "gelu_tanh", "dtype": torch.bfloat16},
+    lambda setting: {"x": setting.random(), "act": setting.said(ACTIVATIONS, "gelu_tanh"), "dtype": torch.bfloat16},
     domains={"act": ALONE},
     returns="value",
     levels={"value": 2},
@@ -166,7 +167,7 @@ ACT_MUL = Stage(
     _compute,
     _spec,
     _samples,
-    lambda setting: {"gate": setting.random(), "up": setting.random()} | _TYPICAL,
+    lambda setting: {"gate": setting.random(), "up": setting.random(), **_typical_act(setting)},
     domains={"act": KNOWN},
     returns="value",
     levels={"value": 2},
@@ -180,5 +181,5 @@ PACKED_ACT_MUL = replace(
     samples=_samples_packed,
     typical=_typical_packed,
     feature="packed",
-    width=lambda arguments: arguments["gate_up"].shape[-1] // 2,
+    width=lambda arguments: columns(arguments["gate_up"]) // 2,
 )

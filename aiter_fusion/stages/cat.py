@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Activations
-from ..op import Spec
+from ..op import Spec, columns
 from ..stage import Sample, Setting, Stage, Value
 from .activation import ACTIVATIONS, activate
 
@@ -32,7 +32,7 @@ def _compute(value: None, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _width(arguments: Any) -> Any:
-    return arguments["first"].shape[-1] + arguments["second"].shape[-1]
+    return columns(arguments["first"]) + columns(arguments["second"])
 
 
 def _spec(value: None, first: Tensor, second: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Value, dict[str, Spec]]:
@@ -43,18 +43,17 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     """Together as wide as the sample, so that its quantisers fit."""
     whole = sample.rows()
     made = []
-    for columns, acts in ((16, (AS_IT_IS, "gelu_tanh")), (40, ("silu", AS_IT_IS)), (32, ("relu", "gelu"))):
-        first, second = whole[..., :columns].contiguous(), whole[..., columns:].contiguous()
+    for width, acts in ((16, (AS_IT_IS, "gelu_tanh")), (40, ("silu", AS_IT_IS)), (32, ("relu", "gelu"))):
+        first, second = whole[..., :width].contiguous(), whole[..., width:].contiguous()
         made.append({"first": first, "second": second, "first_act": acts[0], "second_act": acts[1]})
     return [{**arguments, "dtype": sample.dtype} for arguments in made]
 
 
 def _typical(setting: Setting) -> dict[str, Any]:
     """Of FLUX's blocks: attention beside an activation of four times as many columns."""
-    columns = max(1, setting.hidden // 5)
-    first = setting.random(setting.rows, columns)
-    second = setting.random(setting.rows, setting.hidden - columns)
-    acts = {"first_act": AS_IT_IS, "second_act": "gelu_tanh"}
+    width = max(1, setting.hidden // 5)
+    first, second = setting.random(setting.rows, width), setting.random(setting.rows, setting.hidden - width)
+    acts = {"first_act": AS_IT_IS, "second_act": setting.said(ACTIVATIONS, "gelu_tanh")}
     return {"first": first, "second": second, **acts, "dtype": torch.bfloat16}
 
 

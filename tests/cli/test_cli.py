@@ -25,6 +25,7 @@ from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
 from aiter_fusion.cli import info, options
+from aiter_fusion.registry import REGISTRY
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
 from aiter_fusion.tables import plain
 from support import models
@@ -115,7 +116,7 @@ def test_info_of_a_preference_that_does_not_exist(
         (["info", "--jso"], "--jso"),
         (["bench", "ops", "--rows", "0"], "'0' is not a whole number above 0"),
         (["bench", "ops", "--only", "norms"], "there are rms_norm_quant add+group128, "),
-        (["bench", "ops", "--hidden", "100", "--only", "group128"], "--hidden 100: groups of 128 need"),
+        (["bench", "ops", "--hidden", "100", "--only", "group128"], "--hidden 100: groups need"),
         (["bench", "ops", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "model", "--hidden", "700"], "must be a multiple of 512"),
         (["bench", "model", "--intermediate", "700"], "must be a multiple of 16"),
@@ -324,16 +325,15 @@ def test_plot(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_default_cases() -> None:
     made = ops.cases()
-    assert len(set(made)) == len(made) == 11 * 8 - 4 * 2  # 128 does not divide 2880
-    assert {case.variant for case in made if case.hidden == 2880} == {
-        "add+token",
-        "token",
-        "tensor",
-        "static",
-        "packed+token",
-    }
-    assert {case.op.family for case in made} == {"rms_norm_quant", "act_mul_quant"}
-    assert {case.variant for case in ops.cases([256], [1], "add+")} == {"add+group128", "add+token"}
+    grouped = [variant for _, variant in ops.VARIANTS if variant.endswith("group128")]
+    assert len(set(made)) == len(made) == 8 * len(ops.VARIANTS) - 2 * len(grouped)  # 128 does not divide 2880
+    assert {case.variant for case in made} - {case.variant for case in made if case.hidden == 2880} == set(grouped)
+    every = {op.family for op in REGISTRY.ops.values() if op.stages and not op.is_collective}
+    assert {case.op.family for case in made} == every
+    acts = {case.arguments("meta")["act"] for case in ops.cases([256], [1], "act_")}
+    assert acts == {"silu", "sigmoid", "gelu_tanh", "gelu", "squared_relu"}
+    formats = {"add+int8+token", "add+mxfp8+group32"}
+    assert {c.variant for c in ops.cases([256], [1], "rms_norm_quant add+")} == {"add+group128", "add+token", *formats}
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,12 @@ def _programs(rows: Int, together: int) -> Int:
     return programs
 
 
+def spans(arguments: Mapping[str, Any], width: int) -> int:
+    """How many rows share a scale where several do, else 1."""
+    block = arguments.get("block", 0)
+    return block // width if block > width else 1
+
+
 # The constant that is true of a norm's kernel where a call has no such argument.
 _UNNORMED: Mapping[str, Any] = {"offset": None, "cast_first": False, "eps": None, "plus_one": False}
 
@@ -150,14 +156,19 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
     returned = op.shape(**arguments)
     value = returned["value"][1] if "value" in returned else arguments.get("sum_dtype", x.dtype)
     known = {**_UNNORMED, **arguments}
+    z = rows_of(arguments["z"]) if "z" in arguments else None
+    joined = spans(arguments, width)
+    normed, width = width, width * joined
     common = {
         **quantiser_arguments(op, arguments, width, value, nvidia),
         **_summand(op, arguments),
         "x": Ref("x"),
         **{name: Ref(name) if known.get(name) is not None else None for name in ("weight", "bias")},
         **{key: entry for name in ("gate", "gain", "shift") for key, entry in _once(arguments, name, rows).items()},
-        "rows": rows,
+        "z": Ref("z") if z is not None else None,
+        "rows": rows // joined,
         "x_stride": stride,
+        "z_stride": z[1] if z is not None else 0,
         "eps": Ref("eps_tensor") if known.get("eps_tensor") is not None else None,
         "one": 1.0,
         "NORM": next((NORMS[stage.kind] for stage in op.stages if stage.kind in NORMS), ""),
@@ -166,7 +177,13 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
         "CAST_FIRST": known["cast_first"],
         "DTYPE": dtype_name(known.get("dtype", value)),
         "PLUS_ONE": known["plus_one"],
+        "ACT": known.get("act", ""),
+        "ACT_DTYPE": dtype_name(known.get("act_dtype", value)),
+        "BY_SEGMENT": joined > 1,
     }
+    rows = common["rows"]
+    if joined > 1:
+        common["BLOCK"] = normed
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)

@@ -49,7 +49,9 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
         "gain": Tensors(FLOATS),
         "shift": Tensors(FLOATS, optional=True),
         "plus_one": FLAG,
-        "modulated_dtype": OneOf(FLOATS),
+        "z": Tensors(FLOATS),
+        "act": ACTIVATIONS,
+        **dict.fromkeys(("modulated_dtype", "act_dtype", "gated_dtype"), OneOf(FLOATS)),
     },
     "all_reduce": {
         "x": Tensors(HALVES),
@@ -75,7 +77,7 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
         "dtype": OneOf(FLOATS),
     },
     "fp8_quant": {
-        "block": Blocks(largest=rules.TILE),
+        "block": Blocks(largest=rules.TILE, spanning=True),  # ``refuse`` looks at what else the call has
         "column_major": FLAG,
         "scale": Tensors((torch.float32,), elements=1),
         "scale_steps": Steps(STEPS),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .act_quant import activation
 from .steps import apply_steps, codes_of, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
 
 
@@ -118,6 +119,17 @@ def modulated(y, gain, shift, one, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr, 
 
 
 @triton.jit
+def gated(y, z, one, ACT: tl.constexpr, ACT_DTYPE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """``y * act(z)``, the activation of ``ACT_DTYPE``, rounded to ``DTYPE``."""
+    a = activation(z, one, ACT, ACT_DTYPE, PTX)
+    if y.dtype == a.dtype:
+        y = y * a
+    else:
+        y = wide(y, PTX) * wide(a, PTX)
+    return y.to(dtype_called(DTYPE))
+
+
+@triton.jit
 def read_row(x, at, mask):
     """x there, or None where there is no x."""
     values = x
@@ -135,8 +147,10 @@ def normed(
     biases,
     gain,
     shift,
+    z,
     gain_at,
     shift_at,
+    z_at,
     mask,
     one,
     NORM: tl.constexpr,
@@ -144,10 +158,12 @@ def normed(
     CAST_FIRST: tl.constexpr,
     DTYPE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
+    ACT: tl.constexpr,
+    ACT_DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """What is quantised: the norm of the value, maybe modulated."""
+    """What is quantised: the norm of the value, maybe modulated or gated."""
     if NORM == "rms":
         y = normalised(value, statistic, weights, OFFSET, CAST_FIRST, DTYPE, PTX)
     elif NORM == "layer":
@@ -159,16 +175,20 @@ def normed(
     if gain is not None:
         gains = tl.load(gain + gain_at, mask=mask, other=0.0)
         y = modulated(y, gains, read_row(shift, shift_at, mask), one, PLUS_ONE, VALUE, PTX)
+    if z is not None:
+        y = gated(y, tl.load(z + z_at, mask=mask, other=0.0), one, ACT, ACT_DTYPE, VALUE, PTX)
     return y
 
 
 @triton.jit
-def row_sum(values, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
-    """The sum of each row of a tile."""
-    if ROWS == 1:  # one reduction; where a warp has several rows, Triton 3.6 adds across them after a reshape
-        total = tl.sum(tl.reshape(values, [1, SEGMENTS * SEGMENT]), 1)
+def row_sum(values, BY_SEGMENT: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
+    """The sum of each row of a tile, or of each of its segments."""
+    if BY_SEGMENT:
+        total = tl.sum(values, 2)[:, :, None]
+    elif ROWS == 1:  # one reduction; where a warp has several rows, Triton 3.6 adds across them after a reshape
+        total = tl.sum(tl.reshape(values, [1, SEGMENTS * SEGMENT]), 1)[:, None, None]
     else:
-        total = tl.sum(tl.sum(values, 2), 1)
+        total = tl.sum(tl.sum(values, 2), 1)[:, None, None]
     return total
 
 
@@ -181,6 +201,7 @@ def norm_quant_kernel(
     bias,
     gain,
     shift,
+    z,
     scale,
     maxima,
     q,
@@ -197,10 +218,12 @@ def norm_quant_kernel(
     gain_period,
     shift_stride,
     shift_period,
+    z_stride,
     eps,
     one,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    BY_SEGMENT: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -209,6 +232,8 @@ def norm_quant_kernel(
     SUM: tl.constexpr,
     DTYPE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
+    ACT: tl.constexpr,
+    ACT_DTYPE: tl.constexpr,
     VALUE: tl.constexpr,
     GROUPED: tl.constexpr,
     COLUMN_MAJOR: tl.constexpr,
@@ -229,13 +254,16 @@ def norm_quant_kernel(
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
     float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
 
-    ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. eps is the constant ``EPS``,
-    or, where that is None, ``eps``: a number or a pointer to one.
+    ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. ``BY_SEGMENT``: rows of x, a
+    residual and z are segments, so many of which are a row here, and each is normalised by itself. eps is a constant,
+    ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
     """
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     PADDED: tl.constexpr = TILES * COLUMNS != WIDTH
     ONE_SCALE: tl.constexpr = scale is not None or maxima is not None
     ROW_FIRST: tl.constexpr = maxima_out is not None or not (ONE_SCALE or GROUPED)
+    NORMED: tl.constexpr = BLOCK if BY_SEGMENT else WIDTH
+    IN_ROW: tl.constexpr = WIDTH // NORMED  # rows of x
     segment = tl.arange(0, SEGMENTS)[None, :, None]
     element = tl.arange(0, SEGMENT)[None, None, :]
     tile_columns = segment * BLOCK + element
@@ -254,13 +282,20 @@ def norm_quant_kernel(
     biases = None
     if TILES == 1:  # on their way while the statistic is computed
         exist = (tile_columns < WIDTH) & (element < BLOCK)
-        weights = read_row(weight, tile_columns, exist)
-        biases = read_row(bias, tile_columns, exist)
+        of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
+        weights = read_row(weight, of_weight, exist)
+        biases = read_row(bias, of_weight, exist)
 
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         near = first + tl.arange(0, ROWS)[:, None, None]
         row = near.to(tl.int64)
         present = row < rows
+        # where what is read begins: columns follow, or, by segments, the elements of each
+        x_row, residual_row, z_row = row * x_stride, row * residual_stride, row * z_stride
+        if BY_SEGMENT:
+            x_row = (row * IN_ROW + segment) * x_stride - segment * BLOCK
+            residual_row = (row * IN_ROW + segment) * residual_stride - segment * BLOCK
+            z_row = (row * IN_ROW + segment) * z_stride - segment * BLOCK
         gate_row, gain_row, shift_row = row, row, row
         if gate is not None:
             gate_row = (near // gate_period).to(tl.int64) * gate_stride
@@ -278,8 +313,8 @@ def norm_quant_kernel(
                 x,
                 residual,
                 gate,
-                row * x_stride + columns,
-                row * residual_stride + columns,
+                x_row + columns,
+                residual_row + columns,
                 gate_row + columns,
                 mask,
                 one,
@@ -298,10 +333,10 @@ def norm_quant_kernel(
         mean = 0.0
         statistic = 0.0
         if NORM == "rms":
-            squares = row_sum(total, ROWS, SEGMENTS, SEGMENT)
-            statistic = statistic_of(squares * (1.0 / WIDTH), number, EPS)[:, None, None]
+            squares = row_sum(total, BY_SEGMENT, ROWS, SEGMENTS, SEGMENT)
+            statistic = statistic_of(squares * (1.0 / NORMED), number, EPS)
         elif NORM == "layer":
-            mean = (row_sum(total, ROWS, SEGMENTS, SEGMENT) * (1.0 / WIDTH))[:, None, None]
+            mean = row_sum(total, BY_SEGMENT, ROWS, SEGMENTS, SEGMENT) * (1.0 / NORMED)
             total = tl.zeros([ROWS, SEGMENTS, SEGMENT], tl.float32)
             for tile in tl.static_range(TILES):
                 columns = tile * COLUMNS + tile_columns
@@ -311,8 +346,8 @@ def norm_quant_kernel(
                         x,
                         residual,
                         gate,
-                        row * x_stride + columns,
-                        row * residual_stride + columns,
+                        x_row + columns,
+                        residual_row + columns,
                         gate_row + columns,
                         mask,
                         one,
@@ -322,8 +357,8 @@ def norm_quant_kernel(
                     )
                 apart = tl.where(mask, wide(value, PTX) - mean, 0.0)
                 total = apart * apart if TILES == 1 else total + apart * apart
-            squares = row_sum(total, ROWS, SEGMENTS, SEGMENT)
-            statistic = statistic_of(squares * (1.0 / WIDTH), number, EPS)[:, None, None]
+            squares = row_sum(total, BY_SEGMENT, ROWS, SEGMENTS, SEGMENT)
+            statistic = statistic_of(squares * (1.0 / NORMED), number, EPS)
 
         # The maximum of each row, where nothing can be quantised before it is known. What is masked counts as 0, or,
         # like its row, as NaN.
@@ -337,8 +372,8 @@ def norm_quant_kernel(
                         x,
                         residual,
                         gate,
-                        row * x_stride + columns,
-                        row * residual_stride + columns,
+                        x_row + columns,
+                        residual_row + columns,
                         gate_row + columns,
                         mask,
                         one,
@@ -359,8 +394,10 @@ def norm_quant_kernel(
                     those,
                     gain,
                     shift,
+                    z,
                     gain_row + columns,
                     shift_row + columns,
+                    z_row + columns,
                     mask,
                     one,
                     NORM,
@@ -368,6 +405,8 @@ def norm_quant_kernel(
                     CAST_FIRST,
                     DTYPE,
                     PLUS_ONE,
+                    ACT,
+                    ACT_DTYPE,
                     VALUE,
                     PTX,
                 )
@@ -392,8 +431,8 @@ def norm_quant_kernel(
                         x,
                         residual,
                         gate,
-                        row * x_stride + columns,
-                        row * residual_stride + columns,
+                        x_row + columns,
+                        residual_row + columns,
                         gate_row + columns,
                         mask,
                         one,
@@ -415,8 +454,10 @@ def norm_quant_kernel(
                         those,
                         gain,
                         shift,
+                        z,
                         gain_row + columns,
                         shift_row + columns,
+                        z_row + columns,
                         mask,
                         one,
                         NORM,
@@ -424,6 +465,8 @@ def norm_quant_kernel(
                         CAST_FIRST,
                         DTYPE,
                         PLUS_ONE,
+                        ACT,
+                        ACT_DTYPE,
                         VALUE,
                         PTX,
                     )
