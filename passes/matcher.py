@@ -96,18 +96,6 @@ def composed(node: Any) -> Step | None:
     return None
 
 
-def composed_of(value: fx.Node) -> list[Step]:
-    """The steps of several calls that begin with a value."""
-    if not any(user.target in FIRST for user in value.users):
-        return []
-    reached, left = set[fx.Node](), [value]
-    while left:
-        left += (more := {user for user in left.pop().users if user.target in WITHIN} - reached)
-        reached |= more
-    steps = filter(None, map(composed, sorted(reached)))
-    return [step for step in steps if step.value is value]
-
-
 class Matcher:
     """Matches patterns against the nodes of one graph, which must not change meanwhile.
 
@@ -117,12 +105,30 @@ class Matcher:
 
     def __init__(self, trace: bool = False) -> None:
         self._arguments: dict[fx.Node, tuple[list[Any], int]] = {}
+        self._steps: dict[fx.Node, Step | None] = {}
         self._trace, self.depth = trace, -1
         self.misfit: fx.Node | None = None
 
     def match(self, pattern: Pattern, root: fx.Node) -> Iterator[Found]:
         """Every way in which ``pattern`` explains the value ``root``."""
         return self._match(pattern, root, root, Found())
+
+    def step(self, node: fx.Node) -> Step | None:
+        """``step_of``, which is asked for a node again and again."""
+        if node not in self._steps:
+            self._steps[node] = step_of(node)
+        return self._steps[node]
+
+    def steps_from(self, value: fx.Node) -> list[Step]:
+        """The steps of several calls that begin with a value."""
+        if not any(user.target in FIRST for user in value.users):
+            return []
+        reached, left = set[fx.Node](), [value]
+        while left:
+            left += (more := {user for user in left.pop().users if user.target in WITHIN} - reached)
+            reached |= more
+        steps = (self.step(node) for node in sorted(reached) if node.target in BY_HEAD)
+        return [step for step in steps if step is not None and step.value is value]
 
     def _match(self, pattern: Pattern, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
         match pattern:
@@ -223,7 +229,7 @@ class Matcher:
 
     def _match_steps(self, pattern: Steps, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
         walk = [Step(value, (), ())]  # for each value on the way all the steps that follow it
-        while (last := step_of(walk[-1].value)) is not None:
+        while isinstance(walk[-1].value, fx.Node) and (last := self.step(walk[-1].value)) is not None:
             walk.append(Step(last.value, (*last.words, *walk[-1].words), (*walk[-1].nodes, *last.nodes)))
         for bottom, words, nodes in reversed(walk):
             start = found.with_nodes(nodes).with_attributes({pattern.name: words})
@@ -251,7 +257,9 @@ def _wrong_head(heads: frozenset[Any] | None, value: Any) -> Any:
     return value if heads is not None and (not isinstance(value, fx.Node) or value.target not in heads) else None
 
 
-def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
+def follow(
+    matcher: Matcher, branch: Branch, found: Found, root: fx.Node
+) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
     """The output of a branch: (node, program, nodes on the way), or None if there is none."""
     inside = {*found.nodes, root}
     source = found.named[branch.source]
@@ -266,11 +274,11 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
             reached.append((last, program, nodes))
             continue
         for user in node.users:
-            following = step_of(user)
+            following = matcher.step(user)
             if following is not None and following.value is node:
                 words, passed = following.words, following.nodes
                 stack.append((user, user if words else last, (*steps, *words), (*nodes, *passed)))
-        for following in composed_of(node):
+        for following in matcher.steps_from(node):
             end = following.nodes[-1]
             stack.append((end, end, (*steps, *following.words), (*nodes, *following.nodes)))
     return min(reached, key=lambda r: r[0], default=None)

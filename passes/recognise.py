@@ -178,7 +178,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 refusal=completion.refusal,
             )
             for branch in form.branches:
-                end = follow(branch, found, node)
+                end = follow(matcher, branch, found, node)
                 if end is not None:
                     last, steps, way = end
                     record = replace(
