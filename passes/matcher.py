@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +187,7 @@ class Matcher:
     def _match_call(self, pattern: Call, value: Any, found: Found) -> Iterator[Found]:
         if (
             isinstance(value, fx.Node)
-            and (value.target in pattern.targets or (pattern.by_name and str(value.target) in pattern.targets))
+            and (value.target in pattern.targets or (pattern.by_name and _is_named(value.target, pattern.targets)))
             and (pattern.dtype is None or dtype(value) is pattern.dtype)
         ):
             bound = self._arguments.get(value)
@@ -240,6 +242,11 @@ class Matcher:
             self.depth, self.misfit = len(found.nodes), value
 
 
+def _is_named(target: Any, names: Iterable[Any]) -> bool:
+    """Whether one of the names is the target's; ``*`` stands for any text."""
+    return any(isinstance(name, str) and fnmatchcase(str(target), name) for name in names)
+
+
 def _is_literal(expected: float | bool, value: Any) -> bool:
     if isinstance(expected, bool):
         return value is expected
@@ -263,6 +270,10 @@ def follow(
     """The output of a branch: (node, program, nodes on the way), or None if there is none."""
     inside = {*found.nodes, root}
     source = found.named[branch.source]
+    if branch.item is not None:
+        items = (user for user in source.users if user.target is getitem and user.args[1] == branch.item)
+        item = next(items, None)
+        return (item, " ".join(branch.start(found)), (item,)) if item is not None else None
     reached = []
     stack: list[tuple[fx.Node, fx.Node, tuple[str, ...], tuple[fx.Node, ...]]] = [
         (source, source, branch.start(found), ())

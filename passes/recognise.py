@@ -36,6 +36,7 @@ class Record:
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
     called:  the name of its kind in reports where no fusion takes it.
+    exact:   whether its pattern says what it computes bit by bit; not that of an operator of a library.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Record:
     serves: tuple[str, ...] = ()
     listed: bool = True
     called: str = ""
+    exact: bool = True
     refusal: Refusal | None = None
     rooted: Record | None = None
 
@@ -175,6 +177,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 alone=form.alone,
                 listed=form.listed,
                 called=completion.called or form.kind,
+                exact=completion.exact,
                 refusal=completion.refusal,
             )
             for branch in form.branches:

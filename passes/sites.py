@@ -137,9 +137,10 @@ def attempt(
     nodes = nodes.union(laid.fitted, laid.between)
     check_writes(inputs, nodes, writes)
     agree(fusion, arguments)
-    provider = provider_for(op, laid.given, options, fusion)
+    exact = fusion.exact and all(record.exact for record in records)
+    provider = provider_for(op, laid.given, options, fusion, exact)
     arguments |= laid.layout
-    return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes), features
+    return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=exact), features
 
 
 def check_wanted(
@@ -176,7 +177,9 @@ def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
     return {name: known.get(name) for name in op.arguments}
 
 
-def provider_for(op: FusedOp, known: Mapping[str, Any], options: Options, fusion: Fusion) -> Provider:
+def provider_for(
+    op: FusedOp, known: Mapping[str, Any], options: Options, fusion: Fusion, exact: bool = True
+) -> Provider:
     """The first provider that accepts the call, of those that the fusion is for.
 
     A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
@@ -189,7 +192,7 @@ def provider_for(op: FusedOp, known: Mapping[str, Any], options: Options, fusion
         raise Refused(Reason.NO_KERNEL, f"none for {device.type} ({why})")
     refusals: list[tuple[Reason, str]] = []
     for provider in asked:
-        if not (fusion.exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
+        if not (exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
             refusals.append((Reason.NUMERICS, f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
             refusals.append((Reason.PREFERENCE, f"{provider.name}: {reason}"))

@@ -20,13 +20,18 @@ UNQUANTISED = Refusal(Reason.UNQUANTISED, "no quantiser in this graph reads it")
 
 @dataclass(frozen=True)
 class Completion:
-    """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports and that
-    of its kind, where these say more than the form's, and, where no fused op can compute it, why."""
+    """A match that holds: the record's attributes (arguments of fused ops) and features.
+
+    variant, called: its name in reports and that of its kind, where these say more than the form's.
+    refusal: why no fused op can compute it, None if one might.
+    exact:   whether the pattern says what it computes bit by bit.
+    """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     variant: str | None = None
     called: str | None = None
+    exact: bool = True
     refusal: Refusal | None = None
 
 
@@ -39,6 +44,8 @@ class Branch:
     ``attribute``. Records that differ only in whether they have the branch compute the same. By default the output is
     the value named ``source`` itself.
 
+    Where ``item`` is said, the source is a call that returns several values, and the output is that of them.
+
     A branch whose ``output`` is also the form's takes the place of the form's value, unless that is read elsewhere.
     """
 
@@ -48,6 +55,7 @@ class Branch:
     test: Callable[[fx.Node, str], bool] = lambda node, steps: not steps
     start: Callable[[Found], tuple[str, ...]] = lambda found: ()
     value: Callable[[fx.Node, str], Any] = lambda node, steps: steps
+    item: int | None = None
 
 
 @dataclass(frozen=True)

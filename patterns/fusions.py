@@ -12,7 +12,7 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act, act_mul, all_reduce, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, rms_norm
+from . import act, act_mul, all_reduce, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, opaque, rms_norm
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -82,6 +82,7 @@ for _form in (  # earlier ones win where two explain the same node
     *act_mul.SERVING_FORMS,
     *cat.FORMS,
     *fp8_quant.FORMS,
+    *opaque.FORMS,
     *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,
     *fp8_linear.FORMS,
