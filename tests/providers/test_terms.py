@@ -37,7 +37,7 @@ from support.checked import fused
 BF16 = torch.bfloat16
 KERNELS = Path(kernels.__file__).parent / "kernels"
 # What no provider knows, of every type that an argument has.
-FOREIGN = (torch.float64, torch.int8, torch.float8_e5m2, "hardswish", 0.5, -1)
+FOREIGN = (torch.float64, torch.int16, torch.float8_e5m2, "hardswish", 0.5, -1)
 
 
 def base(op: FusedOp, fp8: torch.dtype, device: str, width: int = 256) -> dict[str, Any]:
