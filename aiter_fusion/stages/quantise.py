@@ -148,8 +148,8 @@ _STEPS = {
 def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     width, bounded = sample.sizes[-1], "float32 clamp_min=1e-12 div=240.0"
     rounded = {
-        "scale_steps": "div=127.5 float32 clamp_min=1e-07",
-        "factor_steps": "div=127.5 float32 clamp_min=1e-07 reciprocal",
+        "scale_steps": "float32 div=127.5 clamp_min=1e-07",
+        "factor_steps": "float32 div=127.5 clamp_min=1e-07 reciprocal",
         "value_steps": "mul_scale float32 round clamp_min=-128.0 clamp_max=127.0",
         "quant_dtype": torch.int8,
     }

@@ -52,7 +52,7 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm) -> None:
     run([(cases.FUSION["norm"], norm, quant) for quant in cases.QUANTS])
 
 
-@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128", "I1", "M1"), ids=lambda q: q.name)
+@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128", "I1", "X1"), ids=lambda q: q.name)
 def test_every_activation(quant: cases.QuantForm) -> None:
     run([(cases.FUSION["act"], act, quant) for act in cases.ACTS])
 

@@ -500,7 +500,7 @@ def q8_by_bits(y: Tensor) -> tuple[Tensor, ...]:
     return (groups * (1.0 / scale.unsqueeze(2))).to(FN).reshape(y.shape), scale
 
 
-def m1(y: Tensor) -> tuple[Tensor, ...]:
+def x1(y: Tensor) -> tuple[Tensor, ...]:
     """torchao's MXFP8: the scale of 32 values is a byte."""
     groups = y.reshape(*y.shape[:-1], y.shape[-1] // 32, 32)
     scale = groups.abs().amax(-1).unsqueeze(-1).float() / 448.0
@@ -576,7 +576,7 @@ QUANTS = (
     QuantForm("Q7_floor_in_half", q7_floor_in_half, "group128"),
     QuantForm("Q8", q8_power_of_two, "group128"),
     QuantForm("Q8_by_bits", q8_by_bits, "group128"),
-    QuantForm("M1", m1, "mxfp8+group32"),
+    QuantForm("X1", x1, "mxfp8+group32"),
     QuantForm("I1", i1, "int8+token"),
     QuantForm("I2", i2, "int8+token"),
     QuantForm("I2_unclamped", i2_unclamped, "int8+token"),

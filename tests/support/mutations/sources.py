@@ -167,7 +167,7 @@ SOURCES = (
     combined("norm", "R4", "Q3_tensor"),
     combined("norm", "R1", "I1"),
     combined("norm", "R1", "Q8_by_bits"),
-    combined("add_norm", "R1", "M1"),
+    combined("add_norm", "R1", "X1"),
     combined("act", "S2", "I2"),
     combined("add_norm", "R1", "Q1r"),
     combined("add_norm", "R2", "Q2"),
