@@ -47,7 +47,7 @@ class Backend:
             which is ``aiter`` then ``triton`` on an accelerator and ``reference`` on a CPU.
         numerics: ``exact`` demands the graph's sequence of roundings, ``kernel`` allows a kernel's own; None
             follows the level.
-        strict: raise if a site is skipped, or if matching raises.
+        strict: raise if a site is skipped, except as ``slower`` or ``unmeasured``, or if matching raises.
         expect: counts of replaced sites by family in every compiled graph; raise on any other count.
         verify: at compile time, compare every fused op with the nodes it replaces, on random data.
         disable, enable: names of families; these win over the level.
@@ -198,8 +198,9 @@ def check(options: config.Options, made: report.FusionReport) -> None:
     """Raise FusionError if ``strict`` or ``expect`` was not satisfied; warn once that the reference is slow."""
     if any(site.provider == "reference" for site in made.sites) and options.provider == "auto":
         _warn_once(SLOW)
-    if options.strict and made.skipped:
-        raise FusionError(f"strict: {len(made.skipped)} sites were skipped\n{made}")
+    lost = [site for site in made.sites if site.is_lost]
+    if options.strict and lost:
+        raise FusionError(f"strict: {len(lost)} sites were skipped\n{made}")
     if options.expect is not None:
         wrong = {f: n for f, n in options.expect if made.replaced.get(f, 0) != n}
         if wrong:

@@ -39,7 +39,7 @@ def render(report: FusionReport) -> str:
             "op": site.op,
             "provider": site.provider,
             "reason": site.reason,
-            "code": site.reason.partition(":")[0] if site.status != "replaced" else "",
+            "code": site.code,
         }
         for site in report.sites
     ]

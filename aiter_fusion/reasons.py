@@ -15,8 +15,10 @@ class Reason(Enum):
         "the value comes from outside the graph: its producer is an input or in the graph before a break",
     )
     UNQUANTISED = "unquantised", "the value is not quantised"
+    GROUPED = "grouped", "a grouped product, of experts, reads the value or made it: none is fused with a quantiser yet"
     UNNORMALISED = "unnormalised", "no RMSNorm reads the all-reduced value"
     UNKNOWN = "unknown", "a cast to FP8 or int8 whose arithmetic no form describes"
+    ATTENTION = "attention", "the attention is none that a fused op computes"
     ROWS = "rows", "only some rows of a value are quantised, and the others are needed too or cannot be left out"
     STARVED = "starved", "another site has taken the value that this one would fuse with"
     LEVEL = "level", "the optimisation level does not include this fusion"
@@ -43,6 +45,8 @@ class Reason(Enum):
 
 
 CODES = frozenset(reason.code for reason in Reason)
+# Where the graph's own code is thought to be faster, nothing is lost: ``strict`` allows these.
+OF_SPEED = frozenset({Reason.SLOWER.code, Reason.UNMEASURED.code})
 
 
 class Refusal(NamedTuple):

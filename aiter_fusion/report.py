@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .graph_text import Recorded
+from .reasons import OF_SPEED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,6 +46,16 @@ class Site:
     where: str
     records: int = 1
     products: int = 0
+
+    @property
+    def code(self) -> str:
+        """The code of its reason; empty if it was replaced."""
+        return "" if self.status == REPLACED else self.reason.partition(":")[0]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was skipped for another reason than speed, which ``strict`` does not allow."""
+        return self.status == SKIPPED and self.code not in OF_SPEED
 
 
 @dataclass(frozen=True)

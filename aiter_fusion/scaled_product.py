@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +37,25 @@ def granularity(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor
     if is_shaped(x_scale, rows, blocks) and is_shaped(weight_scale, blocks, -(-n // BLOCK)):
         return BLOCKS
     return None
+
+
+def strided(tensor: Tensor, row: int = 1) -> Tensor:
+    """The tensor with the strides that ``_scaled_mm`` asks for where a dimension has one element: compiled code gives
+    such a dimension any."""
+    if 1 not in tensor.shape:
+        return tensor
+    strides = [
+        own if size != 1 else row if dim == 0 else 1
+        for dim, (size, own) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    ]
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def is_direct(x: Tensor, weights: Sequence[Tensor], x_scale: Tensor, weight_scales: Sequence[Tensor]) -> bool:
+    """Whether ``_scaled_mm`` computes a call from the operands as they are."""
+    if any(
+        granularity(x, w, x_scale, scale) in (BLOCKS, None) for w, scale in zip(weights, weight_scales, strict=True)
+    ):
+        return False
+    scales = (x_scale, *weight_scales)
+    return strided(x, x.shape[1]).stride() == x.stride() and all(strided(s).stride() == s.stride() for s in scales)

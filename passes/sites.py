@@ -116,7 +116,7 @@ def attempt(
                 Reason.ROWS, f"{way[-1].name} takes some of {record.root.name}, which {record.kind} gives whole"
             )
         left = next((node for node in record.outputs.values() if node not in dead), None)
-        if left is not None:
+        if left is not None and record is not chain[-1]:  # it can be read there; the last is computed again for them
             raise Refused(Reason.ROWS, f"{left.name}, of which {way[-1].name} takes some, is read elsewhere too")
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra
@@ -140,7 +140,8 @@ def attempt(
     exact = fusion.exact and all(record.exact for record in records)
     provider = provider_for(op, laid.given, options, fusion, exact)
     arguments |= laid.layout
-    return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=exact), features
+    made = Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=exact)
+    return made, features
 
 
 def check_wanted(

@@ -25,6 +25,8 @@ class Completion:
     variant, called: its name in reports and that of its kind, where these say more than the form's.
     refusal: why no fused op can compute it, None if one might.
     exact:   whether the pattern says what it computes bit by bit.
+    inputs:  what to compute the value from, where the form knows better than its pattern; ``nodes`` are then those
+             between them and the pattern's.
     """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +35,8 @@ class Completion:
     called: str | None = None
     exact: bool = True
     refusal: Refusal | None = None
+    inputs: Mapping[str, fx.Node] | None = None
+    nodes: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,20 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act, act_mul, all_reduce, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, opaque, rms_norm
+from . import (
+    act,
+    act_mul,
+    all_reduce,
+    attention,
+    cat,
+    fp8_linear,
+    fp8_quant,
+    gate,
+    layer_norm,
+    modulate,
+    opaque,
+    rms_norm,
+)
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -53,6 +66,16 @@ def _joined(kind: str, join: Join, exact: bool = True) -> Fusion:
     return Fusion("fp8_linear", (kind,), linear_variant, level=3, op="fp8_linear", only=only, join=join, exact=exact)
 
 
+def attention_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
+    """What says which keys a query sees (``mask+position``, ``position+window``), or ``all``; and ``softcap``."""
+    return "+".join(sorted(features)) or "all"
+
+
+def _attention(kind: str, exact: bool) -> Fusion:
+    only = frozenset({"aiter", "triton", "reference"})
+    return Fusion("decode_attention", (kind,), attention_variant, level=3, only=only, exact=exact)
+
+
 def rows(family: Family) -> Iterator[Fusion]:
     """The chains of records that a family's ops replace."""
     for chain in family.chains():
@@ -86,6 +109,7 @@ for _form in (  # earlier ones win where two explain the same node
     *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,
     *fp8_linear.FORMS,
+    *attention.FORMS,
 ):
     REGISTRY.register(_form)
 for _fusion in (
@@ -96,6 +120,8 @@ for _fusion in (
     _joined("scaled_mm", JOIN),
     _joined("product", JOIN),
     _joined("block_mm", JOIN_BLOCKS, exact=False),  # torchao's kernel sums in an order of its own
+    _attention("cpu_attention", exact=True),
+    _attention("attention", exact=False),
 ):
     REGISTRY.register(_fusion)
 

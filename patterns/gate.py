@@ -9,7 +9,7 @@ from torch import fx
 
 from .act import activations
 from .form import Completion, Form
-from .fx_facts import FLOATS, HALVES, dtype, same_shape, shape
+from .fx_facts import FLOATS, HALVES, dtype, is_promoted, same_shape, shape
 from .language import Found, Named, OneOf, Pattern, With, convert_to, in_float32, mul
 
 
@@ -21,6 +21,9 @@ def _complete(norm: Form):
             return completed
         if dtype(z) not in FLOATS or not same_shape(shape(z), shape(value)):
             return f"the gate {z.name} is no number for each of {value.name}"
+        product = found.named["product"]
+        if not is_promoted(product, value, activated):
+            return f"{product.name} rounds to {dtype(product)}, which is not the promoted dtype of what it reads"
         attributes = {"gated_dtype": dtype(root), "act_dtype": dtype(activated)} | dict(completed.attributes)
         return replace(completed, attributes=attributes, features=completed.features | {"gated"})
 
@@ -29,7 +32,7 @@ def _complete(norm: Form):
 
 def _gated(norm: Pattern) -> Pattern:
     acts = OneOf(tuple(With(pattern, {"act": act}) for act, pattern in activations("z", "act_dtype").items()))
-    product = mul(in_float32(Named("normed", norm)), in_float32(Named("activated", acts)))
+    product = Named("product", mul(in_float32(Named("normed", norm)), in_float32(Named("activated", acts))))
     return OneOf((product, convert_to(product, "gated_dtype", HALVES)))
 
 

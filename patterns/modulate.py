@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from .form import Completion, Form
-from .fx_facts import FLOATS, HALVES, dtype, same_size, shape
+from .fx_facts import FLOATS, HALVES, dtype, is_promoted, same_size, shape
 from .language import Const, Found, Named, OneOf, Pattern, Var, With, add, convert_to, in_float32, mul
 
 SHIFT = in_float32(Var("shift"))
@@ -46,6 +46,11 @@ def _complete(norm: Form):
                 return f"{node.name}, the {name} of the modulation, has no row for equally many rows of {value.name}"
         if len(shape(root)) != len(shape(value)):
             return "the modulation changes the shape"
+        steps = {"scaled": (value, found.inputs["gain"]), "shifted": (found.named["scaled"], found.inputs.get("shift"))}
+        for name, (left, right) in steps.items():
+            step = found.named.get(name)
+            if step is not None and not is_promoted(step, left, right):
+                return f"{step.name} rounds to {dtype(step)}, which is not the promoted dtype of what it reads"
         attributes = {"modulated_dtype": dtype(root)} | dict(completed.attributes)
         return replace(completed, attributes=attributes, features=completed.features | {"modulate"})
 
@@ -68,6 +73,6 @@ def modulated(norms: Iterable[Form]) -> tuple[Form, ...]:
 
 
 def _modulated(norm: Pattern) -> Pattern:
-    scaled = mul(in_float32(norm), GAIN)
-    shifted = OneOf((add(scaled, SHIFT), scaled))
+    scaled = Named("scaled", mul(in_float32(norm), GAIN))
+    shifted = OneOf((Named("shifted", add(scaled, SHIFT)), scaled))
     return OneOf((shifted, convert_to(shifted, "modulated_dtype", HALVES)))

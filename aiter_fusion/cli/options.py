@@ -28,7 +28,11 @@ def add_options(parser: Parser) -> None:
         "(default: the level decides)"
     )
     parser.add_argument("--numerics", choices=config.NUMERICS, help=text)
-    parser.add_argument("--strict", action="store_true", help="fail if a site is skipped or matching raises")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if a site is skipped, except as slower or unmeasured, or if matching raises",
+    )
     text = "while compiling, compare every fused op with the nodes that it replaces, on random data"
     parser.add_argument("--verify", action="store_true", help=text)
     for name in ("disable", "enable"):

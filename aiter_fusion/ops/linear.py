@@ -16,7 +16,7 @@ from ..domains import FLAG, Each, OneOf, Tensors
 from ..formats import FP8
 from ..op import FusedOp, Spec, define
 from ..providers.choice import implementation
-from ..scaled_product import BLOCK, BLOCKS, MOST, ROWS, TENSORS, granularity
+from ..scaled_product import BLOCK, BLOCKS, MOST, ROWS, TENSORS, granularity, strided
 
 F32 = torch.float32
 
@@ -66,20 +66,8 @@ def product(
     by_blocks = not usual and granularity(x, weight, x_scale, weight_scale) == BLOCKS
     if by_blocks and (x.device.type == "cpu" or x_scale.stride(0) != 1):
         return _by_blocks(x, weight, x_scale, weight_scale, bias, dtype)
-    x, x_scale, weight_scale = _strided(x, x.shape[1]), _strided(x_scale), _strided(weight_scale)
+    x, x_scale, weight_scale = strided(x, x.shape[1]), strided(x_scale), strided(weight_scale)
     return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, None, dtype, fast_accum)
-
-
-def _strided(tensor: Tensor, row: int = 1) -> Tensor:
-    """The tensor with the strides that ``_scaled_mm`` asks for where a dimension has one element: compiled code gives
-    such a dimension any."""
-    if 1 not in tensor.shape:
-        return tensor
-    strides = [
-        own if size != 1 else row if dim == 0 else 1
-        for dim, (size, own) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-    ]
-    return tensor.as_strided(tensor.shape, strides)
 
 
 def _by_blocks(

@@ -86,7 +86,8 @@ def _samples_gated(sample: Sample) -> Sequence[dict[str, Any]]:
 
 def _typical_gated(setting: Setting) -> Mapping[str, Any]:
     """Of one image."""
-    return RESIDUAL.typical(setting) | {"gate": setting.random(1, setting.hidden), "product_dtype": torch.bfloat16}
+    gate = setting.random(1, setting.hidden)
+    return {**RESIDUAL.typical(setting), "gate": gate, "product_dtype": torch.bfloat16}
 
 
 # ``product = (gate * value).to(product_dtype)``, and ``summed = (residual + product).to(sum_dtype)``, both computed in

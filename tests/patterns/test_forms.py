@@ -249,8 +249,8 @@ def test_a_quantiser_has_one_name(quant: Callable[[Tensor], tuple[Tensor, ...]],
     """Fused or not, and whether or not its rows are made of heads, as after attention."""
 
     def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        heads = x.relu().view(4, 4, 64).transpose(0, 1).sin().transpose(0, 1)
-        return (*quant(cases.llama(x, w)), *quant(x.relu()), *quant(heads.reshape(4, 256)))
+        heads = x.sin().view(4, 4, 64).transpose(0, 1).cos().transpose(0, 1)
+        return (*quant(cases.llama(x, w)), *quant(x.sin()), *quant(heads.reshape(4, 256)))
 
     result = checked(fn)
     with torch.no_grad():

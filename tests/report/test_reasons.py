@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from aiter_fusion import providers, report
+from aiter_fusion.backend import FusionError, check
 from aiter_fusion.config import options
 from aiter_fusion.passes import layout
 from aiter_fusion.passes import sites as sites_module
@@ -73,9 +75,9 @@ def two_kinds(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q3(y), *cases.q7(128)(y))
 
 
-def last_row_and_all(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    y = cases.llama(x, w)
-    return (*cases.q3(y[-1:]), y + 1)
+def last_row_modulated(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Which row of a modulation a row meets depends on those before it."""
+    return cases.q3(cases.modulated(x, w, w)[-1:])
 
 
 def unknown(x: Tensor) -> tuple[Tensor, ...]:
@@ -88,6 +90,18 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     y = cases.llama(x, w)
     scale = torch.sqrt(y.float().abs().amax())
     return (y.float() / scale).to(cases.FN), scale
+
+
+def attended(x: Tensor) -> Tensor:
+    heads = x.view(1, 4, 4, -1)
+    cache = heads[:, :2].repeat_interleave(2, 1)
+    return torch.nn.functional.scaled_dot_product_attention(heads, cache, cache, is_causal=True)
+
+
+def grouped(x: Tensor) -> Tensor:
+    """One expert's rows."""
+    weights = x.new_ones(1, x.shape[-1], x.shape[-1])
+    return torch.nn.functional.grouped_mm(x, weights, offs=torch.tensor([len(x)], dtype=torch.int32))
 
 
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
@@ -108,10 +122,12 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "producer": lambda patch: sites(lambda x: cases.q3(x * 2), ("x",)),
     "boundary": lambda patch: sites(lambda x: cases.q3(x.view(2, 2, -1)), ("x",)),
     "unquantised": lambda patch: sites(cases.llama),
+    "grouped": lambda patch: sites(lambda x: cases.q3(grouped(x)), ("x",)),
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
-    "rows": lambda patch: sites(last_row_and_all),
+    "attention": lambda patch: sites(attended, ("x",)),
+    "rows": lambda patch: sites(last_row_modulated),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),
@@ -222,3 +238,12 @@ def test_what_is_not_chosen_unasked_can_be_asked_for_by_name(why: str, monkeypat
     changed = replace(providers.PROVIDERS["reference"], **{why: lambda op, arguments: "two kernels"})
     monkeypatch.setitem(providers.PROVIDERS, "reference", changed)
     assert [site.status for site in sites(provider="reference")] == [report.REPLACED]
+
+
+@pytest.mark.parametrize("code", ["slower", "unmeasured", "provider"])
+def test_strict_allows_what_speed_decides(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the graph's own code is as fast, nothing is lost."""
+    made = report.FusionReport(tuple(PROVOKE[code](monkeypatch)))
+    assert [site.code for site in made.skipped] == [code]
+    with pytest.raises(FusionError, match="1 sites were skipped") if code == "provider" else nullcontext():
+        check(options(strict=True), made)

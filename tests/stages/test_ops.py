@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,22 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+def chosen(every: list[FusedOp]) -> list[Any]:
+    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow."""
+    made = []
+    for op in every:
+        many = REGISTRY.overloads(op.family)
+        fullest = max(many, key=len)
+        slow = len(many) > 8 and len(op.features) > 1 and op.features != fullest
+        made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
+    return made
+
+
+def _named(op: FusedOp) -> str:
+    return op.name.split("::")[1]
+
+
+ops = pytest.mark.parametrize("op", chosen(EVERY_OP), ids=_named)
 providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
 
 
@@ -67,24 +83,29 @@ def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
     strided_rows_give_the_same_bits(op, provider)
 
 
-@pytest.mark.parametrize("op", QUANTISING, ids=lambda op: op.name.split("::")[1])
+@pytest.mark.parametrize("op", chosen(QUANTISING), ids=_named)
 @providers
 def test_scale_contract(op: FusedOp, provider: str) -> None:
-    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
+    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to.
+
+    Not of rows whose scale is subnormal in the dtype of the value: the graph divides their maximum in that dtype, so
+    the scale has lost bits in the graph as well (or the sum has, where it is returned in that dtype).
+    """
     for given in sampled(op, provider):
         if "static" in op.features:
             continue
         before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
         outputs = call(op, provider, given)
         computed = op.reference(**given)
-        value = computed.get("value", computed.get("residual_out")).float()  # of a sum with the residual, the sum
+        rounded = computed["value" if "value" in computed else "residual_out"]  # where there is no norm, the sum
+        value, normal = rounded.float(), max(1e-30, torch.finfo(rounded.dtype).tiny)
         q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
         assert scale.dtype is (torch.uint8 if is_of_bytes(given["factor_steps"]) else torch.float32)
         assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
         if scale.dtype is torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu).float()
         spread = scale if block == 0 else scale.repeat_interleave(block, -1)
-        usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
+        usable = value.isfinite() & (spread >= normal) & spread.isfinite()
         # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales), that of int8 half a scale, and one that
         # its largest number leaves; a scale in bf16 adds 2**-8
         near, least = (0.0, 1.0) if given["quant_dtype"] is torch.int8 else (2**-4, 2**-10)

@@ -34,8 +34,17 @@ needs_triton = pytest.mark.skipif(
 
 def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
     """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-    names |= {torch.int8: "*i8", torch.uint8: "*u8"}
+    names = {
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.bool: "*i1",
+        torch.int8: "*i8",
+        torch.uint8: "*u8",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
     found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
     return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
 
@@ -45,9 +54,13 @@ def _is_multiple(value: object) -> bool:
 
 
 def spills(code: Mapping[str, str], folder: Path) -> int:
-    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's."""
+    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's.
+
+    There only vector registers count: a scalar one goes to a lane of a vector register, and only if there is none to
+    memory, for which a vector register is then counted.
+    """
     if "ptx" not in code:
-        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count: *(\d+)", code["amdgcn"])))
+        return sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", code["amdgcn"])))
     ptxas = import_module("triton").knobs.nvidia.ptxas.path
     (target,) = re.findall(r"\.target (\w+)", code["ptx"])
     (folder / "kernel.ptx").write_text(code["ptx"])
@@ -61,12 +74,13 @@ def spills(code: Mapping[str, str], folder: Path) -> int:
 
 
 def compile_for(
-    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
+    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, number: str = "fp32"
 ) -> Mapping[str, str]:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
     types of its tensors. Returns its code by stage of compilation.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
+    number:  the type of floating-point numbers; Inductor's calls give ``fp64``.
     """
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
@@ -82,7 +96,7 @@ def compile_for(
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = number if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
@@ -93,3 +107,9 @@ def compile_for(
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
     return made.asm
+
+
+def in_float64(code: Mapping[str, str]) -> list[str]:
+    """What compiled code does in float64, apart from taking such arguments and rounding them to float32."""
+    lines = [line for line in code["ttgir"].splitlines() if re.search(r"\bf64\b|xf64", line)]
+    return [line for line in lines if "tt.func" not in line and not ("arith.truncf" in line and "f64 to f32" in line)]

@@ -8,18 +8,20 @@ times that; Inductor plans the outputs as its own buffers; and the kernels are c
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import ir
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from ...op import FusedOp, Spec
 from ...registry import REGISTRY
@@ -67,6 +69,33 @@ class _Launch(ir.UserDefinedTritonKernel):
         return False
 
 
+class _Site(ir.FallbackKernel):
+    """A call whose launches depend on sizes that are known only then. Generated Python calls an object of its own for
+    it, since the dispatcher takes longer than a launch; generated code of another language calls the op."""
+
+    def codegen(self, wrapper: Any) -> None:
+        module = wrapper
+        while hasattr(module, "parent_wrapper"):
+            module = module.parent_wrapper
+        if type(module) is PythonWrapperCodegen:
+            op, name = cast("torch._ops.OpOverload", self.op_overload), f"aiter_fusion_{self.get_name()}"
+            module.add_import_once(f"from {__name__} import site")
+            module.header.writeline(f"{name} = site({op._schema.name!r}, {op._overloadname!r})")
+            self.python_kernel_name = name
+        super().codegen(wrapper)
+
+
+def site(name: str, overload: str) -> Callable[..., Any]:
+    """What generated code calls in place of an op.
+
+    Args:
+        name: the op's, with its namespace.
+        overload: the overload's.
+    """
+    targets = {(op.target._schema.name, op.target._overloadname): op for op in REGISTRY.ops.values()}
+    return launches.site(targets[name, overload])
+
+
 @contextmanager
 def _dependent(wrapper: Any) -> Iterator[None]:
     """Define kernels with the launch attribute ``launch_pdl``, which Inductor gives templates of its own and none of a
@@ -83,8 +112,13 @@ def _dependent(wrapper: Any) -> Iterator[None]:
         del wrapper.define_kernel
 
 
-# The arguments that the kernels write to.
-WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out", "y0", "y1", "y2", "y3", "partial_out")
+_QUANTISED = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
+# The arguments that each kernel writes to.
+WRITTEN: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("norm_quant", "act_quant"), _QUANTISED),
+    **dict.fromkeys(("fp8_gemv", "fp8_matmul", "fp8_combine"), ("y0", "y1", "y2", "y3", "partial_out")),
+    **dict.fromkeys(("decode_attention", "attention_combine", "prefill_attention"), ("y", "partial_out", "sums_out")),
+}
 
 
 @functools.cache
@@ -144,7 +178,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
             name: known[value.name] if isinstance(value, Ref) else _expression(value)
             for name, value in launch.arguments.items()
         }
-        written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]
+        written = [name for name in WRITTEN[launch.kernel] if isinstance(arguments.get(name), ir.TensorBox)]
         index = kernel_side_table.add_kernel(_configured(launch.kernel, launch.warps))
         _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written, launch.dependent)
     return op.pack(outputs)  # type: ignore[return-value]
@@ -154,6 +188,9 @@ def _lowering(op: FusedOp) -> Any:
     opaque = fallback_handler(op.target, add_to_fallback_set=False)
     names = [*op.arguments, "provider"]
 
+    def called_there(*args: Any) -> Any:
+        return tree_map_only(ir.IRNode, ir.TensorBox.create, _Site.create(op.target, *args))
+
     def lower(*args: Any) -> Any:
         if len(args) < len(names) or args[-1] != NAME:
             return opaque(*args)
@@ -161,7 +198,7 @@ def _lowering(op: FusedOp) -> Any:
         values = fx.map_arg(node.args, lambda value: value.meta["val"])
         fakes = dict(zip(op.arguments, values, strict=False))
         if not launches.is_known(op, fakes):
-            return opaque(*args)
+            return called_there(*args) if launches.has_site(op, fakes) else opaque(*args)
         return _lower(op, dict(zip(op.arguments, args, strict=False)), fakes)
 
     return lower

@@ -17,6 +17,7 @@ from aiter_fusion.bench.linear import WORSE, Case, Size, error, exact, functions
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.providers.triton import launches
 from aiter_fusion.providers.triton.jit import native_fp8
 from aiter_fusion.providers.triton.linear import calls
 
@@ -191,14 +192,13 @@ def test_one_graph_for_all_rows() -> None:
                 assert all(torch.equal(y, want) for y, want in pairs)
 
 
-@pytest.mark.xfail(reason="up to 41 us above with 512 rows and 25 us with one layer, by measurement; the goal is 5 us")
 @pytest.mark.parametrize("size", ["4096x4096,1024,1024", "4096x4096"])
 @pytest.mark.parametrize("rows", [16, 512])
 def test_host_time_of_a_call(size: str, rows: int) -> None:
-    """Of the op as a graph with a symbolic number of rows calls it, and of what that graph called before."""
+    """Of what a graph with a symbolic number of rows calls, and of what that graph called before."""
     given = arguments(Case(Size.parse(size), rows))
     x, x_scale = given["x"], given["x_scale"]
-    values = [*given.values(), "triton"]
+    values, site = [*given.values(), "triton"], launches.site(LINEAR)
 
     def replaced() -> None:
         for weight, scale in zip(given["weights"], given["weight_scales"], strict=True):
@@ -206,7 +206,7 @@ def test_host_time_of_a_call(size: str, rows: int) -> None:
             torch.ops.aten._scaled_mm.out(x, weight, x_scale, scale, None, None, torch.bfloat16, True, out=y)
 
     def ours() -> None:
-        LINEAR.target(*values)
+        site(*values)
 
     def clock(call: Callable[[], None]) -> float:
         times = []
@@ -218,7 +218,9 @@ def test_host_time_of_a_call(size: str, rows: int) -> None:
             times.append((time.perf_counter() - begin) / 50 * 1e6)
         return min(times)
 
-    assert clock(ours) <= clock(replaced) + HOST
+    times = clock(ours), clock(replaced)
+    print(f"{size}, {rows} rows: {times[0]:.1f} us, before {times[1]:.1f}")
+    assert times[0] <= times[1] + HOST
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aiter_fusion import ops  # noqa: F401  (importing it registers ops)
 from aiter_fusion.bench import tune_linear
-from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact
+from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact, functions, tensors_of
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, provider, tuned
+from aiter_fusion.providers.triton.gpu import Gpu
 from aiter_fusion.providers.triton.launch import Ref, flat
 from aiter_fusion.providers.triton.launches import is_known
 from aiter_fusion.providers.triton.linear import calls, launches, rules
 from support.compiling import TARGETS, compile_for, kinds_of, needs_triton, spills
 
-H200 = launches.Gpu(True, True, 132, 232448)
+H200 = Gpu(True, True, 132, 232448)
 GPUS = {
     "sm_90": H200,
-    "gfx942": launches.Gpu(False, False, 304, 64 << 10),
-    "gfx950": launches.Gpu(False, False, 256, 160 << 10),
+    "gfx942": Gpu(False, False, 304, 64 << 10),
+    "gfx950": Gpu(False, False, 256, 160 << 10),
 }
 # Every configuration that the rules choose for the sizes that they were measured at.
 CHOSEN = [Case(Size.parse(size), rows) for size in SIZES for rows in (*ROWS, 32, 128)]
@@ -38,7 +40,7 @@ CHOSEN = [Case(Size.parse(size), rows) for size in SIZES for rows in (*ROWS, 32,
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is asked of a GPU, answered as an H200 does; tensors on it are fakes."""
     monkeypatch.setattr(calls, "native_fp8", lambda device: torch.float8_e4m3fn)
-    monkeypatch.setattr(launches, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(calls, "gpu_of", lambda device: H200)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
     monkeypatch.setattr(tuned, "_content", lambda: "")
     with FakeTensorMode():
@@ -163,7 +165,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """The launchers of calls that were made, none of which a CPU has."""
     known: dict[Any, Any] = {}
     monkeypatch.setattr(calls, "_prepared", known)
-    monkeypatch.setattr(launches, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(calls, "gpu_of", lambda device: H200)
     return known
 
 
@@ -292,3 +294,35 @@ def test_what_is_tuned_is_what_the_file_may_have(case: Case, nvidia: bool) -> No
     for choice in found:
         assert choice.keys() == {*rules.Tile._fields, "split"}
         assert all(0 < n <= tuned.FREE[name] for name, n in choice.items())
+
+
+def test_generated_code_calls_no_dispatcher() -> None:
+    """With symbolic rows the code calls an object of its own, here for calls that no kernel takes."""
+    PROVIDERS["triton"].prepare()
+    torch._dynamo.reset()
+    size = Size.parse("256x128,64")
+    ours, separate = functions(Case(size, 64, scales="tensor").arguments("cpu"))
+    compiled = torch.compile(ours, fullgraph=True)
+
+    def check(rows: int, run: Callable[..., Any]) -> str:
+        tensors = tensors_of(Case(size, rows, scales="tensor").arguments("cpu"))
+        torch._dynamo.mark_dynamic(tensors[0], 0)
+        results, codes = run(*tensors)
+        assert all(torch.equal(y, want) for y, want in zip(results, separate(*tensors), strict=True))
+        return "".join(codes)
+
+    code = check(64, lambda *tensors: run_and_get_code(compiled, *tensors))
+    assert "site('aiter_fusion::fp8_linear', 'default')" in code
+    assert "ops.aiter_fusion.fp8_linear.default(" not in code
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (7, 600):
+            check(rows, lambda *tensors: (compiled(*tensors), []))
+
+
+def test_sites_are_for_symbolic_rows_alone() -> None:
+    """Where anything else is symbolic, the op itself is called."""
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env):
+        rows, weight = env.create_unbacked_symint(), torch.empty(4, 8).t()
+        assert calls.has_site({"x": torch.empty(rows, 8), "weights": [weight], "biases": [None]})
+        assert not calls.has_site({"x": torch.empty(rows, 8), "weights": [weight, torch.empty(rows, 8).t()]})

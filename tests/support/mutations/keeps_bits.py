@@ -159,9 +159,18 @@ def check_arguments(node: fx.Node) -> None:
     rows = first.numel() // max(1, first.shape[-1])
     for name, x in tensors.items():
         said = f"{node}: {name} {tuple(x.shape)}"
-        if name in ("weight", "bias"):
+        if name in ("k", "v"):
+            assert x.dtype is first.dtype, f"{said} {x.dtype}"
+            assert first.shape[1] % x.shape[1] == 0, said
+            assert same_size(x.shape[0], first.shape[0]), said
+            assert name == "v" or same_size(x.shape[3], width), said
+        elif name == "mask":
+            assert x.dtype in (torch.bool, *FLOATS), f"{said} {x.dtype}"
+            assert x.shape[-1] == tensors["k"].shape[2], said
+            assert all(a in (1, b) for a, b in zip(x.shape[:3], first.shape, strict=False)), said
+        elif name in ("weight", "bias"):
             assert same_shape(x.shape, [width]), said
-        elif name == "scale":
+        elif name in ("scale", "position"):
             assert x.numel() == 1, said
         elif name in op.once:
             assert same_size(x.shape[-1], width), said
