@@ -168,6 +168,7 @@ class Family:
 
     name:      the name in options and reports.
     places:    what stands where: a stage, or several of which one does (``maybe``: or none).
+    also:      places of further ops, of fewer combinations.
     op:        the name in ``torch.ops.aiter_fusion``; empty: the family's.
     level:     the optimisation level from which it is taken at all.
     ending:    what the variants of its sites end in where no stage's label says it.
@@ -176,6 +177,7 @@ class Family:
 
     name: str
     places: tuple[Stage | Place, ...]
+    also: tuple[Stage | Place, ...] = ()
     op: str = ""
     level: int = 1
     ending: str = ""
@@ -208,9 +210,9 @@ class Family:
 
     def rows(self) -> Iterator[tuple[Stage, ...]]:
         """The stages of every overload, outputs apart; the fullest first."""
-        places = [place if isinstance(place, tuple) else (place,) for place in self.places]
-        for stages in product(*places):
-            yield tuple(stage for stage in stages if stage is not None)
+        for row in filter(None, (self.places, self.also)):
+            for stages in product(*(place if isinstance(place, tuple) else (place,) for place in row)):
+                yield tuple(stage for stage in stages if stage is not None)
 
     @property
     def features(self) -> frozenset[str]:

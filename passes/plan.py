@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,10 +154,6 @@ class _Planner:
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._graph, self._writes = graph, list(writes_of(graph))
-        self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
-        for record in recognised.records:
-            for name in record.shared:
-                self._shared[behind(record.inputs["x"]), record.kind, name].add(record.inputs[name])
         self.claimed: set[Record] = set()
 
     def decide(self, group: list[Record]) -> _Draft:
@@ -176,7 +171,6 @@ class _Planner:
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
-                self._share(tail)
                 taken = next((record for record in reversed(chain) if record in self.claimed), None)
                 if taken is not None:
                     raise Refused(Reason.STARVED, f"{taken.root.name} is already part of another site")
@@ -237,18 +231,6 @@ class _Planner:
                     draft = _Draft(some, fusion.family, variant, SKIPPED, str(made), root, None, [], products)
                 drafts.append(draft)
         return drafts
-
-    def _share(self, record: Record) -> None:
-        """Refuse what differs from other records of its kind in an input that all that read one value must share."""
-        for name in record.shared:
-            source = behind(record.inputs["x"])
-            found = len(self._shared[source, record.kind, name])
-            if found > 1:
-                raise Refused(
-                    Reason.OVERLOAD,
-                    f"{source.name} is the input of {record.kind} with {found} different {name}s, of which a "
-                    "fused op takes one",
-                )
 
     def _agree(self, fusion: Fusion, arguments: Mapping[str, Any]) -> None:
         """Refuse what other sites of the graph, or other processes, do not go along with."""

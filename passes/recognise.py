@@ -30,7 +30,7 @@ class Record:
     branches: attributes that came with further outputs; they override ``attributes``.
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
-    rows, shared: the names of inputs, as in ``Form``.
+    rows, several: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, None if one might.
     serves: the kinds of records that this one was looked for as an input of; the site of such a one accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
@@ -50,7 +50,7 @@ class Record:
     root: fx.Node
     alone: Refusal
     rows: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     listed: bool = True
     called: str = ""
@@ -147,8 +147,40 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             record = first(forms_here, node)
             if record is not None:
                 keep(record)
-    found.records = sorted(records.values(), key=lambda record: record.root)
+    found.records = _numbered(sorted(records.values(), key=lambda record: record.root))
     return found
+
+
+def same(record: Record) -> Any:
+    """What records have in common that compute the same, apart from inputs of which there may be several."""
+    literals = tuple(sorted((name, str(value)) for name, value in record.attributes.items()))
+    several = tuple(name for name in record.inputs if name.rstrip("0123456789") in record.several)
+    inputs = sorted(((name, node) for name, node in record.inputs.items() if name not in several), key=str)
+    return record.kind, tuple(inputs), literals, record.features
+
+
+def _numbered(records: list[Record]) -> list[Record]:
+    """The records, those of several on one value told apart as ``Form.several`` says."""
+    together: dict[Any, list[tuple[fx.Node, ...]]] = defaultdict(list)
+    for record in records:
+        given = tuple(record.inputs[name] for name in record.several)
+        if given and given not in together[same(record)]:
+            together[same(record)].append(given)
+
+    def numbered(record: Record) -> Record:
+        several = together.get(same(record), [])
+        if len(several) < 2:
+            return record
+        index = several.index(tuple(record.inputs[name] for name in record.several))
+        number = str(index + 1) if index else ""
+        return replace(
+            record,
+            inputs={f"{name}{number}" if name in record.several else name: n for name, n in record.inputs.items()},
+            outputs={f"{name}{number}": node for name, node in record.outputs.items()},
+            features=frozenset(f"{feature}{len(several)}" for feature in record.features),
+        )
+
+    return [numbered(record) for record in records]
 
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
@@ -173,7 +205,7 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset({node, *found.nodes, *completion.nodes} - set(inputs.values())),
                 root=node,
                 rows=form.rows,
-                shared=form.shared,
+                several=form.several,
                 serves=form.serves,
                 alone=form.alone,
                 listed=form.listed,

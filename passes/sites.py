@@ -17,7 +17,7 @@ from ..reasons import Reason, Refused
 from ..registry import REGISTRY
 from .effects import check_order, check_writes, dead_after
 from .layout import Fit, known_sizes, laid_out
-from .recognise import Record
+from .recognise import Record, same
 from .selection import View, rows_of, selected_rows, selections_of, sizes_in, way_of
 
 # What a provider must pass to be chosen, in this order.
@@ -54,22 +54,21 @@ class Plan:
 
 
 def groups_of(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:
-    """Records that end a chain, those that compute the same thing from the same value together."""
+    """Records that end a chain, those that compute the same thing from the same value together (or several that one
+    op computes, ``Form.several``)."""
     groups: dict[Any, list[list[Record]]] = {}
     for record in records:
         if record.kind not in kinds:
             continue
-        literals = tuple(sorted((name, str(value)) for name, value in record.attributes.items()))
-        key = (record.kind, tuple(sorted(record.inputs.items(), key=str)), literals, record.features)
-        same = groups.setdefault(key, [])
-        for group in same:
+        alike = groups.setdefault(same(record), [])
+        for group in alike:
             branches = [member.branches for member in group if member.branches]
             if not record.branches or not branches or branches[0] == record.branches:
                 group.append(record)
                 break
         else:
-            same.append([record])
-    return sorted((group for same in groups.values() for group in same), key=lambda group: group[0].root)
+            alike.append([record])
+    return sorted((group for alike in groups.values() for group in alike), key=lambda group: group[0].root)
 
 
 def chain_before(tail: Record, fusion: Fusion, value_of: Mapping[fx.Node, Record]) -> list[Record] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import no_python_dispatcher
 
+from ..formats import DTYPES
 from ..op import FusedOp
 from ..providers import Provider, implementation
 from .join import permute
@@ -114,7 +115,7 @@ def difference(
     exact = exact and provider.keeps_roundings(op)
     if exact and not provider.reorders:
         return "not bit-identical"
-    if name == "q":
+    if name == "q" or want.dtype in DTYPES:
         codes = differing_codes(want, have)
         if codes > tolerance.codes:
             return f"{codes} codes apart"

@@ -75,8 +75,9 @@ class Form:
     branches:  further outputs that leave the pattern on the way.
     rows:      the inputs that have a row for each row of the value, which is computed from these rows alone (and from
                all of the other inputs); none where the rows cannot be computed apart.
-    shared:    the inputs that must be the same in all records of the kind that read one value: of several, a fused op
-               could take only one, and the others would read the value from memory.
+    several:   inputs of which a fused op may take several: records of one value that differ in these alone are one
+               site. The second is called ``scale2`` where the first is ``scale``, and so are its outputs; the features
+               of all say how many there are (``static2``).
     serves:    kinds: the form is looked for only where its value is the input ``x`` of a record of one of these; none:
                anywhere.
     alone:     why a record that begins no fusion is left alone.
@@ -92,7 +93,7 @@ class Form:
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
     rows: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     alone: Refusal = UNQUANTISED
     listed: bool = True

@@ -234,6 +234,6 @@ FORMS = (
         _quantised(Named("factor", Steps("factor_steps", Var("scale")))),
         output="q",
         complete=_complete_static,
-        shared=("scale",),
+        several=("scale",),
     ),
 )

@@ -42,6 +42,7 @@ VARIANTS = (
     ("rms_norm_quant", "token"),
     ("rms_norm_quant", "tensor"),
     ("rms_norm_quant", "static"),
+    ("rms_norm_quant", "static3"),
     ("rms_norm_quant", "add+int8+token"),
     ("rms_norm_quant", "int8+token"),
     ("rms_norm_quant", "add+mxfp8+group32"),

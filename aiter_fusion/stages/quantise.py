@@ -42,12 +42,12 @@ class Granularity(NamedTuple):
     def parse(cls, text: str, width: int) -> Granularity:
         """The one that ``str`` gives for rows of ``width``, e.g. ``group128``."""
         name = text.rstrip("0123456789")
-        return cls(name, width if name == "token" else int(text.removeprefix(name) or 0))
+        return cls(name, width if name == "token" else int(text.removeprefix(name)) if name == "group" else 0)
 
 
 def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granularity | None:
     """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
-    if STATIC in op.stages:
+    if not {STATIC, *SEVERAL}.isdisjoint(op.stages):
         return Granularity("static", 0)
     if DYNAMIC not in op.stages:
         return None
@@ -128,6 +128,28 @@ def _spec_static(
     return value, {"q": (value.sizes, quant_dtype)}
 
 
+def _compute_several(
+    value: Tensor, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, **scales: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``q``, ``q2``, ...: the value with the scale ``scale``, ``scale2``, ..., as one alone would be."""
+    quantised = {
+        _of_scale(name): _compute_static(value, scale, factor_steps, value_steps, quant_dtype)[1]["q"]
+        for name, scale in scales.items()
+    }
+    return value, quantised
+
+
+def _spec_several(
+    value: Value, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, **scales: Tensor
+) -> tuple[Value, dict[str, Spec]]:
+    return value, {_of_scale(name): (value.sizes, quant_dtype) for name in scales}
+
+
+def _of_scale(name: str) -> str:
+    """The output that a scale is for."""
+    return name.replace("scale", "q")
+
+
 def _fits(attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str | None:
     """Rows of the value that the quantiser reads must consist of blocks, or blocks of rows."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -206,6 +228,34 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
     return {name: given[name] for name in STATIC.arguments}
 
 
+def _several(count: int) -> Stage:
+    """So many quantisers of one value, each with a scale that is given, as AMD Quark has one for each of q, k and v."""
+    scales = ["scale", *(f"scale{number}" for number in range(2, count + 1))]
+
+    def samples(sample: Sample) -> Sequence[dict[str, Any]]:
+        apart = {name: torch.full([], 0.02 * number) for number, name in enumerate(scales, 1)}
+        return [one | apart for one in _samples_static(sample)[:1]]
+
+    def typical(setting: Setting) -> Mapping[str, Any]:
+        one = _typical_static(setting)
+        return {name: one["scale"] * number for number, name in enumerate(scales, 1)} | {n: one[n] for n in _PROGRAMS}
+
+    return Stage(
+        "fp8_quant",
+        dict.fromkeys(scales, "Tensor") | _PROGRAMS,
+        _compute_several,
+        _spec_several,
+        samples,
+        typical,
+        feature=f"static{count}",
+        outputs=tuple(map(_of_scale, scales)),
+        label=STATIC.label,
+        levels={f"static{count}": 2},
+        domains=dict.fromkeys(scales, STATIC.domains["scale"]) | _DOMAINS,
+        fits=_fits,
+    )
+
+
 def _named(attributes: Mapping[str, Any], granularity: str = "") -> str:
     """The format of a record and its granularity, as a site's variant has them."""
     return "+".join(filter(None, (named_format(attributes).word(), granularity)))
@@ -255,3 +305,5 @@ STATIC = Stage(
     fits=_fits,
 )
 QUANTISE = (DYNAMIC, STATIC)
+# Of gate and up, and of q, k and v.
+SEVERAL = (_several(2), _several(3))

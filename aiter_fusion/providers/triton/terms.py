@@ -78,7 +78,7 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
     "fp8_quant": {
         "block": Blocks(largest=rules.TILE, spanning=True),  # ``refuse`` looks at what else the call has
         "column_major": FLAG,
-        "scale": Tensors((torch.float32,), elements=1),
+        **dict.fromkeys(("scale", "scale2", "scale3"), Tensors((torch.float32,), elements=1)),
         "scale_steps": Steps(STEPS),
         "factor_steps": Steps(STEPS),
         "value_steps": Steps((*STEPS, *COMBINING)),

@@ -205,6 +205,10 @@ def norm_quant_kernel(
     scale,
     maxima,
     q,
+    scale2,
+    q2,
+    scale3,
+    q3,
     scale_out,
     value_out,
     residual_out,
@@ -252,7 +256,8 @@ def norm_quant_kernel(
     (padded to ``SEGMENT``, a power of two). ``GROUPED``: a segment is a group that has a scale of its own.
 
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
-    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
+    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one, and with
+    others besides, codes for each.
 
     ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. ``BY_SEGMENT``: rows of x, a
     residual and z are segments, so many of which are a row here, and each is normalised by itself. eps is a constant,
@@ -276,6 +281,12 @@ def norm_quant_kernel(
             if tl.program_id(0) == 0:
                 tl.store(scale_out, apply_steps(SCALE_STEPS, whole, whole))
         factor = apply_steps(FACTOR_STEPS, whole, whole)
+    if q2 is not None:
+        second = tl.load(scale2)
+        factor2 = apply_steps(FACTOR_STEPS, second, second)
+    if q3 is not None:
+        third = tl.load(scale3)
+        factor3 = apply_steps(FACTOR_STEPS, third, third)
     best = 0.0
     number = number_of(eps)
     weights = None
@@ -480,6 +491,10 @@ def norm_quant_kernel(
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
                 at = tl.max_contiguous(row * WIDTH + columns, [1, 1, RUN])
                 tl.store(q + at, codes, mask=mask)
+                if q2 is not None:
+                    tl.store(q2 + at, codes_of(y, VALUE_STEPS, factor2, q2.dtype.element_ty, PTX), mask=mask)
+                if q3 is not None:
+                    tl.store(q3 + at, codes_of(y, VALUE_STEPS, factor3, q3.dtype.element_ty, PTX), mask=mask)
                 if GROUPED:
                     group = tile * SEGMENTS + segment
                     scales = apply_steps(SCALE_STEPS, top, top)
