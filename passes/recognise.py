@@ -161,9 +161,9 @@ def same(record: Record) -> Any:
 
 def _numbered(records: list[Record]) -> list[Record]:
     """The records, those of several on one value told apart as ``Form.several`` says."""
-    together: dict[Any, list[tuple[fx.Node, ...]]] = defaultdict(list)
+    together: dict[Any, list[list[fx.Node]]] = defaultdict(list)
     for record in records:
-        given = tuple(record.inputs[name] for name in record.several)
+        given = [record.inputs[name] for name in record.several if name in record.inputs]
         if given and given not in together[same(record)]:
             together[same(record)].append(given)
 
@@ -171,7 +171,7 @@ def _numbered(records: list[Record]) -> list[Record]:
         several = together.get(same(record), [])
         if len(several) < 2:
             return record
-        index = several.index(tuple(record.inputs[name] for name in record.several))
+        index = several.index([record.inputs[name] for name in record.several])
         number = str(index + 1) if index else ""
         return replace(
             record,

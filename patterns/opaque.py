@@ -13,12 +13,12 @@ from functools import partial
 from operator import getitem
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..reasons import Reason, Refusal
 from ..stages.quantise import Granularity, named_format
 from .form import Branch, Completion, Form
-from .fx_facts import FLOATS, dtype, is_number, shape
+from .fx_facts import FLOATS, dtype, is_number, same_size, shape
 from .language import Attr, Call, Found, Named, OneOf, Pattern, Var, Views
 
 
@@ -33,6 +33,7 @@ class Operator:
     block:   how many consecutive elements share a scale, from the call and the length of a row.
     scale:   the program of the scale, factor: that of what values are combined with, values: that of these, from their
              maximum in the dtype of x (``aiter_fusion/scale_program.py``).
+    bounded: whether one of its arguments, ``bound``, is a tensor that the maximum is at most.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Operator:
     scale: str
     factor: str
     values: str
+    bounded: bool = False
 
     def form(self) -> Form:
         """The form that its calls are."""
@@ -52,6 +54,7 @@ class Operator:
             Call((getitem,), (call, Attr("", lambda node, index: index == 0))),
             output="q",
             complete=partial(_complete, self),
+            several=("bound",) if self.bounded else (),
             branches=(
                 Branch("scale", source="call", attribute="scale_steps", item=1, start=lambda found: (self.scale,)),
             ),
@@ -73,12 +76,13 @@ def _complete(self: Operator, root: fx.Node, found: Found) -> Completion | str:
         "quant_dtype": dtype(root),
     }
     bound = found.inputs.get("bound")
-    why = f"{found.named['call'].name} bounds its scale by {bound}, a tensor, which no fused op takes"
+    if bound is not None and (dtype(bound) is not torch.float32 or not all(same_size(s, 1) for s in shape(bound))):
+        return f"the bound {bound.name} of {self.name} is not one number in float32"
     return Completion(
         attributes,
+        features=frozenset({"bounded"} if bound is not None else ()),
         variant=str(Granularity.of(block, width)),
         called=f"{named_format(attributes).name}_quant",
-        refusal=Refusal(Reason.OVERLOAD, why) if bound is not None else None,
         exact=False,
     )
 
@@ -103,7 +107,8 @@ OPERATORS = (
         lambda attributes, width: width,
         scale=_FLOORED,
         factor=_FLOORED,
-        values="float32 div_scale",
+        values="float32 div_scale clamp_min=-448.0 clamp_max=448.0",  # what a bound leaves above is saturated
+        bounded=True,
     ),
 )
 FORMS = tuple(operator.form() for operator in OPERATORS)

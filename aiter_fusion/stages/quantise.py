@@ -47,9 +47,9 @@ class Granularity(NamedTuple):
 
 def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granularity | None:
     """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
-    if not {STATIC, *SEVERAL}.isdisjoint(op.stages):
+    if op.stages[-1] in (STATIC, *SEVERAL):
         return Granularity("static", 0)
-    if DYNAMIC not in op.stages:
+    if op.stages[-1] not in (DYNAMIC, *BOUNDED):
         return None
     block = arguments["block"]
     return Granularity.of(block, max(width, block) if isinstance(width, int) else width)
@@ -81,19 +81,22 @@ def _compute(
     does not divide into is of several whole rows, such as heads, and then q is ``[N, block]`` and scale ``[N, 1]``.
     """
     whole, value = value, value.reshape(_rows(value.shape, block))
-    if block == 0:
-        # the maximum of nothing is 0: a graph without rows quantises nothing
-        maximum = value.abs().amax() if value.numel() else value.new_zeros(())
-        blocks = value
-    else:
-        blocks = value.reshape(*value.shape[:-1], value.shape[-1] // block, block)
-        maximum = blocks.abs().amax(-1, keepdim=True)
+    blocks, maximum = _maximum(value, block)
     q = run(value_steps, blocks, run(factor_steps, maximum)).to(quant_dtype).reshape(value.shape)
     scale = run(scale_steps, maximum)
     scale = scale.reshape(scale.shape[: value.dim() if block else 0])
     if column_major and block:
         scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
     return whole, {"q": q, "scale": scale}
+
+
+def _maximum(value: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The value in blocks, and the maximum of each."""
+    if block == 0:
+        # the maximum of nothing is 0: a graph without rows quantises nothing
+        return value, value.abs().amax() if value.numel() else value.new_zeros(())
+    blocks = value.reshape(*value.shape[:-1], value.shape[-1] // block, block)
+    return blocks, blocks.abs().amax(-1, keepdim=True)
 
 
 def _spec(
@@ -145,9 +148,52 @@ def _spec_several(
     return value, {_of_scale(name): (value.sizes, quant_dtype) for name in scales}
 
 
+def _compute_bounded(
+    value: Tensor,
+    block: int,
+    scale_steps: str,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+    **bounds: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``_compute``, with the maximum in float32 and at most ``bound``; ``q2`` and ``scale2`` with ``bound2``, ..."""
+    blocks, maximum = _maximum(value, block)
+    made: dict[str, Tensor] = {}
+    for name, bound in bounds.items():
+        most = torch.minimum(maximum.to(F32), bound.reshape(()))
+        q = run(value_steps, blocks, run(factor_steps, most)).to(quant_dtype)
+        made[_of(name, "q")], made[_of(name, "scale")] = q.reshape(value.shape), run(scale_steps, most).squeeze(-1)
+    return value, made
+
+
+def _spec_bounded(
+    value: Value,
+    block: int,
+    scale_steps: str,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+    **bounds: Tensor,
+) -> tuple[Value, dict[str, Spec]]:
+    scales = ([*value.sizes[:-1], value.sizes[-1] // block], result_dtype(scale_steps, F32))
+    outputs = {"q": (value.sizes, quant_dtype), "scale": scales}
+    return value, {_of(name, output): spec for name in bounds for output, spec in outputs.items()}
+
+
 def _of_scale(name: str) -> str:
     """The output that a scale is for."""
-    return name.replace("scale", "q")
+    return _of(name, "q")
+
+
+def _of(name: str, output: str) -> str:
+    """An output with the number of an input: ``scale2`` for ``bound2``."""
+    return output + name.lstrip("abcdefghijklmnopqrstuvwxyz")
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    """``scale``, ``scale2``, ``scale3``."""
+    return [name, *(f"{name}{number}" for number in range(2, count + 1))]
 
 
 def _fits(attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str | None:
@@ -230,7 +276,7 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
 
 def _several(count: int) -> Stage:
     """So many quantisers of one value, each with a scale that is given, as AMD Quark has one for each of q, k and v."""
-    scales = ["scale", *(f"scale{number}" for number in range(2, count + 1))]
+    scales = _numbered("scale", count)
 
     def samples(sample: Sample) -> Sequence[dict[str, Any]]:
         apart = {name: torch.full([], 0.02 * number) for number, name in enumerate(scales, 1)}
@@ -252,6 +298,37 @@ def _several(count: int) -> Stage:
         label=STATIC.label,
         levels={f"static{count}": 2},
         domains=dict.fromkeys(scales, STATIC.domains["scale"]) | _DOMAINS,
+        fits=_fits,
+    )
+
+
+def _bounded(count: int) -> Stage:
+    """So many quantisers of one value, each with a bound of its own for the maximum, as FBGEMM's layers have one."""
+    bounds = _numbered("bound", count)
+    programs = {"scale_steps": "float32 div=448.0 clamp_min=1e-05", "factor_steps": "float32 div=448.0 clamp_min=1e-05"}
+
+    def samples(sample: Sample) -> Sequence[dict[str, Any]]:
+        apart = {name: torch.full([1], float(number)) for number, name in enumerate(bounds, 1)}
+        return [_STEPS | programs | {"block": sample.sizes[-1]} | apart]
+
+    def typical(setting: Setting) -> Mapping[str, Any]:
+        apart = {name: torch.full((1,), 1200.0, device=setting.device) for name in bounds}
+        one = _typical(setting) | programs
+        return {"block": one["block"]} | apart | {name: one[name] for name in ("scale_steps", *_PROGRAMS)}
+
+    return Stage(
+        "fp8_quant",
+        {"block": "int"} | dict.fromkeys(bounds, "Tensor") | {"scale_steps": "str"} | _PROGRAMS,
+        _compute_bounded,
+        _spec_bounded,
+        samples,
+        typical,
+        feature="bounded" if count == 1 else f"bounded{count}",
+        outputs=tuple(_of(name, output) for name in bounds for output in ("q", "scale")),
+        label=DYNAMIC.label,
+        domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM}
+        | dict.fromkeys(bounds, STATIC.domains["scale"])
+        | _DOMAINS,
         fits=_fits,
     )
 
@@ -307,3 +384,4 @@ STATIC = Stage(
 QUANTISE = (DYNAMIC, STATIC)
 # Of gate and up, and of q, k and v.
 SEVERAL = (_several(2), _several(3))
+BOUNDED = (_bounded(1), _bounded(2), _bounded(3))

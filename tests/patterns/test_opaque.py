@@ -33,7 +33,7 @@ def per_row(
     top = x.float().abs().amax(-1)
     top = top if scale_ub is None else torch.minimum(top, scale_ub)
     scale = (top / 448.0).clamp(min=1 / (448.0 * 512.0))
-    return [(x.float() / scale.unsqueeze(-1)).to(cases.FN), scale]
+    return [(x.float() / scale.unsqueeze(-1)).clamp(-448.0, 448.0).to(cases.FN), scale]
 
 
 @pytest.fixture(autouse=True)
@@ -69,20 +69,27 @@ def test_the_hubs(block: int) -> None:
     assert result.report.unaccounted == 0
 
 
-def test_fbgemms() -> None:
-    def fn(x: Tensor, w: Tensor, bound: Tensor) -> list[Tensor]:
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_fbgemms(layers: int) -> None:
+    """A bound for each layer, and layers without one."""
+
+    def fn(x: Tensor, w: Tensor, gate: Tensor, *bounds: Tensor) -> list[Tensor]:
         value = cases.llama(x, w).reshape(-1, cases.H)
         q = torch.ops.fbgemm.quantize_fp8_per_row
-        return [*q(value), *q(cases.llama(x, w, 1.0).reshape(-1, cases.H), scale_ub=bound)]
+        made = [q(value, scale_ub=bound) for bound in bounds]
+        made += [q(cases.llama(x, w, 1.0).reshape(-1, cases.H))]
+        made += [q((torch.nn.functional.silu(gate) * x).reshape(-1, cases.H), scale_ub=bounds[0])]
+        return [tensor for pair in made for tensor in pair]
 
-    result = checked(fn)
-    x, w = cases.tensors(("x", "w"), (2, 3), torch.bfloat16, "normal")
+    result = checked(fn, verify=True)
     with torch.no_grad():
-        result.call(x, w, torch.tensor([1200.0]))
-    assert result.oracle.identical
-    assert result.variants == ["rms_norm_quant:token"]
-    (skipped,) = result.report.skipped
-    assert "bounds its scale by" in skipped.reason
+        for rows in ("normal", "zero", "nonfinite"):
+            x, w, gate = cases.tensors(("x", "w", "r"), (2, 3), torch.bfloat16, rows)
+            result.call(x, w, gate, *(torch.tensor([1.5 * (n + 1)]) for n in range(layers)))
+            assert result.oracle.identical
+    bounded = f"bounded{layers}" if layers > 1 else "bounded"
+    assert result.variants == [f"rms_norm_quant:{bounded}+token", "rms_norm_quant:token", "act_mul_quant:bounded+token"]
+    assert result.report.unaccounted == 0
 
 
 def test_they_are_of_kernel_numerics() -> None:

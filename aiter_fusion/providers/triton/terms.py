@@ -35,6 +35,7 @@ ALONE = (
 ACTIVATIONS = Activations(dict.fromkeys(ALONE, ()))
 GATED_ACTIVATIONS = Activations({**ACTIVATIONS.numbers, "clamped_swiglu": ("alpha", "limit")})
 
+ONE = Tensors((torch.float32,), elements=1)
 NORM: Mapping[str, Domain] = {
     "weight": Tensors(FLOATS, optional=True),
     "eps": Number(optional=True),
@@ -78,7 +79,9 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
     "fp8_quant": {
         "block": Blocks(largest=rules.TILE, spanning=True),  # ``refuse`` looks at what else the call has
         "column_major": FLAG,
-        **dict.fromkeys(("scale", "scale2", "scale3"), Tensors((torch.float32,), elements=1)),
+        **dict.fromkeys(
+            ("scale", "scale2", "scale3", "bound", "bound2", "bound3"), Tensors((torch.float32,), elements=1)
+        ),
         "scale_steps": Steps(STEPS),
         "factor_steps": Steps(STEPS),
         "value_steps": Steps((*STEPS, *COMBINING)),

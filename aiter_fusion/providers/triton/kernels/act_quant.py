@@ -6,6 +6,7 @@ from triton.language.extra import libdevice
 
 from .steps import (
     apply_steps,
+    at_most,
     codes_of,
     dtype_called,
     mask_of,
@@ -194,6 +195,7 @@ def act_quant_kernel(
     before,
     scale,
     maxima,
+    bound,
     q,
     scale_out,
     value_out,
@@ -290,6 +292,8 @@ def act_quant_kernel(
                 size = tl.abs(y).to(tl.float32)
                 top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
             largest = top.to(dtype_called(VALUE))
+            if bound is not None:
+                largest = at_most(largest, bound)
             factor = apply_steps(FACTOR_STEPS, largest, largest)
             tl.store(scale_out + row, apply_steps(SCALE_STEPS, largest, largest))
             for tile in tl.static_range(TILES):

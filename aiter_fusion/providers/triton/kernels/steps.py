@@ -36,6 +36,12 @@ def nan_max(a, b):
 
 
 @triton.jit
+def at_most(maximum, bound):
+    """A maximum in float32, or what a tensor says if that is less; NaN if either is."""
+    return tl.minimum(maximum.to(tl.float32), tl.load(bound), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def wide(x, PTX: tl.constexpr):
     """x in float32. ``PTX``: the compiler takes three instructions for two elements of bfloat16, and needs only two."""
     if PTX and x.dtype == tl.bfloat16 and x.numel % 2 == 0:
