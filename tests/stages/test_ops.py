@@ -47,12 +47,14 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def chosen(every: list[FusedOp]) -> list[Any]:
-    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow."""
+    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow,
+    and so are those of two scales where there are some of three."""
     made = []
     for op in every:
         many = REGISTRY.overloads(op.family)
         fullest = max(many, key=len)
         slow = len(many) > 8 and len(op.features) > 1 and op.features != fullest
+        slow = slow or any(feature.endswith("2") for feature in op.features)
         made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
     return made
 
