@@ -75,6 +75,8 @@ class FusedOp:
     each:       an argument, a list: the op computes as many tensors as this has entries, and returns them as one list,
                 the one of ``outputs``. ``reference`` and ``shape`` then give them by names of their own, in order.
     products:   whether it computes sums of products, whose order is a library's own.
+    cancels:    whether a sum follows a rounding that may be another where rows are summed in another order. Where its
+                summands nearly cancel, the last bit of one is many codes of the result.
     by_rows:    whether it computes each row of its inputs for itself, so that rows may be given in any order.
     greatest:   arguments of integers -> the greatest that a call may have, from its other arguments; the least is 0.
     """
@@ -94,6 +96,7 @@ class FusedOp:
     once: frozenset[str] = frozenset()
     each: str = ""
     products: bool = False
+    cancels: bool = False
     by_rows: bool = True
     greatest: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
     table: ClassVar[str] = "ops"

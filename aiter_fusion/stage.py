@@ -127,6 +127,7 @@ class Stage:
     width:      the length of the value's rows from the arguments of a call, where it begins a family; by default that
                 of the first tensor's.
     collective: every rank of a group must compute it, or none.
+    cancels:    as in ``FusedOp``.
     order_free: tensors that are summed over ranks, in an order that is a library's own.
     """
 
@@ -150,6 +151,7 @@ class Stage:
     once: tuple[str, ...] = ()
     width: Callable[[Mapping[str, Any]], Any] = first_width
     collective: bool = False
+    cancels: bool = False
     order_free: frozenset[str] = frozenset()
 
 
@@ -252,6 +254,7 @@ class Family:
             domains={name: domain for stage in row for name, domain in stage.domains.items()},
             stages=row,
             once=frozenset(name for stage in row for name in stage.once),
+            cancels=any(stage.cancels for stage in row),
         )
 
     def variant(self, features: frozenset[str], attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str:

@@ -49,9 +49,12 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     return [{**arguments, "dtype": sample.dtype} for arguments in made]
 
 
+HEAD = 128
+
+
 def _typical(setting: Setting) -> dict[str, Any]:
-    """Of FLUX's blocks: attention beside an activation of four times as many columns."""
-    width = max(1, setting.hidden // 5)
+    """Of FLUX's blocks: attention, in heads of 128, beside an activation of about four times as many columns."""
+    width = setting.hidden // 5 // HEAD * HEAD or setting.hidden // 2
     first, second = setting.random(setting.rows, width), setting.random(setting.rows, setting.hidden - width)
     acts = {"first_act": AS_IT_IS, "second_act": setting.said(ACTIVATIONS, "gelu_tanh")}
     return {"first": first, "second": second, **acts, "dtype": torch.bfloat16}

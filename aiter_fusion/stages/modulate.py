@@ -78,4 +78,5 @@ MODULATE = Stage(
     returns="value",
     levels={"value": 2},
     once=("gain", "shift"),
+    cancels=True,
 )

@@ -394,9 +394,9 @@ def test_different_results_are_not_compared() -> None:
     result = case.op.reference(**case.arguments("cpu"))
     codes, scale = result["q"], result["scale"]
     flipped = (codes.view(torch.uint8) ^ 128).view(codes.dtype)
-    with pytest.raises(Refused, match="codes apart"):
+    with pytest.raises(Refused, match=r"q: \d+ codes apart"):
         ops.verify(case.op, (codes, scale), (flipped, scale))
-    with pytest.raises(Refused, match="scale are more than"):
+    with pytest.raises(Refused, match="scale: more than"):
         ops.verify(case.op, (codes, scale), (codes, scale * 2))
     with pytest.raises(Refused, match="scale is torch"):
         ops.verify(case.op, (codes, scale), (codes, scale.double()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.verify import differing_codes, same_bits
+from aiter_fusion.passes.verify import difference, differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import is_inverse, is_of_bytes, parse, run
@@ -122,6 +123,17 @@ def test_scale_contract(op: FusedOp, provider: str) -> None:
 @pytest.mark.parametrize("provider", [p for p in EVERY_PROVIDER if p.values != ("reference",)])
 def test_agrees_with_the_reference(op: FusedOp, provider: str) -> None:
     agrees_with_the_reference(op, provider)
+
+
+def test_codes_where_summands_cancel() -> None:
+    """A sum after a rounding may be many codes apart, if that is little beside the largest of its row; no other may."""
+    largest = torch.tensor([[1.0, 448.0]])
+    want, near, far = ((largest * torch.tensor([[v, 1.0]])).to(torch.float8_e4m3fn) for v in (0.0, 3.0, 5.0))
+    shifted, triton = REGISTRY.ops["layer_norm_quant", frozenset({"modulate"})], PROVIDERS["triton"]
+    assert difference(shifted, triton, "q", want, near) is None
+    assert "codes apart" in str(difference(shifted, triton, "q", want, far))
+    assert "codes apart" in str(difference(shifted, triton, "q", want, torch.full_like(want, math.nan)))
+    assert "codes apart" in str(difference(REGISTRY.ops["layer_norm_quant", frozenset()], triton, "q", want, near))
 
 
 @ops

@@ -22,6 +22,9 @@ F32 = torch.float32
 # Kinds of stages: norms, by the kernel's name of them, and those that begin what the kernel of activations computes.
 NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 ACTIVATING = ("act_mul", "act", "cat")
+# What rules of launches are called, by the name of the norm, and by the kind of the stage that activates.
+NORM_RULES = {"rms": "norm", "layer": "layer_norm", "": "sum"}
+ROW_RULES = {"act_mul": "row", "act": "act_row", "cat": "cat_row"}
 
 
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
@@ -198,7 +201,8 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
     rows = common["rows"]
     if joined > 1:
         common["BLOCK"] = normed
-    shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
+    rule = "gated_norm" if z is not None else NORM_RULES[common["NORM"]]
+    shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW), rule)
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if not _is_of_tensor(op, arguments, width):
@@ -314,7 +318,7 @@ def _act_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches
     }
     rows = common["rows"]
     if by_row:
-        shape = rules.row(width, hint(rows, rules.FEW))
+        shape = rules.row(width, hint(rows, rules.FEW), ROW_RULES[op.stages[0].kind])
         grid = _programs(rows, 1)
     else:
         if not common["GROUPED"]:

@@ -150,7 +150,6 @@ def normed(
     z,
     gain_at,
     shift_at,
-    z_at,
     mask,
     one,
     NORM: tl.constexpr,
@@ -163,7 +162,7 @@ def normed(
     VALUE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """What is quantised: the norm of the value, maybe modulated or gated."""
+    """What is quantised: the norm of the value, maybe modulated or gated by the values z."""
     if NORM == "rms":
         y = normalised(value, statistic, weights, OFFSET, CAST_FIRST, DTYPE, PTX)
     elif NORM == "layer":
@@ -176,7 +175,7 @@ def normed(
         gains = tl.load(gain + gain_at, mask=mask, other=0.0)
         y = modulated(y, gains, read_row(shift, shift_at, mask), one, PLUS_ONE, VALUE, PTX)
     if z is not None:
-        y = gated(y, tl.load(z + z_at, mask=mask, other=0.0), one, ACT, ACT_DTYPE, VALUE, PTX)
+        y = gated(y, z, one, ACT, ACT_DTYPE, VALUE, PTX)
     return y
 
 
@@ -296,7 +295,7 @@ def norm_quant_kernel(
     number = number_of(eps)
     weights = None
     biases = None
-    if TILES == 1:  # on their way while the statistic is computed
+    if TILES == 1:  # before the first row
         exist = (tile_columns < WIDTH) & (element < BLOCK)
         of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
         weights = read_row(weight, of_weight, exist)
@@ -319,6 +318,11 @@ def norm_quant_kernel(
             gain_row = (near // gain_period).to(tl.int64) * gain_stride
         if shift is not None:
             shift_row = (near // shift_period).to(tl.int64) * shift_stride
+
+        zs = None
+        if TILES == 1:  # on their way while the statistic is computed
+            of_z = mask_of(tile_columns, element, present, WIDTH, BLOCK, SEGMENT, PADDED, ROWS > 1)
+            zs = read_row(z, z_row + tile_columns, of_z)
 
         # the row statistic
         total = tl.zeros([ROWS, SEGMENTS, SEGMENT], tl.float32)
@@ -399,9 +403,11 @@ def norm_quant_kernel(
                     )
                 these = weights
                 those = biases
+                gates = zs
                 if TILES > 1:
                     these = read_row(weight, columns, mask)
                     those = read_row(bias, columns, mask)
+                    gates = read_row(z, z_row + columns, mask)
                 y = normed(
                     value,
                     mean,
@@ -410,10 +416,9 @@ def norm_quant_kernel(
                     those,
                     gain,
                     shift,
-                    z,
+                    gates,
                     gain_row + columns,
                     shift_row + columns,
-                    z_row + columns,
                     mask,
                     one,
                     NORM,
@@ -470,9 +475,11 @@ def norm_quant_kernel(
                 if TILES > 1 or not ROW_FIRST:
                     these = weights
                     those = biases
+                    gates = zs
                     if TILES > 1:
                         these = read_row(weight, columns, mask)
                         those = read_row(bias, columns, mask)
+                        gates = read_row(z, z_row + columns, mask)
                     y = normed(
                         value,
                         mean,
@@ -481,10 +488,9 @@ def norm_quant_kernel(
                         those,
                         gain,
                         shift,
-                        z,
+                        gates,
                         gain_row + columns,
                         shift_row + columns,
-                        z_row + columns,
                         mask,
                         one,
                         NORM,
