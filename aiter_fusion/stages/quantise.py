@@ -297,7 +297,7 @@ def _several(count: int) -> Stage:
         outputs=tuple(map(_of_scale, scales)),
         label=STATIC.label,
         levels={f"static{count}": 2},
-        domains=dict.fromkeys(scales, STATIC.domains["scale"]) | _DOMAINS,
+        domains={**dict.fromkeys(scales, STATIC.domains["scale"]), **_DOMAINS},
         fits=_fits,
     )
 
@@ -313,7 +313,7 @@ def _bounded(count: int) -> Stage:
 
     def typical(setting: Setting) -> Mapping[str, Any]:
         apart = {name: torch.full((1,), 1200.0, device=setting.device) for name in bounds}
-        one = _typical(setting) | programs
+        one = {**_typical(setting), **programs}
         return {"block": one["block"]} | apart | {name: one[name] for name in ("scale_steps", *_PROGRAMS)}
 
     return Stage(
@@ -326,9 +326,12 @@ def _bounded(count: int) -> Stage:
         feature="bounded" if count == 1 else f"bounded{count}",
         outputs=tuple(_of(name, output) for name in bounds for output in ("q", "scale")),
         label=DYNAMIC.label,
-        domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM}
-        | dict.fromkeys(bounds, STATIC.domains["scale"])
-        | _DOMAINS,
+        domains={
+            "block": Blocks(),
+            "scale_steps": _OF_THE_MAXIMUM,
+            **dict.fromkeys(bounds, STATIC.domains["scale"]),
+            **_DOMAINS,
+        },
         fits=_fits,
     )
 

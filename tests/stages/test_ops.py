@@ -102,6 +102,8 @@ def test_scale_contract(op: FusedOp, provider: str) -> None:
         computed = op.reference(**given)
         rounded = computed["value" if "value" in computed else "residual_out"]  # where there is no norm, the sum
         value, normal = rounded.float(), max(1e-30, torch.finfo(rounded.dtype).tiny)
+        if "bound" in given:  # what is above it is saturated
+            value = value.clamp(-given["bound"], given["bound"])
         q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
         assert scale.dtype is (torch.uint8 if is_of_bytes(given["factor_steps"]) else torch.float32)
         assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))

@@ -80,9 +80,9 @@ def why_not_dynamic(
         scale, factor = ([name for name, _ in parse(program)][-1:] for program in (scale_steps, factor_steps))
         if scale != ["e8m0"] or factor != ["e8m0_inverse"]:
             return f"its scale is not that of its values: {scale_steps!r} and {factor_steps!r}"
-        without = (program.rpartition(" ")[0] for program in (scale_steps, factor_steps))
+        scales, factors = (program.rpartition(" ")[0] for program in (scale_steps, factor_steps))
         values = value_steps.replace("mul_scale", "div_scale")  # by what divides
-        return why_not_dynamic(*without, values, quant_dtype, value)
+        return why_not_dynamic(scales, factors, values, quant_dtype, value)
     for what, program in (("scale", scale_steps), ("factor", factor_steps)):
         found = scale_of(program, value)
         if found is None:
