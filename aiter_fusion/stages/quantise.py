@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..domains import Blocks, Domain, Steps, Tensors
+from ..domains import TOKEN, Blocks, Domain, Steps, Tensors
 from ..formats import Format, format_of
 from ..op import FusedOp, Spec
 from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, is_of_bytes, result_dtype, run
@@ -327,7 +327,7 @@ def _bounded(count: int) -> Stage:
         outputs=tuple(_of(name, output) for name in bounds for output in ("q", "scale")),
         label=DYNAMIC.label,
         domains={
-            "block": Blocks(),
+            "block": Blocks((TOKEN,)),
             "scale_steps": _OF_THE_MAXIMUM,
             **dict.fromkeys(bounds, STATIC.domains["scale"]),
             **_DOMAINS,

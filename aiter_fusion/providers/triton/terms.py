@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
+from ...domains import ANYTHING, FLAG, TOKEN, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
 from ...formats import DTYPES as VALUES
 from ...op import FusedOp
 from ..terms import Terms
@@ -109,4 +109,7 @@ def terms(op: FusedOp) -> Terms | None:
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))
     if rows is None:
         return None
-    return Terms({name: domain for kind in kinds for name, domain in STAGES[kind].items()}, op.features, rows)
+    domains = {name: domain for kind in kinds for name, domain in STAGES[kind].items()}
+    if "bound" in op.arguments:
+        domains["block"] = Blocks((TOKEN,))
+    return Terms(domains, op.features, rows)
