@@ -115,7 +115,7 @@ def outside(domain: Domain, given: Any, width: int) -> Iterator[tuple[Any, str]]
                 yield f"{given} {name}{'=0.5' if name in scale_program.WITH_NUMBER else ''}", repr(name)
         case Blocks(granularities, largest):
             grouped = "group" in granularities
-            yield -1, "-1" if grouped else "'group'"
+            yield -1, "-1"
             yield width - 1, f"{width - 1} does not divide the hidden size {width}" if grouped else "'group'"
             yield from ((0, "'tensor'"),) if "tensor" not in granularities else ()
             yield from () if largest is None else ((2 * largest, f"group size {2 * largest}"),)
