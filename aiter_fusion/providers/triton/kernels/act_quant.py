@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, scale_index, whole_maximum, wide
+from .steps import (
+    apply_steps,
+    at_most,
+    codes_of,
+    dtype_called,
+    mask_of,
+    nan_max,
+    reciprocal_of_normal,
+    scale_index,
+    whole_maximum,
+    wide,
+)
 
 
 @triton.jit
@@ -184,6 +195,7 @@ def act_quant_kernel(
     before,
     scale,
     maxima,
+    bound,
     q,
     scale_out,
     value_out,
@@ -280,6 +292,8 @@ def act_quant_kernel(
                 size = tl.abs(y).to(tl.float32)
                 top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
             largest = top.to(dtype_called(VALUE))
+            if bound is not None:
+                largest = at_most(largest, bound)
             factor = apply_steps(FACTOR_STEPS, largest, largest)
             tl.store(scale_out + row, apply_steps(SCALE_STEPS, largest, largest))
             for tile in tl.static_range(TILES):
@@ -311,7 +325,7 @@ def act_quant_kernel(
                     )
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
     else:
         begin = tl.program_id(0)
@@ -363,7 +377,7 @@ def act_quant_kernel(
                 if GROUPED:
                     top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
                 if GROUPED:
                     scale_at = scale_index(row, at - row * IN_ROW, rows, IN_ROW, COLUMN_MAJOR)

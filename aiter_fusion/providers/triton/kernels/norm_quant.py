@@ -8,7 +8,18 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .act_quant import activation
-from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide, wide_anew
+from .steps import (
+    apply_steps,
+    at_most,
+    codes_of,
+    dtype_called,
+    mask_of,
+    nan_max,
+    scale_index,
+    whole_maximum,
+    wide,
+    wide_anew,
+)
 
 
 @triton.jit
@@ -204,6 +215,15 @@ def norm_quant_kernel(
     scale,
     maxima,
     q,
+    scale2,
+    q2,
+    scale3,
+    q3,
+    bound,
+    bound2,
+    scale2_out,
+    bound3,
+    scale3_out,
     scale_out,
     value_out,
     residual_out,
@@ -252,7 +272,8 @@ def norm_quant_kernel(
     (padded to ``SEGMENT``, a power of two). ``GROUPED``: a segment is a group that has a scale of its own.
 
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
-    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
+    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one, and with
+    others besides, codes for each; with ``bound`` maxima of rows that are at most that, and with others likewise.
 
     ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. ``BY_SEGMENT``: rows of x, a
     residual and z are segments, so many of which are a row here, and each is normalised by itself. eps is a constant,
@@ -277,6 +298,12 @@ def norm_quant_kernel(
             if tl.program_id(0) == 0:
                 tl.store(scale_out, apply_steps(SCALE_STEPS, whole, whole))
         factor = apply_steps(FACTOR_STEPS, whole, whole)
+    if scale2 is not None:
+        second = tl.load(scale2)
+        factor2 = apply_steps(FACTOR_STEPS, second, second)
+    if scale3 is not None:
+        third = tl.load(scale3)
+        factor3 = apply_steps(FACTOR_STEPS, third, third)
     best = 0.0
     number = number_of(eps)
     weights = None
@@ -431,8 +458,19 @@ def norm_quant_kernel(
                 best = nan_max(best, tl.reduce(tl.where(absent, 0.0, top), 0, nan_max))
             else:
                 top = top.to(dtype_called(VALUE))[:, None, None]
+                largest = top
+                if bound is not None:
+                    top = at_most(largest, bound)
                 factor = apply_steps(FACTOR_STEPS, top, top)
                 tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top), mask=present)
+                if bound2 is not None:
+                    second = at_most(largest, bound2)
+                    factor2 = apply_steps(FACTOR_STEPS, second, second)
+                    tl.store(scale2_out + row, apply_steps(SCALE_STEPS, second, second), mask=present)
+                if bound3 is not None:
+                    third = at_most(largest, bound3)
+                    factor3 = apply_steps(FACTOR_STEPS, third, third)
+                    tl.store(scale3_out + row, apply_steps(SCALE_STEPS, third, third), mask=present)
 
         if maxima_out is None:
             for tile in tl.static_range(TILES):
@@ -489,10 +527,14 @@ def norm_quant_kernel(
                     size = tl.abs(y).to(tl.float32)
                     top = tl.reduce(size, 2, nan_max).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
                 at = tl.max_contiguous(row * WIDTH + columns, [1, 1, RUN])
                 tl.store(q + at, codes, mask=mask)
+                if q2 is not None:
+                    tl.store(q2 + at, codes_of(y, VALUE_STEPS, factor2, q2.dtype.element_ty, PTX), mask=mask)
+                if q3 is not None:
+                    tl.store(q3 + at, codes_of(y, VALUE_STEPS, factor3, q3.dtype.element_ty, PTX), mask=mask)
                 if GROUPED:
                     group = tile * SEGMENTS + segment
                     scales = apply_steps(SCALE_STEPS, top, top)
