@@ -212,7 +212,7 @@ def of_torchao(quantisation: str) -> nn.Module:
 
 @pytest.mark.parametrize("quantisation", ["PerRow", "PerTensor"])
 def test_a_decoder_layer(quantisation: str) -> None:
-    """q + k + v, o, gate + up, down; then the head. What o reads is a sum. Without them the other counts are the same."""
+    """q + k + v, o, gate + up, down, the head; o reads a sum. Without them the other counts are the same."""
     x = torch.randn(2, 3, 256).to(BF16)
     others = {"rms_norm_quant": 2, "act_mul_quant": 1, "add_quant": 1}
     result = fused(of_torchao(quantisation), x)
