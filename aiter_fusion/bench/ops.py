@@ -80,9 +80,10 @@ class Case:
         return found
 
     def arguments(self, device: str, fp8: torch.dtype = torch.float8_e4m3fn) -> dict[str, Any]:
-        """The op's arguments by name, in order, as its stages say that models give them."""
-        setting = Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], fp8)
-        return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
+        """The op's arguments by name, in order, as models give them."""
+        typical = self.op.typical
+        assert typical is not None
+        return typical(Setting(self.rows, self.hidden, device, self.variant.split("+")[-1], fp8))
 
     @property
     def bytes(self) -> int:
