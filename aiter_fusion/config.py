@@ -15,10 +15,10 @@ from .registry import REGISTRY
 
 NUMERICS = ("exact", "kernel")
 LEVELS = {
-    0: "nothing: plain Inductor",
-    1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
-    2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
-    3: "also all-reduce fusions, FP8 linear layers, those that read one value as one op, and a decode step's attention",
+    0: "nothing, as plain Inductor",
+    1: "norms and activations before a quantiser, with the graph's own roundings",
+    2: "also with a kernel's roundings, with second outputs, Gemma's weight offset and given scales",
+    3: "also all-reduces, FP8 linear layers and the attention of decode steps",
 }
 DEFAULT_LEVEL = 3
 
@@ -48,6 +48,7 @@ PREFERENCES = {
     "LAYERNORM": Preference(True, ("layer_norm", "add_layer_norm")),
     "LINEAR": Preference(True, _PRODUCTS),
     "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
+    "LINEAR_SIDE_BY_SIDE": Preference(False, ("fp8_linear",)),  # wants prepared weights to gain anything
     "MHA": Preference(True, ("flash_attn", "flash_attn_varlen", "flash_attn_varlen_lse", "decode_attention")),
     "MLA": Preference(True, ("mla_decode_fwd", "mla_decode_fwd_lse", "mla_decode_metadata", "mla_prefill_fwd")),
     "MOE": Preference(True, ("fused_moe", "asm_moe_tkw1", "moe_sum")),

@@ -22,7 +22,6 @@ from .streams import show
 
 def fill(parser: Parser) -> Run:
     """Add the arguments."""
-    parser.epilog = "example: aiter-fusion doctor --output report.md"
     text = "also write the report to a file, as text or as Markdown; it names no folder, user or host"
     parser.add_argument("--output", type=_output, metavar="FILE.{txt,md}", help=text)
     text = "try only calls whose name contains TEXT, e.g. 'rms_norm_quant add' (default: all)"

@@ -6,7 +6,8 @@ What has to run on the GPU runs in a process of a ``Team``, which looks these fu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from ..report import merge
 from ..stage import Setting
 
 ROWS, HIDDEN = 8, 4096
-# Of scales. An op that returns what it quantises as well is called with the first alone.
+# Of scales: the ops that compute any take turns.
 GRANULARITIES = ("token", "group128", "tensor")
 
 AGREES, DIFFERS, FAILED = "agrees", "differs", "failed"
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     def variant(self) -> str:
         """As reports name it, e.g. ``add+group128+value``."""
         stages = self.op.stages
-        returned = [stage.returns for stage in reversed(stages) if stage.returns in self.features]
+        returned = dict.fromkeys(stage.returns for stage in reversed(stages) if stage.returns in self.features)
         return "+".join(filter(None, [*(stage.feature for stage in stages), self.granularity, *returned]))
 
     def __str__(self) -> str:
@@ -83,24 +84,22 @@ class Outcome(NamedTuple):
 
 
 def cases(only: str = "") -> list[Case]:
-    """A call of every op, several of those that compute scales, whose ``<op> <variant>`` contains ``only``.
+    """A call of every op whose ``<op> <variant>`` contains ``only``.
 
     Raises:
         ValueError: there is none.
     """
-    every = [case for op in REGISTRY.ops.values() if op.typical is not None for case in _cases(op)]
+    turns = cycle(GRANULARITIES)
+    every = [
+        Case(op.family, tuple(sorted(op.features)), next(turns) if "block" in op.arguments else "")
+        for op in REGISTRY.ops.values()
+        if op.typical is not None
+    ]
     found = [case for case in every if only in str(case)]
     if not found:
         known = ", ".join(dict.fromkeys(case.family for case in every))
         raise ValueError(f"--only {only!r}: no call's name contains that; there are calls of {known}")
     return found
-
-
-def _cases(op: FusedOp) -> Iterator[Case]:
-    scales = GRANULARITIES if "block" in op.arguments else ("",)
-    returned = {stage.returns for stage in op.stages if stage.returns}
-    for granularity in scales[:1] if returned & set(op.outputs) else scales:
-        yield Case(op.family, tuple(sorted(op.features)), granularity)
 
 
 def arguments(case: Case) -> dict[str, Any]:

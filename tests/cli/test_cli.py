@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
 from aiter_fusion.cli import info, options
+from aiter_fusion.registry import REGISTRY
 from aiter_fusion.report import REPLACED, SKIPPED, FusionReport, Site
 from aiter_fusion.tables import plain
 from support import models
@@ -57,6 +60,24 @@ def saved(tmp_path: Path) -> str:
 # ---- info --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([name] for name in cli.COMMANDS),
+        *(["bench", kind] for kind in ("ops", "model", "linear", "attention", "allreduce")),
+    ],
+    ids=" ".join,
+)
+def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose words the command takes."""
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    (example,) = re.findall(r"^example:\n  aiter-fusion (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert example.startswith(" ".join(words))
+    assert callable(cli._parser().parse_args(shlex.split(example)).run)
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_DISABLE", "act_mul_quant")
@@ -72,9 +93,10 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert rows["preferred level"] == "3 (default)"
     assert rows["preferred disable"] == "act_mul_quant (AITER_FUSION_DISABLE)"
     assert rows["preferred linear"] == "off (AITER_FUSION_LINEAR)"
-    assert rows["preferred moe"] == "on (default)"
-    assert rows["fusion rms_norm_quant"] == "on"
+    assert "preferred moe" not in rows, "it is about AITER, which cannot run here"
+    assert rows["fusion rms_norm_quant"] == "on, by reference"
     assert rows["fusion act_mul_quant"] == "off: disabled: act_mul_quant is in 'disable'"
+    assert rows["note"].startswith("plain PyTorch computes the fused ops here")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -93,7 +115,25 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert found["preferences"]["provider"] == {"value": "auto", "from": "default"}
     assert found["preferences"]["numerics"] == {"value": "exact", "from": "level 1"}
     assert found["fusions"]["rms_norm_quant"] is None
+    assert found["fused_by"]["rms_norm_quant"] == ["reference"]
+    for family in ("all_reduce_rms_norm", "fp8_linear", "decode_attention"):
+        assert found["fusions"][family] == "level: needs level 3, this is level 1"
+        assert found["fused_by"][family] == []
     assert found["backend_by_name"] is True
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_info_where_nothing_can_be_fused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family is said to be on where the chosen provider cannot run, or where the level leaves all out."""
+    monkeypatch.setenv("AITER_FUSION_PROVIDER", "aiter")
+    _, out, _ = run("info", "--json", capsys=capsys)
+    assert all(why.startswith("no_kernel: aiter: ") for why in json.loads(out)["fusions"].values())
+    monkeypatch.delenv("AITER_FUSION_PROVIDER")
+    monkeypatch.setenv("AITER_FUSION_LEVEL", "0")
+    _, out, _ = run("info", capsys=capsys)
+    assert "note" in out
+    assert "nothing is fused here: the lines on fusions say why" in out
+    assert "on, by" not in out
 
 
 def test_info_of_a_preference_that_does_not_exist(
@@ -329,16 +369,14 @@ def test_plot(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_default_cases() -> None:
     made = ops.cases()
-    assert len(set(made)) == len(made) == 11 * 8 - 4 * 2  # 128 does not divide 2880
-    assert {case.variant for case in made if case.hidden == 2880} == {
-        "add+token",
-        "token",
-        "tensor",
-        "static",
-        "packed+token",
-    }
-    assert {case.op.family for case in made} == {"rms_norm_quant", "act_mul_quant"}
-    assert {case.variant for case in ops.cases([256], [1], "add+")} == {"add+group128", "add+token"}
+    grouped = [variant for _, variant in ops.VARIANTS if variant.endswith("group128")]
+    assert len(set(made)) == len(made) == 8 * len(ops.VARIANTS) - 2 * len(grouped)  # 128 does not divide 2880
+    assert {case.variant for case in made} - {case.variant for case in made if case.hidden == 2880} == set(grouped)
+    every = {op.family for op in REGISTRY.ops.values() if op.stages and not op.is_collective}
+    assert {case.op.family for case in made} == every
+    acts = {case.arguments("meta")["act"] for case in ops.cases([256], [1], "act_")}
+    assert acts == {"silu", "sigmoid", "gelu_tanh", "gelu", "squared_relu"}
+    assert {case.variant for case in ops.cases([256], [1], "rms_norm_quant add+")} == {"add+group128", "add+token"}
 
 
 @pytest.mark.parametrize(
@@ -397,9 +435,9 @@ def test_different_results_are_not_compared() -> None:
     result = case.op.reference(**case.arguments("cpu"))
     codes, scale = result["q"], result["scale"]
     flipped = (codes.view(torch.uint8) ^ 128).view(codes.dtype)
-    with pytest.raises(Refused, match="FP8 codes apart"):
+    with pytest.raises(Refused, match=r"q: \d+ FP8 codes apart"):
         ops.verify(case.op, (codes, scale), (flipped, scale))
-    with pytest.raises(Refused, match="scale are more than"):
+    with pytest.raises(Refused, match="scale: more than"):
         ops.verify(case.op, (codes, scale), (codes, scale * 2))
     with pytest.raises(Refused, match="scale is torch"):
         ops.verify(case.op, (codes, scale), (codes, scale.double()))

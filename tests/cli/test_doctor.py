@@ -15,7 +15,7 @@ from torch import Tensor
 from aiter_fusion import cli
 from aiter_fusion.cli import doctor
 from aiter_fusion.doctor import examine as examining
-from aiter_fusion.doctor.calls import AGREES, FAILED, Case, attempt, cases, choose, nearness
+from aiter_fusion.doctor.calls import AGREES, FAILED, GRANULARITIES, Case, attempt, cases, choose, nearness
 from aiter_fusion.doctor.examine import examine, ranks
 from aiter_fusion.doctor.team import Failed, Team, cause, public
 from aiter_fusion.op import FusedOp
@@ -186,17 +186,15 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_op_is_called() -> None:
-    """Once at least, with the arguments of its schema; scales of every granularity where nothing else is returned."""
+    """Once, and those of a family that compute scales with every granularity among them."""
     called = cases()
-    assert {case.op.key for case in called} == set(REGISTRY.ops)
+    assert [case.op.key for case in called] == list(REGISTRY.ops)
     assert len(set(map(str, called))) == len(called)
-    assert {case.variant for case in cases("rms_norm_quant add+") if case.family == "rms_norm_quant"} == {
-        "add+token",
-        "add+group128",
-        "add+tensor",
-        "add+token+value",
-        "add+static",
-        "add+static+value",
+    scales = {case.granularity for case in called if case.family == "rms_norm_quant"}
+    assert scales == {*GRANULARITIES, ""}
+    assert {str(case) for case in cases("act_mul_quant packed+static")} == {
+        "act_mul_quant packed+static",
+        "act_mul_quant packed+static+value",
     }
 
 

@@ -246,7 +246,6 @@ def test_interleaving_is_undone() -> None:
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
-HALF = torch.zeros(5, 64, dtype=BF16)
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "weight is torch.float32, and the kernel needs torch.bfloat16, like x": (
         "layer_norm",

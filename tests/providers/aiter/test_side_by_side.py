@@ -18,6 +18,7 @@ from aiter_fusion.scaled_product import BLOCKS, ROWS, TENSORS
 from support import models
 from support.aiter_double import Double
 from support.bridge_results import alike
+from support.checked import checked
 
 pytestmark = pytest.mark.skipif(
     not models.scales_rows(), reason="needs a torch whose _scaled_mm takes a scale for each row on a CPU: 2.12 or newer"
@@ -200,6 +201,42 @@ def test_prepared_layers(make: Callable[..., Double]) -> None:
     assert double.called == ["gemm_a8w8"] * 4
     with pytest.raises(ValueError, match="product='rows': weights are stored for hipb_mm, bpreshuffle or side_by_side"):
         aiter_fusion.prepare(model, product="rows")
+
+
+class Heads(nn.Module):
+    """What q, k and v of ``Block`` are: layers that read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, n, bias=False) for n in (64, 32, 32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize("preferred", ["0", "1"])
+def test_a_graph_has_one_product_if_that_is_preferred(
+    preferred: str, make: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a variable, since a graph does not know where weights lie; else each product is AITER's alone."""
+    monkeypatch.setenv("AITER_FUSION_LINEAR_SIDE_BY_SIDE", preferred)
+    torch.manual_seed(0)
+    model = Heads().to(BF16).eval()
+    models.QUANTISATIONS["PerRow"](model)
+    aiter_fusion.prepare(model, product="side_by_side")
+    double = make(arch="gfx950")
+    result = checked(model, provider="aiter")
+    with torch.no_grad():
+        result.call(torch.randn(3, 64).to(BF16))
+    sites = [site for site in result.report.sites if site.family == "fp8_linear"]
+    said = {(site.status, site.op, site.provider, site.products) for site in sites}
+    if preferred == "1":
+        assert said == {("replaced", "aiter_fusion::fp8_linear", "aiter", 3)}
+        assert double.called.count("gemm_a8w8") == 1
+    else:
+        assert said == {("replaced", "aiter_fusion::gemm_a8w8", "aiter", 0)}
+        assert double.called.count("gemm_a8w8") == 3
+    assert result.report.unaccounted == 0
 
 
 def test_shared_weights_stay_shared() -> None:

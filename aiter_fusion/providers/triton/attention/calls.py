@@ -120,9 +120,12 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     )
     prepared = _prepared.get(key)
     if prepared is None:
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
         prepared = _prepared[key] = launcher.prepare(op, arguments, of(arguments), list(tensors))
     return prepared(pointers)
 
 
-# The launchers of calls by what they depend on.
+# The launchers of calls by what they depend on. A cache that grows has another key for every token.
+MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], launcher.Launcher] = {}
