@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiter_fusion import cli
 from aiter_fusion.cli import doctor
 from aiter_fusion.doctor import examine as examining
 from aiter_fusion.doctor.calls import AGREES, FAILED, GRANULARITIES, Case, attempt, cases, choose, nearness
@@ -279,9 +278,3 @@ def test_causes() -> None:
 )
 def test_public(text: str, said: str) -> None:
     assert public(text) == said
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["doctor", "--help"])
-    assert "example: aiter-fusion doctor --output report.md" in capsys.readouterr().out
