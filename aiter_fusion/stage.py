@@ -319,4 +319,5 @@ def samples(row: Sequence[Stage]) -> Iterator[dict[str, Any]]:
 
 def typical(row: Sequence[Stage], setting: Setting) -> dict[str, Any]:
     """Arguments as models give them, in order."""
-    return {name: value for stage in row for name, value in stage.typical(setting).items()}
+    given = {name: value for stage in row for name, value in stage.typical(setting).items()}
+    return {name: given[name] for stage in row for name in stage.arguments}

@@ -130,13 +130,15 @@ def choose(case: Case) -> Choice:
         # on a GPU the reference is what others are compared with
         if provider.missing() is None and (provider.name != "reference" or _device() == "cpu")
     }
-    fusion = next(fusion for fusion in REGISTRY.fusions.values() if fusion.op == op.family)
-    chosen, reason = "", ""
-    try:
-        check_wanted(fusion, op, (), op.features, options, training=False)
-        chosen = provider_for(op, given, options, fusion).name
-    except Refused as refused:
-        reason = str(refused.refusal)
+    chosen, reasons = "", []
+    for fusion in REGISTRY.fusions.values():
+        if fusion.op == op.family and not chosen:
+            try:
+                check_wanted(fusion, op, (), op.features, options, training=False)
+                chosen = provider_for(op, given, options, fusion).name
+            except Refused as refused:
+                reasons.append(str(refused.refusal))
+    reason = "" if chosen else "; ".join(dict.fromkeys(reasons))
     able = tuple(name for name, why in objections.items() if why is None)
     return Choice(chosen, reason, able, tuple((name, why) for name, why in objections.items() if why is not None))
 

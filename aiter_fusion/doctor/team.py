@@ -34,6 +34,8 @@ class Failed(Exception):  # noqa: N818 (what was asked for did not succeed, whic
 def cause(error: BaseException) -> str:
     """The error that an error comes from, in one line, and without the machine's folders."""
     inner = getattr(error, "inner_exception", None) or error.__cause__
+    if inner is None and type(error).__module__.startswith("torch._dynamo"):
+        inner = error.__context__  # Dynamo raises its errors anew, without what they come from
     if inner is not None:
         return cause(inner)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

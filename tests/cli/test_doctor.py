@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aiter_fusion.cli import doctor
 from aiter_fusion.doctor import examine as examining
-from aiter_fusion.doctor.calls import AGREES, FAILED, GRANULARITIES, Case, attempt, cases, choose, nearness
+from aiter_fusion.doctor.calls import AGREES, FAILED, GRANULARITIES, Case, arguments, attempt, cases, choose, nearness
 from aiter_fusion.doctor.examine import examine, ranks
 from aiter_fusion.doctor.team import Failed, Team, cause, public
 from aiter_fusion.op import FusedOp
@@ -184,10 +184,12 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Calls -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("alone")
 def test_every_op_is_called() -> None:
     """Once, and those of a family that compute scales with every granularity among them."""
     called = cases()
     assert [case.op.key for case in called] == list(REGISTRY.ops)
+    assert all(list(arguments(case)) == list(case.op.arguments) for case in called)
     assert len(set(map(str, called))) == len(called)
     scales = {case.granularity for case in called if case.family == "rms_norm_quant"}
     assert scales == {*GRANULARITIES, ""}
@@ -263,6 +265,9 @@ def test_causes() -> None:
         mishaps.fail()
     assert cause(raised.value) == "ValueError: y is no pointer"
     assert cause(KeyError()) == "KeyError"
+    with pytest.raises(RuntimeError) as raised:
+        torch.compile(lambda x: STATIC.op.target(x), fullgraph=True)(torch.ones(2))
+    assert "missing value for argument 'up'" in cause(raised.value)
     assert cause(OSError("in /home/me/x/y.py\nand more")) == "OSError: in .../y.py"
 
 
