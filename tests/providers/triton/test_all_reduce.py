@@ -17,7 +17,7 @@ from aiter_fusion.bench import allreduce
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import same_bits
 from aiter_fusion.providers import collective
-from aiter_fusion.providers.triton.all_reduce import algorithms, symmetric
+from aiter_fusion.providers.triton.all_reduce import algorithms, calls, symmetric
 from aiter_fusion.registry import REGISTRY
 from support import cases, gloo_ranks, gpu_ranks, models, processes
 from support.checked import Checked, fused
@@ -221,3 +221,11 @@ def test_the_way_is_what_was_measured() -> None:
         assert algorithms.choose(8, max(most, 1), width, 2) == ("one_shot" if most else "two_shot")
         assert algorithms.choose(8, most + 1, width, 2) == "two_shot"
     assert algorithms.choose(8, 81, 256, 2) == "two_shot"
+
+
+def test_on_rocm_it_names_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    op = REGISTRY.ops["all_reduce_rms_norm", frozenset()]
+    assert calls.refuse(op, {"group": "0"}) == (
+        "its all-reduces are for NVIDIA GPUs: on AMD's, provider 'aiter' has them"
+    )
