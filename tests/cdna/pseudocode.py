@@ -90,7 +90,7 @@ TOKEN = re.compile(
     |(?P<number>0x[0-9a-fA-F]+|\d+\.\d+F?|\d+)(?P<tail>ULL|LL|U|F)?
     |(?P<name>[A-Za-z_]\w*(?:\.(?!(?:u|i|b|f|bf|fp|bf)\d+\b)[A-Za-z_]\w*)*)
     |(?P<suffix>\.(?:u|i|b|f|bf|fp)\d+)
-    |(?P<op>\*\*|<<|>>|<>|==|!=|<=|>=|\+=|\|\||&&|[-+*/%&|^~!?:=<>(){}\[\],;])
+    |(?P<op>\*\*|<<|>>|<>|==|!=|<=|>=|\+=|-=|\|\||&&|[-+*/%&|^~!?:=<>(){}\[\],;])
     |(?P<space>\s+)""",
     re.VERBOSE,
 )
@@ -290,8 +290,8 @@ class Parser:
         value = self.expression()
         if operator == "=":
             return lambda run: store(run, value(run))
-        if operator == "+=":
-            return lambda run: store(run, arithmetic("+", load(run), value(run)))
+        if operator in ("+=", "-="):
+            return lambda run: store(run, arithmetic(operator[0], load(run), value(run)))
         raise Unsaid(f"{operator} is no assignment")
 
     def accessors(self) -> list[Any]:
@@ -432,8 +432,8 @@ class Parser:
 def converted(value: Value, kind: str, width: int) -> Value:
     """A value as another type."""
     if kind in ("f", "bf"):
-        if not value.is_float and value.kind == "b":
-            return Value(kind, width, value.bits)
+        if not value.is_float:  # bits: nothing converts integers in this way
+            return Value(kind, width, value.bits & ((1 << width) - 1))
         return floating(value.number, kind, width)
     if value.is_float and kind == "b":
         return Value(kind, width, value.bits)
@@ -499,9 +499,9 @@ def arithmetic(operator: str, a: Value, b: Value) -> Value:
         if operator == "**":
             return Value("f", width, exact=Fraction(a.number) ** b.integer)
         result = exact(operator, a.number, b.number)
-        return Value(kind, width, exact=result) if a.exact is not None and b.exact is not None else floating(
-            result, kind, width
-        )
+        # beside a literal nothing is rounded before the result is stored: ``floor(x + 0.5F)`` would else be wrong
+        literal = a.exact is not None or b.exact is not None
+        return Value(kind, width, exact=result) if literal else floating(result, kind, width)
     x, y, width = a.integer, b.integer, max(a.width, b.width)
     kind = "u" if "u" in (a.kind, b.kind) else a.kind
     results = {
@@ -564,6 +564,9 @@ class Evaluation:
         "NAN": Value("b", 32, F32.nan),
         "DENORM": Value("denormal", 32),
         "ROUND_NEAREST_EVEN": integer(0),
+        "INF": Value("f", 32, exact=math.inf),
+        "UNDERFLOW_F32": Value("f", 32, exact=Fraction(0)),
+        "OVERFLOW_F32": Value("f", 32, exact=math.inf),
     }
 
     def base(self, name: str) -> Value | list[Value]:
@@ -763,9 +766,23 @@ def _rounded(how: Callable[[Fraction], int]) -> Callable[[Lane, Value], Value]:
         number = value.number
         if isinstance(number, float):
             return value
-        return floating(math.copysign(float(how(number)), number), value.kind, value.width)
+        whole = how(number)
+        exact_whole = Fraction(whole) if whole else math.copysign(0.0, number)
+        return Value(value.kind, value.width, exact=exact_whole) if value.exact is not None else floating(
+            exact_whole, value.kind, value.width
+        )
 
     return apply
+
+
+def _fract(lane: Lane, value: Value) -> Value:
+    number = value.number
+    return value if isinstance(number, float) else Value("f", value.width, exact=number - math.floor(number))
+
+
+def _signext_from_bit(lane: Lane, value: Value, width: Value) -> Value:
+    top = 1 << max(width.bits - 1, 0)
+    return integer((value.bits ^ top) - top if width.bits else 0, "i", 32)
 
 
 def _to_integer(low: int, high: int, kind: str) -> Callable[[Lane, Value], Value]:
@@ -825,8 +842,11 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "sqrt": _sqrt,
     "trunc": _rounded(math.trunc),
     "floor": _rounded(math.floor),
-    "isEven": lambda lane, v: flag(v.number % 2 == 0),
+    "isEven": lambda lane, v: flag(math.isfinite(v.number) and v.number % 2 == 0),
+    "fract": _fract,
+    "signext_from_bit": _signext_from_bit,
     "v_maximum_f32": _maximum,
+    "v_maximum3_f16": lambda lane, a, b, c: _maximum(lane, _maximum(lane, a, b), c),
     "v_minimum_f32": lambda lane, a, b: _maximum(lane, a, b, -1),
     "signext": lambda lane, v: integer(Value("i", v.width, v.bits).integer, "i", 64),
     "f32_to_fp8": _to_fp8,
