@@ -96,8 +96,11 @@ def approximate(exact: Callable[[Array], Array]) -> Callable[[Context, Array], A
     return compute
 
 
-def is_signalling(x: Array) -> Array:
-    return np.isnan(x) & (bits(x) & 0x400000 == 0)
+def quieted(x: Array) -> tuple[Array, Array]:
+    """(x with its NaN made quiet, whether x is a signalling NaN)."""
+    unsigned, quiet = (np.uint16, 0x200) if x.dtype == F16 else (U32, 0x400000)
+    found = x.view(unsigned)
+    return (found | unsigned(quiet)).view(x.dtype), np.isnan(x) & (found & unsigned(quiet) == 0)
 
 
 def larger(a: Array, b: Array) -> Array:
@@ -112,10 +115,8 @@ def smaller(a: Array, b: Array) -> Array:
 def _extreme(a: Array, b: Array, first: Array) -> Array:
     chosen = np.where(first, a, b)
     chosen = np.where(np.isnan(a), b, np.where(np.isnan(b), a, chosen))
-    if a.dtype == F16:
-        return chosen
-    quiet_a, quiet_b = (bits(a) | 0x400000).view(F32), (bits(b) | 0x400000).view(F32)
-    return np.where(is_signalling(a), quiet_a, np.where(is_signalling(b), quiet_b, chosen))
+    (quiet_a, signals_a), (quiet_b, signals_b) = quieted(a), quieted(b)
+    return np.where(signals_a, quiet_a, np.where(signals_b, quiet_b, chosen))
 
 
 def median(a: Array, b: Array, c: Array) -> Array:
@@ -268,7 +269,8 @@ def div_fixup(a: Array, b: Array, c: Array) -> Array:
         ((b == 0) | np.isinf(c), signed(0x7F800000)),
         (np.isinf(b) | (c == 0), signed(0)),
         (exponent_c - exponent_b < -150, signed(0)),
-        (exponent_b == 255, signed(0x7F800000)),
+        # of the quotient: the pseudocode asks for the denominator's exponent, which is never 255 here
+        (bits(a) & 0x7F800000 == 0x7F800000, signed(0x7F800000)),
     )
     return np.select([case[0] for case in cases], [case[1] for case in cases], (sign | bits(a) & 0x7FFFFFFF).view(F32))
 
@@ -299,9 +301,9 @@ def bit_field(x: Array, offset: Array, width: Array) -> Array:
 
 
 def signed_bit_field(x: Array, offset: Array, width: Array) -> Array:
-    offset, width = offset & 31, width & 31
-    taken = bit_field(x.view(U32), offset, width).view(I32)
-    sign = I32(1) << np.maximum(width, 1).view(I32) - 1
+    width = (width & 31).view(I32)
+    taken = x >> (offset & 31).view(I32) & ((I32(1) << width) - 1)
+    sign = I32(1) << np.maximum(width, 1) - 1
     return np.where(width == 0, 0, (taken ^ sign) - sign).astype(I32)
 
 
@@ -336,14 +338,15 @@ def shift_right_signed(a: Array, b: Array) -> Array:
 
 
 def multiply_add_64(kind: type) -> Callable[..., tuple[Array, Array]]:
-    """``a * b + c`` of 32-bit factors and a 64-bit addend; and the bit above, which nothing here reads."""
+    """``a * b + c`` of 32-bit factors and a 64-bit addend; and the bit above."""
 
     def run(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
         with np.errstate(over="ignore"):
             product = a.astype(kind) * b.astype(kind)
             total = product + c
-        above = (total < c) if kind is U64 else (((total < c) ^ (product < 0)) ^ ((product < 0) ^ (c < 0) ^ (c < 0)))
-        return total, above
+        if kind is U64:
+            return total, total < c
+        return total, (total < 0) ^ (((product ^ total) & (c ^ total)) < 0)
 
     return run
 
@@ -362,9 +365,7 @@ def table_of_three(context_bits: int) -> Callable[..., Array]:
         result = np.zeros(np.broadcast(a, b, c).shape, a.dtype)
         for row in range(8):
             if context_bits >> row & 1:
-                result = result | (
-                    (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-                )
+                result = result | ((a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c))
         return result
 
     return run
@@ -485,7 +486,9 @@ VECTOR: dict[str, Operation] = {
     "V_BFE_U32": Operation("u32", ("u32",) * 3, bit_field),
     "V_BFE_I32": Operation("i32", ("i32", "u32", "u32"), signed_bit_field),
     "V_BFREV_B32": Operation("u32", ("u32",), reversed_bits),
-    "V_ALIGNBIT_B32": Operation("u32", ("u32",) * 3, lambda a, b, c: ((a.astype(U64) << U64(32) | b) >> (c & 31)).astype(U32)),
+    "V_ALIGNBIT_B32": Operation(
+        "u32", ("u32",) * 3, lambda a, b, c: ((a.astype(U64) << U64(32) | b) >> (c & 31)).astype(U32)
+    ),
     "V_PERM_B32": Operation("u32", ("u32",) * 3, permute_bytes),
     "V_LSHLREV_B32": _two("u32", _swap(shift_left)),
     "V_LSHRREV_B32": _two("u32", _swap(shift_right)),
@@ -564,9 +567,7 @@ def _scalar_comparisons() -> dict[str, Scalar]:
 
 def _both(name: str, compute: Callable[[Array, Array], Array]) -> dict[str, Scalar]:
     """A bitwise instruction of 32 and of 64 bits."""
-    return {
-        f"S_{name}_B{kind[1:]}": Scalar(kind, (kind, kind), compute, "nonzero") for kind in ("u32", "u64")
-    }
+    return {f"S_{name}_B{kind[1:]}": Scalar(kind, (kind, kind), compute, "nonzero") for kind in ("u32", "u64")}
 
 
 SCALAR: dict[str, Scalar] = {
@@ -583,9 +584,7 @@ SCALAR: dict[str, Scalar] = {
     "S_SUB_I32": Scalar("i32", ("i32", "i32"), _overflow(np.subtract, False), "given"),
     "S_MUL_I32": Scalar("i32", ("i32", "i32"), quietly(np.multiply)),
     "S_MUL_HI_I32": Scalar("i32", ("i32", "i32"), lambda a, b: (a.astype(I64) * b.astype(I64) >> 32).astype(I32)),
-    "S_MUL_HI_U32": Scalar(
-        "u32", ("u32", "u32"), lambda a, b: (a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32)
-    ),
+    "S_MUL_HI_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32)),
     "S_MIN_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (np.minimum(a, b), a < b), "given"),
     "S_MIN_I32": Scalar("i32", ("i32", "i32"), lambda a, b: (np.minimum(a, b), a < b), "given"),
     "S_MAX_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (np.maximum(a, b), a >= b), "given"),

@@ -471,7 +471,11 @@ class Decoder:
         opsel = getattr(inst, "opsel", 0)
         out = inst.vdst.offset - 256 if hasattr(inst, "vdst") and row.result != "mask" else -1
         fields = iter(
-            ("vsrc0" if sdwa or dpp else "src0", "vsrc1" if "VOP2" in encoding or "VOPC" in encoding else "src1", "src2")
+            (
+                "vsrc0" if sdwa or dpp else "src0",
+                "vsrc1" if "VOP2" in encoding or "VOPC" in encoding else "src1",
+                "src2",
+            )
         )
         reads: list[Callable[[Waves], Array]] = []
         numbers = iter(range(3))
@@ -499,8 +503,11 @@ class Decoder:
                     negate >> number & 1,
                     absolute >> number & 1,
                     high=opsel >> number & 1 and not sdwa,
-                    selection=(inst.src0_sel, inst.src0_sext) if sdwa and number == 0
-                    else (inst.src1_sel, inst.src1_sext) if sdwa and number == 1 else None,
+                    selection=(inst.src0_sel, inst.src0_sext)
+                    if sdwa and number == 0
+                    else (inst.src1_sel, inst.src1_sext)
+                    if sdwa and number == 1
+                    else None,
                     lanes=inst if dpp and number == 0 else None,
                     constant=128 <= code <= 255,
                 )
@@ -621,7 +628,9 @@ class Decoder:
 
         def by_rows(waves: Waves, result: Array, active: Array | None) -> None:
             lane = np.arange(LANES)
-            mask = (inst.row_mask >> (lane // 16) & 1).astype(bool) & (inst.bank_mask >> (lane // 4 % 4) & 1).astype(bool)
+            mask = (inst.row_mask >> (lane // 16) & 1).astype(bool) & (inst.bank_mask >> (lane // 4 % 4) & 1).astype(
+                bool
+            )
             if not inst.bc:  # without bound_ctrl, a lane with nothing to read keeps what it has
                 mask = mask & self.valid(waves, dpp_lanes(inst.dpp))
             mask = np.broadcast_to(mask, (len(waves.indices), LANES))
@@ -873,7 +882,9 @@ class Decoder:
     def access(
         self, inst: Any, name: str, addresses: Callable[..., Any], out: int, data: int, ranged: bool = False
     ) -> Step:
-        match = re.fullmatch(r"(?:GLOBAL|BUFFER)_(LOAD|STORE)_(DWORD|USHORT|UBYTE|SHORT|BYTE)(?:X(\d))?(_D16_HI)?", name)
+        match = re.fullmatch(
+            r"(?:GLOBAL|BUFFER)_(LOAD|STORE)_(DWORD|USHORT|UBYTE|SHORT|BYTE)(?:X(\d))?(_D16_HI)?", name
+        )
         if match is None:
             raise Unknown(inst.op.name)
         loads, unit, times, upper = match.groups()

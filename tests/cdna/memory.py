@@ -48,7 +48,9 @@ class Memory:
         if (outside := (at < 0) | (at + size > len(self.data))).any():
             raise Fault(f"{what} of {size} bytes at {addresses[outside][0]:#x}, which is out of bounds")
         if (at % unit).any():
-            raise Fault(f"{what} of {size} bytes at {addresses[(at % unit) != 0][0]:#x}, which is not aligned to {unit}")
+            raise Fault(
+                f"{what} of {size} bytes at {addresses[(at % unit) != 0][0]:#x}, which is not aligned to {unit}"
+            )
         places = (at // unit)[:, None] + np.arange(size // unit)
         state = self.state.view(f"u{unit}")[places]
         lowest = np.minimum.reduce([state >> (8 * i) & 0xFF for i in range(unit)])

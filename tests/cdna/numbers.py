@@ -65,14 +65,14 @@ class Format:
     def encode(self, value: Fraction | float, saturate: bool = False) -> int:
         """The bits of a number, rounded to nearest, ties to even. ``saturate``: a finite one that is too large becomes
         the largest; infinities are as ``FP16_OVFL`` has them: kept where the format has them, the largest otherwise."""
-        negative = math.copysign(1.0, value) < 0 if isinstance(value, float) else value < 0
+        negative = value < 0 or (isinstance(value, float) and math.copysign(1.0, value) < 0)
         sign = int(negative) << (self.width - 1)
         if isinstance(value, float):
             if math.isnan(value):
                 return self.nan
             if math.isinf(value):
                 if self.special == "ieee":
-                    return sign | self.encode_magnitude_of_infinity()
+                    return sign | self.infinity
                 return sign | self._magnitude(self.top) if saturate else self._overflow(sign)
             value = Fraction(value)
         magnitude = abs(value)
@@ -86,12 +86,14 @@ class Format:
             return 0
         return sign | self._magnitude(magnitude)
 
-    def encode_magnitude_of_infinity(self) -> int:
+    @property
+    def infinity(self) -> int:
+        """The bits of infinity, where there is one."""
         return ((1 << self.exponent) - 1) << self.fraction
 
     def _overflow(self, sign: int) -> int:
         if self.special == "ieee":
-            return sign | self.encode_magnitude_of_infinity()
+            return sign | self.infinity
         return self.nan if self.special == "fnuz" else sign | self.nan
 
     def _magnitude(self, value: Fraction) -> int:

@@ -434,6 +434,12 @@ def converted(value: Value, kind: str, width: int) -> Value:
     if kind in ("f", "bf"):
         if not value.is_float:  # bits: nothing converts integers in this way
             return Value(kind, width, value.bits & ((1 << width) - 1))
+        if value.exact is None and _is_nan(value):  # with its sign and the first bits of its fraction
+            old, new = FLOATS[value.kind, value.width], FLOATS[kind, width]
+            sign, fraction = value.bits >> (old.width - 1), value.bits & ((1 << old.fraction) - 1)
+            shift = new.fraction - old.fraction
+            fraction = fraction << shift if shift >= 0 else fraction >> -shift
+            return Value(kind, width, sign << (new.width - 1) | new.infinity | fraction)
         return floating(value.number, kind, width)
     if value.is_float and kind == "b":
         return Value(kind, width, value.bits)
@@ -446,8 +452,10 @@ def negative(value: Value) -> Value:
     if value.is_float:
         number = value.number
         exact = -float(number) if isinstance(number, float) or number == 0 else -number
-        return Value(value.kind, value.width, exact=exact) if value.exact is not None else floating(
-            exact, value.kind, value.width
+        return (
+            Value(value.kind, value.width, exact=exact)
+            if value.exact is not None
+            else floating(exact, value.kind, value.width)
         )
     return integer(-value.integer, value.kind, value.width)
 
@@ -457,6 +465,11 @@ def _float_of(a: Value, b: Value) -> tuple[str, int]:
     typed = [v for v in (a, b) if v.is_float and v.exact is None]
     widest = max(typed or [v for v in (a, b) if v.is_float], key=lambda v: v.width)
     return widest.kind, widest.width
+
+
+def sign_of(x: Fraction | float) -> float:
+    """1 or -1; that of a zero counts where it has one."""
+    return math.copysign(1.0, x) if isinstance(x, float) else -1.0 if x < 0 else 1.0
 
 
 def exact(operator: str, x: Fraction | float, y: Fraction | float) -> Fraction | float:
@@ -471,7 +484,7 @@ def exact(operator: str, x: Fraction | float, y: Fraction | float) -> Fraction |
                 return finite[0] + finite[1] if operator == "+" else finite[0] - finite[1]
         total = Fraction(x) + Fraction(y) if operator == "+" else Fraction(x) - Fraction(y)
         return total
-    signs = math.copysign(1.0, x) * math.copysign(1.0, y)
+    signs = sign_of(x) * sign_of(y)
     if operator == "*":
         if any(isinstance(v, float) and not math.isfinite(v) for v in (x, y)):
             return _sign_or_zero(x) * _sign_or_zero(y)
@@ -490,14 +503,15 @@ def _sign_or_zero(x: Fraction | float) -> float:
     """A factor that behaves like x beside an infinity or a NaN."""
     if isinstance(x, float) and not math.isfinite(x):
         return x
-    return math.copysign(1.0, x) if x else math.copysign(0.0, x)
+    return sign_of(x) if x else math.copysign(0.0, sign_of(x))
 
 
 def arithmetic(operator: str, a: Value, b: Value) -> Value:
     if a.is_float or b.is_float:
         kind, width = _float_of(a, b)
         if operator == "**":
-            return Value("f", width, exact=Fraction(a.number) ** b.integer)
+            power = min(max(b.integer, -2000), 2000)  # beyond, everything is 0 or infinite
+            return Value("f", width, exact=Fraction(a.number) ** power)
         result = exact(operator, a.number, b.number)
         # beside a literal nothing is rounded before the result is stored: ``floor(x + 0.5F)`` would else be wrong
         literal = a.exact is not None or b.exact is not None
@@ -517,7 +531,7 @@ def arithmetic(operator: str, a: Value, b: Value) -> Value:
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda x, y: x == y,
     "!=": lambda x, y: x != y,
-    "<>": lambda x, y: x != y,
+    "<>": lambda x, y: x < y or x > y,  # of numbers: not of NaN
     "<": lambda x, y: x < y,
     "<=": lambda x, y: x <= y,
     ">": lambda x, y: x > y,
@@ -539,7 +553,7 @@ def operation(operator: str, left: Expression, right: Expression, run: Evaluatio
             return flag(0 < abs(number) < Fraction(2) ** (1 - form.bias))
         if isinstance(b.exact, float) and b.exact == 0 and operator == "==":  # ``== -0.0``: its sign counts
             number = a.number
-            return flag(number == 0 and math.copysign(1.0, number) == math.copysign(1.0, b.exact))
+            return flag(number == 0 and sign_of(number) == sign_of(b.exact))
         x, y = (a.number, b.number) if a.is_float or b.is_float else (a.integer, b.integer)
         return flag(COMPARISONS[operator](x, y))
     if operator in ("<<", ">>"):
@@ -646,7 +660,12 @@ class Evaluation:
             self.locals[name] = entries
         elif not steps:
             declared = self.locals.get(name)
-            if isinstance(declared, Value) and declared.width == 32 and declared.kind != value.kind and not value.is_float:
+            if (
+                isinstance(declared, Value)
+                and declared.width == 32
+                and declared.kind != value.kind
+                and not value.is_float
+            ):
                 value = integer(value.integer, declared.kind, declared.width)
             self.locals[name] = value
         else:
@@ -654,7 +673,11 @@ class Evaluation:
             self.locals[name] = Value("b", 64, self.merged(base.bits, 64, steps, value))
 
     def as_bits(self, value: Value, kind: str, width: int) -> int:
-        if kind in ("f", "bf") and value.is_float and (value.exact is not None or (value.kind, value.width) != (kind, width)):
+        if (
+            kind in ("f", "bf")
+            and value.is_float
+            and (value.exact is not None or (value.kind, value.width) != (kind, width))
+        ):
             return FLOATS[kind, width].encode(value.number)
         if value.exact is not None:
             return FLOATS["f", width].encode(value.exact)
@@ -721,7 +744,7 @@ def _exponent(lane: Lane, value: Value) -> Value:
 def _ldexp(lane: Lane, value: Value, by: Value) -> Value:
     number = value.number
     if not isinstance(number, float):
-        number = number * Fraction(2) ** by.integer
+        number = number * Fraction(2) ** min(max(by.integer, -2000), 2000)
     return floating(number, value.kind, value.width)
 
 
@@ -756,7 +779,7 @@ def _maximum(lane: Lane, a: Value, b: Value, sign: int = 1) -> Value:
         return floating(math.nan, a.kind, a.width)
 
     def order(v: Value) -> tuple[Any, float]:
-        return sign * v.number, sign * math.copysign(1.0, v.number)
+        return sign * v.number, sign * sign_of(v.number)
 
     return a if order(a) >= order(b) else b
 
@@ -767,9 +790,11 @@ def _rounded(how: Callable[[Fraction], int]) -> Callable[[Lane, Value], Value]:
         if isinstance(number, float):
             return value
         whole = how(number)
-        exact_whole = Fraction(whole) if whole else math.copysign(0.0, number)
-        return Value(value.kind, value.width, exact=exact_whole) if value.exact is not None else floating(
-            exact_whole, value.kind, value.width
+        exact_whole = Fraction(whole) if whole else math.copysign(0.0, sign_of(number))
+        return (
+            Value(value.kind, value.width, exact=exact_whole)
+            if value.exact is not None
+            else floating(exact_whole, value.kind, value.width)
         )
 
     return apply

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,15 @@ from tinygrad.runtime.autogen.amd.cdna import ins as encodings
 from cdna import arithmetic, pseudocode
 from cdna.arithmetic import F16, F32, MIXED, PACKED, SAVE_EXEC, SCALAR, U32, U64, VECTOR
 from cdna.machine import EXEC, FP16_OVFL, GFX942, GFX950, LANES, VCC, Decoder, Program, Target, Unknown, Waves
-from cdna.memory import BASE, Fault, Lds, Memory
-from cdna.numbers import E4M3FN, E4M3FNUZ, F32 as F32_FORMAT
+from cdna.memory import Fault, Lds, Memory
+from cdna.numbers import BF16, E4M3FN, E4M3FNUZ
+from cdna.numbers import F16 as F16_FORMAT
+from cdna.numbers import F32 as F32_FORMAT
 from cdna.pseudocode import Lane
 
 pytestmark = pytest.mark.cdna
 
-WAVES = 4
+WAVES = 2
 FLOATS = (
     0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 1e-45, -1e-45, 1.1754942e-38, 1.17549435e-38, -1.17549435e-38, 3.4028235e38,
     -3.4028235e38, np.inf, -np.inf, 240.0, 247.9, 248.0, 448.0, 464.0, 464.1, -465.0, 0.0009765625, 0.00048828125, 65504.0,
@@ -112,9 +114,17 @@ def encoded(name: str) -> Iterator[tuple[str, Any]]:
                     yield variant, op
 
 
+def make(encoding: str, op: Any, **fields: Any) -> Any:
+    """An instruction of these fields; others are 0. (tinygrad's constructors check sizes of registers.)"""
+    inst = object.__new__(getattr(encodings, encoding))
+    inst._raw = 0
+    for name, field in type(inst)._fields:
+        inst._raw = field.set(inst._raw, op if name == "op" else fields.get(name))
+    return inst
+
+
 def build(name: str, encoding: str, op: Any, sources: tuple[str, ...], literal: int) -> Any:
     """An instruction that reads v0, v2 and v4 (pairs from there), and s[10:11] as a mask, and writes v6 or s[12:13]."""
-    cls = getattr(encodings, encoding)
     kinds = [kind for kind in sources if kind not in ("carry", "literal", "old")]
     given: dict[str, Any] = {}
     for i, kind in enumerate(kinds):
@@ -131,20 +141,27 @@ def build(name: str, encoding: str, op: Any, sources: tuple[str, ...], literal: 
         given["vdst"] = register(VECTOR[name].result, 6)
     if encoding == "VOP2_LIT":
         given["literal"] = literal
-    inst = object.__new__(cls)
-    inst._raw = 0
-    for field_name, field in cls._fields:
-        value = op if field_name == "op" else given.get(field_name)
-        inst._raw = field.set(inst._raw, value)
-    return inst
+    return make(encoding, op, **given)
 
 
 def mask_bits(waves: Waves, register: int) -> list[int]:
     return [int(waves.s[register, i]) | int(waves.s[register + 1, i]) << 32 for i in range(waves.s.shape[1])]
 
 
+# Two results of 16 bits in one register.
+PAIRS = {"V_CVT_PK_BF16_F32": BF16, "V_CVT_PK_F16_F32": F16_FORMAT}
+
+
 def same(have: int, want: int, kind: str, name: str) -> bool:
     """Equal bits, or NaN both; one unit in the last place where hardware has as much."""
+    if name in PAIRS:
+        parts = [(have >> at & 0xFFFF, want >> at & 0xFFFF) for at in (0, 16)]
+        return all(a == b or all(PAIRS[name].decode(x) != PAIRS[name].decode(x) for x in (a, b)) for a, b in parts)
+    if kind == "half":  # codes of FP8: the sign of e4m3fn's NaN is not said
+        parts = [(have >> at & 0xFF, want >> at & 0xFF) for at in range(0, 32, 8)]
+        return all(a == b or (a & 0x7F == b & 0x7F == 0x7F) for a, b in parts)
+    if name == "V_RNDNE_F32" and not (have | want) & 0x7FFFFFFF:  # the sign of a zero is not said
+        return True
     if kind in ("f32", "f16"):
         dtype, unsigned = (F32, U32) if kind == "f32" else (F16, np.uint16)
         a, b = (np.array(x & ((1 << 8 * dtype().itemsize) - 1), unsigned).view(dtype)[()] for x in (have, want))
@@ -176,7 +193,9 @@ def test_vector(name: str, encoding: str, op: Any) -> None:
     row = VECTOR[name]
     literal = int(operands("f32", name, 1)[0])
     step = Decoder(GFX942).step(build(name, encoding, op, row.sources, literal))
-    for target, saturates in ((GFX942, False), (GFX942, True), (GFX950, True)) if row.wants_context else ((GFX942, False),):
+    for target, saturates in (
+        ((GFX942, False), (GFX942, True), (GFX950, True)) if row.wants_context else ((GFX942, False),)
+    ):
         waves = machine(target=target)
         waves.mode[:] = FP16_OVFL if saturates else 0
         count = WAVES * LANES
@@ -191,7 +210,9 @@ def test_vector(name: str, encoding: str, op: Any) -> None:
             waves.s[pair : pair + 2] = random.integers(0, 1 << 32, (2, WAVES))
         carry = mask_bits(waves, VCC if encoding in ("VOP1", "VOP2", "VOPC") or name == "V_DIV_FMAS_F32" else 10)
         active = mask_bits(waves, EXEC)
-        Decoder(target).step(build(name, encoding, op, row.sources, literal))(waves) if target is GFX950 else step(waves)
+        Decoder(target).step(build(name, encoding, op, row.sources, literal))(waves) if target is GFX950 else step(
+            waves
+        )
         masks = mask_bits(waves, 12 if encoding in ("VOP3SD", "VOP3_SDST") else VCC)
         wide = row.result in ("u64", "i64")
         text = pseudocode.text_of(name)
@@ -206,6 +227,8 @@ def test_vector(name: str, encoding: str, op: Any) -> None:
                     assert not masks[wave] >> lane & 1
                 continue
             registers: dict[str, Any] = {f"S{i}": int(bits[at]) for i, bits in enumerate(given)}
+            if name == "V_DIV_FIXUP_F32" and registers["S0"] & 0x7F800000 == 0x7F800000:
+                continue  # an infinite quotient: test_division
             registers |= {"D0": 0 if row.result == "mask" else before, "VCC": carry[wave], "SIMM32": literal, "D1": 0}
             opsel = 0
             result = run_one(text, registers, target, saturates, lane, opsel)
@@ -215,6 +238,10 @@ def test_vector(name: str, encoding: str, op: Any) -> None:
             want = result["D0"] & (0xFFFFFFFFFFFFFFFF if wide else 0xFFFFFFFF)
             if row.result in ("f16", "u16"):  # a result of 16 bits clears the others, on this generation
                 want &= 0xFFFF
+            if row.result == "f16" and saturates and want & 0x7FFF == 0x7C00:  # MODE.FP16_OVFL, by the ISA document
+                finite = [F16_FORMAT if kind == "f16" else F32_FORMAT for kind in kinds]
+                numbers = [f.decode(registers[f"S{i}"] & ((1 << f.width) - 1)) for i, f in enumerate(finite)]
+                want -= all(abs(number) != np.inf for number in numbers)
             assert same(have, want, row.result, name), (hex(have), hex(want), registers)
             if row.carries:
                 wanted = result["D1"] & 1 if name.startswith("V_MAD") else result["VCC"] >> lane & 1
@@ -241,7 +268,7 @@ def test_bitop3(table: int) -> None:
     """Its truth table stands where other instructions have modifiers."""
     for name, kind in (("V_BITOP3_B32", "u32"), ("V_BITOP3_B16", "u16")):
         op = getattr(ops.VOP3Op, name)
-        inst = encodings.VOP3(op, vdst=Reg(262), src0=Reg(256), src1=Reg(258), src2=Reg(260))
+        inst = make("VOP3", op, vdst=Reg(262), src0=Reg(256), src1=Reg(258), src2=Reg(260))
         inst.omod, inst.abs, inst.neg = table >> 6, table >> 3 & 7, table & 7
         waves = machine(1)
         given = [operands("u32", f"{name} {i}", LANES) for i in range(3)]
@@ -308,16 +335,20 @@ def test_packed(name: str) -> None:
     text = pseudocode.text_of(name)
     given = [operands("u64" if wide else "u32", f"{name} {i}", LANES) for i in range(sources)]
     if wide:
-        pairs = [[operands("f32", f"{name} {i} {half}", LANES).astype(U64) for half in range(2)] for i in range(sources)]
+        pairs = [
+            [operands("f32", f"{name} {i} {half}", LANES).astype(U64) for half in range(2)] for i in range(sources)
+        ]
         given = [low | high << U64(32) for low, high in pairs]
     else:
-        pairs = [[operands("f16", f"{name} {i} {half}", LANES) & U32(0xFFFF) for half in range(2)] for i in range(sources)]
+        pairs = [
+            [operands("f16", f"{name} {i} {half}", LANES) & U32(0xFFFF) for half in range(2)] for i in range(sources)
+        ]
         given = [low | high << U32(16) for low, high in pairs]
     width = 32 if wide else 16
     every = 1 << sources
     for low, high, negate, negate_high in itertools.product(range(every), range(every), (0, 1, every - 1), (0, 2)):
         size = 2 if wide else 1
-        inst = encodings.VOP3P(op, vdst=Reg(262, size), src0=Reg(256, size), src1=Reg(258, size))
+        inst = make("VOP3P", op, vdst=Reg(262, size), src0=Reg(256, size), src1=Reg(258, size))
         if sources == 3:
             inst.src2 = Reg(260, size)
         inst.opsel, inst.opsel_hi, inst.opsel_hi2 = low, high & 3, high >> 2
@@ -352,7 +383,7 @@ def test_mixed(name: str) -> None:
     given[2] = given[2] | operands("f16", f"{name} upper", LANES) << 16
     old = operands("u32", name, LANES)
     for low, high, negate, absolute in itertools.product(range(8), range(8), (0, 5), (0, 3)):
-        inst = encodings.VOP3P(op, vdst=Reg(262), src0=Reg(256), src1=Reg(258), src2=Reg(260))
+        inst = make("VOP3P", op, vdst=Reg(262), src0=Reg(256), src1=Reg(258), src2=Reg(260))
         inst.opsel, inst.opsel_hi, inst.opsel_hi2 = low, high & 3, high >> 2
         inst.neg, inst.neg_hi = negate, absolute
         waves = machine(1)
@@ -385,7 +416,7 @@ def test_pk_mov() -> None:
     text = pseudocode.text_of("V_PK_MOV_B32")
     given = [operands("u64", f"pk_mov {i}", LANES) for i in range(2)]
     for select in range(4):
-        inst = encodings.VOP3P(ops.VOP3POp.V_PK_MOV_B32, vdst=Reg(262, 2), src0=Reg(256, 2), src1=Reg(258, 2))
+        inst = make("VOP3P", ops.VOP3POp.V_PK_MOV_B32, vdst=Reg(262, 2), src0=Reg(256, 2), src1=Reg(258, 2))
         inst.opsel = select
         waves = machine(1)
         for i, bits in enumerate(given):
@@ -394,7 +425,10 @@ def test_pk_mov() -> None:
         for lane in range(LANES):
             registers = {"S0": int(given[0][lane]), "S1": int(given[1][lane]), "OPSEL": select, "D0": 0}
             # the suffix of the sources there is that of half a pair
-            pseudocode.run(text.replace("S0.u32", "S0.u64").replace("S1.u32", "S1.u64").replace("D0.u32", "D0.u64"), Lane(registers))
+            pseudocode.run(
+                text.replace("S0.u32", "S0.u64").replace("S1.u32", "S1.u64").replace("D0.u32", "D0.u64"),
+                Lane(registers),
+            )
             assert int(waves.v[6, 0, lane]) | int(waves.v[7, 0, lane]) << 32 == registers["D0"]
 
 
@@ -426,10 +460,9 @@ SCALARS = [
 @pytest.mark.parametrize(("name", "family", "op"), SCALARS)
 def test_scalar(name: str, family: str, op: Any) -> None:
     """Results, SCC and EXEC, for 128 waves with operands of their own."""
-    count = 128
+    count = 96
     row = SCALAR.get(name)
     kinds = [k for k in row.sources if k not in ("scc", "k", "destination")] if row else ["u64"]
-    cls = getattr(encodings, family)
     wide = row.result in ("u64", "i64") if row else True
 
     def pair(kind: str, at: int) -> Reg:
@@ -441,7 +474,7 @@ def test_scalar(name: str, family: str, op: Any) -> None:
             fields["sdst"] = Reg(12, 2 if wide else 1)
         if family == "SOPK":
             fields = {"sdst": Reg(12), "simm16": immediate}
-        step = Decoder(GFX942).step(cls(op, **fields))
+        step = Decoder(GFX942).step(make(family, op, **fields))
         waves = machine(count)
         given = [operands(kind, f"{name} {i}", count) for i, kind in enumerate(kinds)]
         for i, bits in enumerate(given):
@@ -471,9 +504,11 @@ def test_scalar(name: str, family: str, op: Any) -> None:
 def test_mode_register() -> None:
     """S_SETREG_IMM32_B32, and no other register of hardware."""
     text = pseudocode.text_of("S_SETREG_IMM32_B32")
-    for offset, size, literal, old in itertools.product((0, 8, 23), (1, 4, 9), (0, 1, 0xFFFFFFFF), (0, 0x2F0, 0xFFFFFFFF)):
+    for offset, size, literal, old in itertools.product(
+        (0, 8, 23), (1, 4, 9), (0, 1, 0xFFFFFFFF), (0, 0x2F0, 0xFFFFFFFF)
+    ):
         simm16 = 1 | offset << 6 | (size - 1) << 11
-        inst = encodings.SOPK_LIT(ops.SOPKOp.S_SETREG_IMM32_B32, simm16=simm16, literal=literal)
+        inst = make("SOPK_LIT", ops.SOPKOp.S_SETREG_IMM32_B32, simm16=simm16, literal=literal)
         waves = machine(1)
         waves.mode[:] = old
         Decoder(GFX942).step(inst)(waves)
@@ -481,7 +516,7 @@ def test_mode_register() -> None:
         pseudocode.run(text, Lane(registers))
         assert waves.mode[0] == registers["HW_REGISTERS"][1] & 0xFFFFFFFF
     with pytest.raises(Unknown, match="register 2"):
-        Decoder(GFX942).step(encodings.SOPK_LIT(ops.SOPKOp.S_SETREG_IMM32_B32, simm16=2, literal=0))
+        Decoder(GFX942).step(make("SOPK_LIT", ops.SOPKOp.S_SETREG_IMM32_B32, simm16=2, literal=0))
 
 
 @pytest.mark.parametrize(
@@ -495,9 +530,9 @@ def test_mode_register() -> None:
 def test_branches(name: str, flags: int) -> None:
     """``branch +1; s_mov s5, 1; s_endpgm``: whether the move is jumped over."""
     code = [
-        encodings.SOPP(getattr(ops.SOPPOp, name), simm16=1),
-        encodings.SOP1(ops.SOP1Op.S_MOV_B32, sdst=Reg(5), ssrc0=1),
-        encodings.SOPP(ops.SOPPOp.S_ENDPGM, simm16=0),
+        make("SOPP", getattr(ops.SOPPOp, name), simm16=1),
+        make("SOP1", ops.SOP1Op.S_MOV_B32, sdst=Reg(5), ssrc0=1),
+        make("SOPP", ops.SOPPOp.S_ENDPGM, simm16=0),
     ]
     program = Program(b"".join(inst.to_bytes() for inst in code), GFX942)
     waves = machine(2)
@@ -560,7 +595,7 @@ def test_dpp(bound_control: int, in_place: bool) -> None:
         if in_place:
             old = values
         out = 0 if in_place else 6
-        inst = encodings.VOP2_DPP16(ops.VOP2Op.V_ADD_U32_E32, vdst=Reg(256 + out), src0=Reg(250), vsrc1=Reg(258))
+        inst = make("VOP2_DPP16", ops.VOP2Op.V_ADD_U32_E32, vdst=Reg(256 + out), src0=Reg(250), vsrc1=Reg(258))
         inst.vsrc0 = Reg(256)
         inst.dpp, inst.bc, inst.row_mask, inst.bank_mask = control, bound_control, rows, banks
         waves = machine(1)
@@ -593,7 +628,7 @@ def test_sdwa() -> None:
     """Every part of sources and of the result, sign extension, what happens to the rest, and scalar sources."""
     a, b, old = (operands("u32", f"sdwa {i}", LANES) for i in range(3))
     for first, second, extend, to, unused in itertools.product(range(7), range(7), (0, 1), range(7), (0, 2)):
-        inst = encodings.VOP2_SDWA(ops.VOP2Op.V_XOR_B32_E32, vdst=Reg(262), src0=Reg(249), vsrc1=Reg(258))
+        inst = make("VOP2_SDWA", ops.VOP2Op.V_XOR_B32_E32, vdst=Reg(262), src0=Reg(249), vsrc1=Reg(258))
         inst.vsrc0 = Reg(256)
         inst.src0_sel, inst.src1_sel, inst.src0_sext, inst.src1_sext = first, second, extend, extend
         inst.dst_sel, inst.dst_unused = to, unused
@@ -618,10 +653,17 @@ def test_sdwa_modifiers() -> None:
     halves = operands("f16", "sdwa lower", LANES) | operands("f16", "sdwa upper", LANES) << 16
     text = pseudocode.text_of("V_MAX_F16")
     for first, second, negate, absolute, scalar in itertools.product((4, 5, 6), (4, 5), range(4), range(4), (0, 1)):
-        inst = encodings.VOP2_SDWA(ops.VOP2Op.V_MAX_F16_E32, vdst=Reg(262), src0=Reg(249), vsrc1=Reg(256 + (9 if scalar else 2)))
+        inst = make(
+            "VOP2_SDWA", ops.VOP2Op.V_MAX_F16_E32, vdst=Reg(262), src0=Reg(249), vsrc1=Reg(256 + (9 if scalar else 2))
+        )
         inst.vsrc0 = Reg(256)
         inst.src0_sel, inst.src1_sel, inst.dst_sel, inst.s1 = first, second, 6, scalar
-        inst.src0_neg, inst.src1_neg, inst.src0_abs, inst.src1_abs = negate & 1, negate >> 1, absolute & 1, absolute >> 1
+        inst.src0_neg, inst.src1_neg, inst.src0_abs, inst.src1_abs = (
+            negate & 1,
+            negate >> 1,
+            absolute & 1,
+            absolute >> 1,
+        )
         waves = machine(1)
         fill(waves, 0, halves)
         fill(waves, 2, halves[::-1])
@@ -642,7 +684,7 @@ def test_vop3_modifiers() -> None:
     """neg after abs, the clamp to [0, 1], and multiples of the result (omod)."""
     a, b = (operands("f32", f"vop3 {i}", LANES) for i in range(2))
     for negate, absolute, omod, clamp in itertools.product(range(4), range(4), range(4), (0, 1)):
-        inst = encodings.VOP3(ops.VOP3Op.V_ADD_F32_E64, vdst=Reg(262), src0=Reg(256), src1=Reg(258))
+        inst = make("VOP3", ops.VOP3Op.V_ADD_F32_E64, vdst=Reg(262), src0=Reg(256), src1=Reg(258))
         inst.neg, inst.abs, inst.omod, inst.clmp = negate, absolute, omod, clamp
         waves = machine(1)
         fill(waves, 0, a)
@@ -671,10 +713,12 @@ def test_lanes() -> None:
         fill(waves, 2, values[1])
         waves.s[9], waves.s[8] = chosen, 0xABCD
         waves.s[EXEC], waves.s[EXEC + 1] = active & 0xFFFFFFFF, active >> 32
-        Decoder(GFX942).step(encodings.VOP3(ops.VOP3Op.V_READLANE_B32, vdst=Reg(256 + 5), src0=Reg(256), src1=Reg(9)))(waves)
-        first = encodings.VOP1(ops.VOP1Op.V_READFIRSTLANE_B32_E32, src0=Reg(256), vdst=Reg(256 + 6))
+        Decoder(GFX942).step(make("VOP3", ops.VOP3Op.V_READLANE_B32, vdst=Reg(256 + 5), src0=Reg(256), src1=Reg(9)))(
+            waves
+        )
+        first = make("VOP1", ops.VOP1Op.V_READFIRSTLANE_B32_E32, src0=Reg(256), vdst=Reg(256 + 6))
         Decoder(GFX942).step(first)(waves)
-        write = encodings.VOP3(ops.VOP3Op.V_WRITELANE_B32, vdst=Reg(258), src0=Reg(8), src1=Reg(9))
+        write = make("VOP3", ops.VOP3Op.V_WRITELANE_B32, vdst=Reg(258), src0=Reg(8), src1=Reg(9))
         Decoder(GFX942).step(write)(waves)
         vgprs = [[int(values[0][lane]), 0, int(values[1][lane])] for lane in range(LANES)]
         registers = {"S1": chosen, "SRC0": 0, "D0": 0, "EXEC": active}
@@ -691,7 +735,7 @@ def test_lanes() -> None:
 @pytest.mark.parametrize("width", [16, 32])
 def test_permlane_swap(width: int) -> None:
     name = f"V_PERMLANE{width}_SWAP_B32"
-    inst = encodings.VOP1(getattr(ops.VOP1Op, f"{name}_E32"), vdst=Reg(256), src0=Reg(258))
+    inst = make("VOP1", getattr(ops.VOP1Op, f"{name}_E32"), vdst=Reg(256), src0=Reg(258))
     a, b = (operands("u32", f"{name} {i}", LANES) for i in range(2))
     waves = machine(1)
     fill(waves, 0, a)
@@ -706,7 +750,7 @@ def test_permlane_swap(width: int) -> None:
 def test_bpermute() -> None:
     for offset, active in itertools.product((0, 4, 256), (0xFFFFFFFFFFFFFFFF, 0x0F0F5555FFFF0001)):
         addresses, data, old = (operands("u32", f"bpermute {i}", LANES) for i in range(3))
-        inst = encodings.DS(ops.DSOp.DS_BPERMUTE_B32, vdst=Reg(262), addr=Reg(256), data0=Reg(258))
+        inst = make("DS", ops.DSOp.DS_BPERMUTE_B32, vdst=Reg(262), addr=Reg(256), data0=Reg(258))
         inst.offset0, inst.offset1 = offset & 255, offset >> 8
         waves = machine(1)
         for at, bits in ((0, addresses), (2, data), (6, old)):
@@ -723,7 +767,7 @@ def test_swizzle() -> None:
     """Against the ISA document: groups of four by a pattern, or of 32 by and, or and xor masks."""
     data = operands("u32", "swizzle", LANES)
     for offset in (0x80E4, 0x801B, 0x80FF, 0x401F, 0x041F, 0x7C1F, 0x001E, 0x03E0, 0x1234 & 0x7FFF):
-        inst = encodings.DS(ops.DSOp.DS_SWIZZLE_B32, vdst=Reg(262), addr=Reg(256))
+        inst = make("DS", ops.DSOp.DS_SWIZZLE_B32, vdst=Reg(262), addr=Reg(256))
         inst.offset0, inst.offset1 = offset & 255, offset >> 8
         waves = machine(1)
         fill(waves, 0, data)
@@ -746,9 +790,7 @@ LDS_NAMES = memory_names(r"DS_(READ|WRITE)2?(ST64)?_[BU](8|16|32|64|96|128)(_D16
 @pytest.mark.parametrize("name", [n for n in LDS_NAMES if not (n.startswith("DS_READ") and "D16" in n)])
 def test_lds(name: str) -> None:
     """Loads and stores of every width, with one offset or two."""
-    inst = encodings.DS(getattr(ops.DSOp, name))
-    for field, value in (("addr", 0), ("data0", 2), ("data1", 8), ("vdst", 2)):
-        inst._raw = dict(inst._fields)[field].set(inst._raw, Reg(256 + value))
+    inst = make("DS", getattr(ops.DSOp, name), addr=Reg(256), data0=Reg(258), data1=Reg(264), vdst=Reg(258))
     inst.offset0, inst.offset1 = (3, 5) if "2" in name.split("_")[1] else (16, 0)
     size = 64 * 1024
     waves = machine(1, lds=size)
@@ -809,20 +851,32 @@ def test_memory(name: str, by_scalar: bool) -> None:
     waves.s[12] = 0
     extra = 8
     if buffer:
-        inst = encodings.MUBUF(getattr(ops.MUBUFOp, name))
-        values = {"vdata": Reg(260), "vaddr": Reg(256), "srsrc": Reg(8, 4), "soffset": Reg(12), "offen": 1, "offset": extra}
+        encoding, op = "MUBUF", getattr(ops.MUBUFOp, name)
+        values = {
+            "vdata": Reg(260),
+            "vaddr": Reg(256),
+            "srsrc": Reg(8, 4),
+            "soffset": Reg(12),
+            "offen": 1,
+            "offset": extra,
+        }
         fill(waves, 0, offsets)
     else:
-        inst = encodings.GLOBAL(getattr(ops.GLOBALOp, name))
-        values = {"vdst": Reg(260), "data": Reg(260), "addr": Reg(256), "saddr": Reg(8) if by_scalar else Reg(127), "offset": extra}
+        encoding, op = "GLOBAL", getattr(ops.GLOBALOp, name)
+        values = {
+            "vdst": Reg(260),
+            "data": Reg(260),
+            "addr": Reg(256),
+            "saddr": Reg(8) if by_scalar else Reg(127),
+            "offset": extra,
+        }
         fill(waves, 0, offsets if by_scalar else offsets.astype(U64) + U64(start))
-    for field, value in values.items():
-        inst._raw = dict(inst._fields)[field].set(inst._raw, value)
-    Decoder(GFX942).step(inst)(waves)
-    bytes_of = {start + i: byte for i, byte in enumerate(content.tolist())}
+    Decoder(GFX942).step(make(encoding, op, **values))(waves)
+    low = start & 0xFFFFFFFF  # the pseudocode writes addresses with 32 bits
+    bytes_of = {low + i: byte for i, byte in enumerate(content.tolist())}
     text = pseudocode.text_of(name)
     for lane in range(LANES):
-        address = start + int(offsets[lane]) + extra
+        address = low + int(offsets[lane]) + extra
         size = {"DWORD": 4, "USHORT": 2, "SHORT": 2, "UBYTE": 1, "BYTE": 1}[re.sub(r"X\d", "", name.split("_")[-1])]
         count = int(match[1]) if (match := re.search(r"X(\d)", name)) else 1
         have = [int(waves.v[4 + i, 0, lane]) for i in range(count)]
@@ -841,7 +895,7 @@ def test_memory(name: str, by_scalar: bool) -> None:
                 wanted &= 0xFFFFFFFF
             assert sum(bits << 32 * i for i, bits in enumerate(have)) == wanted
     if "STORE" in name:
-        assert memory.read(start, 4096)[0].tolist() == [bytes_of[start + i] for i in range(4096)]
+        assert memory.read(start, 4096)[0].tolist() == [bytes_of[low + i] for i in range(4096)]
 
 
 @pytest.mark.parametrize("name", memory_names(r"S_LOAD_DWORD(X\d+)?", ops.SMEMOp))
@@ -852,15 +906,14 @@ def test_scalar_loads(name: str) -> None:
     count = int(match[1]) if (match := re.search(r"X(\d+)", name)) else 1
     for offset in (0, 8, 1024, -16):
         waves = machine(3, memory=memory)
-        inst = encodings.SMEM(getattr(ops.SMEMOp, name))
-        for field, value in {"sdata": Reg(16, count), "sbase": Reg(8, 2), "offset": offset & 0x1FFFFF, "imm": 1}.items():
-            inst._raw = dict(inst._fields)[field].set(inst._raw, value)
+        fields = {"sdata": Reg(16, count), "sbase": Reg(8, 2), "offset": offset & 0x1FFFFF, "imm": 1}
+        inst = make("SMEM", getattr(ops.SMEMOp, name), **fields)
         bases = [start + 64 * (wave + 1) for wave in range(3)]
         waves.s[8], waves.s[9] = [b & 0xFFFFFFFF for b in bases], [b >> 32 for b in bases]
         Decoder(GFX942).step(inst)(waves)
         for wave in range(3):
-            registers = {"SBASE": bases[wave] + offset, "SDATA": 0}
-            bytes_of = {start + i: byte for i, byte in enumerate(content.tolist())}
+            registers = {"SBASE": (bases[wave] + offset) & 0xFFFFFFFF, "SDATA": 0}
+            bytes_of = {(start & 0xFFFFFFFF) + i: byte for i, byte in enumerate(content.tolist())}
             pseudocode.run(pseudocode.text_of(name), Lane(registers, memory=bytes_of))
             assert [int(x) for x in waves.s[16 : 16 + count, wave]] == [
                 registers["SDATA"] >> 32 * i & 0xFFFFFFFF for i in range(count)
@@ -871,20 +924,20 @@ def test_scalar_loads(name: str) -> None:
 
 
 def code_of(*insts: Any) -> Program:
-    code = [*insts, encodings.SOPP(ops.SOPPOp.S_ENDPGM, simm16=0)]
+    code = [*insts, make("SOPP", ops.SOPPOp.S_ENDPGM, simm16=0)]
     return Program(b"".join(inst.to_bytes() for inst in code), GFX942)
 
 
 def wait() -> Any:
-    return encodings.SOPP(ops.SOPPOp.S_WAITCNT, simm16=0)
+    return make("SOPP", ops.SOPPOp.S_WAITCNT, simm16=0)
 
 
 def lds_store() -> Any:
-    return encodings.DS(ops.DSOp.DS_WRITE_B32, addr=Reg(256), data0=Reg(258))
+    return make("DS", ops.DSOp.DS_WRITE_B32, addr=Reg(256), data0=Reg(258))
 
 
 def lds_load() -> Any:
-    return encodings.DS(ops.DSOp.DS_READ_B32, vdst=Reg(260), addr=Reg(257))
+    return make("DS", ops.DSOp.DS_READ_B32, vdst=Reg(260), addr=Reg(257))
 
 
 def two_waves(shift: int) -> Waves:
@@ -896,14 +949,14 @@ def two_waves(shift: int) -> Waves:
 
 
 def test_a_race_is_reported() -> None:
-    barrier = encodings.SOPP(ops.SOPPOp.S_BARRIER, simm16=0)
+    barrier = make("SOPP", ops.SOPPOp.S_BARRIER, simm16=0)
     with pytest.raises(Fault, match="race: wave 0 loads LDS 0x100"):
         code_of(lds_store(), wait(), lds_load(), wait()).run(two_waves(64))
     waves = two_waves(64)
     code_of(lds_store(), wait(), barrier, lds_load(), wait()).run(waves)
     assert (waves.v[4] == (np.arange(128).reshape(2, LANES) + 64) % 128).all()
     code_of(lds_store(), wait(), lds_load(), wait()).run(two_waves(0))  # its own: no race
-    other = encodings.DS(ops.DSOp.DS_WRITE_B32, addr=Reg(257), data0=Reg(258))
+    other = make("DS", ops.DSOp.DS_WRITE_B32, addr=Reg(257), data0=Reg(258))
     with pytest.raises(Fault, match="race: wave 0 stores to LDS"):  # what another wave may not have read yet
         code_of(lds_store(), wait(), barrier, lds_load(), wait(), lds_store_of_new()).run(two_waves(64))
     with pytest.raises(Fault, match="race: wave 0 stores to LDS"):
@@ -913,11 +966,11 @@ def test_a_race_is_reported() -> None:
 
 
 def lds_store_of_new() -> Any:
-    return encodings.DS(ops.DSOp.DS_WRITE_B32, addr=Reg(256), data0=Reg(257))
+    return make("DS", ops.DSOp.DS_WRITE_B32, addr=Reg(256), data0=Reg(257))
 
 
 def test_a_missing_wait_is_reported() -> None:
-    use = encodings.VOP1(ops.VOP1Op.V_MOV_B32_E32, vdst=Reg(261), src0=Reg(260))
+    use = make("VOP1", ops.VOP1Op.V_MOV_B32_E32, vdst=Reg(261), src0=Reg(260))
     with pytest.raises(Fault, match="v4 is used before its load was waited for"):
         code_of(lds_store(), wait(), lds_load(), use).run(two_waves(0))
     code_of(lds_store(), wait(), lds_load(), wait(), use).run(two_waves(0))
@@ -927,8 +980,13 @@ def test_wrong_addresses_are_reported() -> None:
     memory = Memory()
     start = memory.place(256, np.zeros(256, np.uint8))
     unwritten = memory.place(256)
-    load = encodings.GLOBAL(ops.GLOBALOp.GLOBAL_LOAD_DWORD, vdst=Reg(260), addr=Reg(256, 2), saddr=Reg(127))
-    for base, reason in ((start + 4, "out of bounds"), (unwritten, "which nothing has written"), (8, "out of bounds"), (start + 2, "aligned")):
+    load = make("GLOBAL", ops.GLOBALOp.GLOBAL_LOAD_DWORD, vdst=Reg(260), addr=Reg(256, 2), saddr=Reg(127))
+    for base, reason in (
+        (start + 4, "out of bounds"),
+        (unwritten, "which nothing has written"),
+        (8, "out of bounds"),
+        (start + 2, "aligned"),
+    ):
         waves = machine(1, memory=memory)
         fill(waves, 0, np.arange(LANES).astype(U64) * U64(4) + U64(base))
         with pytest.raises(Fault, match=reason) as failure:
@@ -945,9 +1003,16 @@ def test_wrong_addresses_are_reported() -> None:
 def test_what_is_not_there_fails() -> None:
     """No instruction is passed over."""
     for inst in (
-        encodings.VOP3P_MFMA(ops.VOP3POp.V_MFMA_F32_4X4X1_16B_F32, vdst=Reg(256, 4), src0=Reg(256), src1=Reg(256), src2=Reg(256, 4)),
-        encodings.VOP3(ops.VOP3Op.V_SAD_U8, vdst=Reg(256), src0=Reg(256), src1=Reg(256), src2=Reg(256)),
-        encodings.SOP1(ops.SOP1Op.S_FF1_I32_B32, sdst=Reg(0), ssrc0=Reg(0)),
+        make(
+            "VOP3P_MFMA",
+            ops.VOP3POp.V_MFMA_F32_4X4X1_16B_F32,
+            vdst=Reg(256, 4),
+            src0=Reg(256),
+            src1=Reg(256),
+            src2=Reg(256, 4),
+        ),
+        make("VOP3", ops.VOP3Op.V_SAD_U8, vdst=Reg(256), src0=Reg(256), src1=Reg(256), src2=Reg(256)),
+        make("SOP1", ops.SOP1Op.S_FF1_I32_B32, sdst=Reg(0), ssrc0=Reg(0)),
     ):
         with pytest.raises(Unknown):
             Decoder(GFX942).step(inst)
