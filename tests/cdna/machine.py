@@ -37,7 +37,7 @@ from .arithmetic import (
     table_of_three,
     to_bf16,  # noqa: F401  (part of the instruction set's arithmetic)
 )
-from .memory import Fault, Lds, Memory
+from .memory import FaultError, Lds, Memory
 
 LANES = 64
 VCC, M0, EXEC, SCC = 106, 124, 126, 253
@@ -46,7 +46,7 @@ FP16_OVFL = 1 << 23
 Step = Callable[["Waves"], None]
 
 
-class Unknown(NotImplementedError):
+class UnknownInstructionError(NotImplementedError):
     """An instruction, or a form of one, that the emulator does not have."""
 
 
@@ -144,7 +144,7 @@ class Waves:
         counter, number = found
         if (number[self.at] > self.done[counter][self.at]).any():
             name = f"v{register}" if register >= 0 else f"s{-1 - register}"
-            raise Fault(f"{name} is used before its load was waited for")
+            raise FaultError(f"{name} is used before its load was waited for")
         if not (number > self.done[counter]).any():
             del self.pending[register]
 
@@ -222,7 +222,7 @@ def source(code: int, kind: str, literal: int | None) -> Source:
     fixed = constant(code, kind)
     if code == 255:
         if literal is None:
-            raise Unknown("a literal that is not there")
+            raise UnknownInstructionError("a literal that is not there")
         fixed = literal << 32 if kind == "f64" else literal
         if kind == "i64" and literal >> 31:
             fixed |= 0xFFFFFFFF << 32
@@ -237,7 +237,7 @@ def source(code: int, kind: str, literal: int | None) -> Source:
         if not wide:
             return lambda waves: waves.scalar(code)[:, None]
         return lambda waves: (waves.scalar(code).astype(U64) | waves.scalar(code + 1).astype(U64) << U64(32))[:, None]
-    raise Unknown(f"source operand {code}")
+    raise UnknownInstructionError(f"source operand {code}")
 
 
 def typed(bits: Array, kind: str) -> Array:
@@ -306,7 +306,7 @@ def dpp_lanes(control: int) -> Array:
         return shifts[control]
     if 0x150 <= control <= 0x15F:  # row_newbcast
         return row + amount
-    raise Unknown(f"DPP control {control:#x}")
+    raise UnknownInstructionError(f"DPP control {control:#x}")
 
 
 def selected(bits: Array, selection: int, extend: int) -> Array:
@@ -314,12 +314,20 @@ def selected(bits: Array, selection: int, extend: int) -> Array:
     if selection == 6:
         return bits
     if selection > 6:
-        raise Unknown(f"SDWA selection {selection}")
+        raise UnknownInstructionError(f"SDWA selection {selection}")
     width, at = (8, 8 * selection) if selection < 4 else (16, 16 * (selection - 4))
     part = bits >> at & ((1 << width) - 1)
     if extend:
         part = (part.astype(U32) << (32 - width)).view(I32) >> (32 - width)
     return part.view(U32) if part.dtype == I32 else part.astype(U32)
+
+
+def _immediate(value: Array, waves: Waves) -> Array:
+    return value
+
+
+def _signed_scalar(register: int, waves: Waves) -> Array:
+    return waves.scalar(register)[:, None].view(I32)
 
 
 class Decoder:
@@ -350,7 +358,7 @@ class Decoder:
         }
         family = re.sub(r"_(LIT|DPP16|SDWA|SDST|SDWA_SDST)$", "", re.sub(r"_SDWA_SDST$", "", encoding))
         if family not in kinds:
-            raise Unknown(f"{inst.op.name} ({encoding})")
+            raise UnknownInstructionError(f"{inst.op.name} ({encoding})")
         return kinds[family](inst, name)
 
     # scalar instructions
@@ -373,7 +381,7 @@ class Decoder:
 
             return save
         if name not in SCALAR:
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
         row = SCALAR[name]
         fields = iter(("ssrc0", "ssrc1"))
         reads: list[Source] = []
@@ -381,11 +389,9 @@ class Decoder:
             if kind == "scc":
                 reads.append(lambda waves: waves.scc[waves.at][:, None])
             elif kind == "k":
-                immediate = np.array([[inst.simm16]], np.uint16).view(np.int16).astype(I32)
-                reads.append(lambda waves: immediate)
+                reads.append(partial(_immediate, np.array([[inst.simm16]], np.uint16).view(np.int16).astype(I32)))
             elif kind == "destination":
-                register = inst.sdst.offset
-                reads.append(lambda waves: waves.scalar(register)[:, None].view(I32))
+                reads.append(partial(_signed_scalar, inst.sdst.offset))
             else:
                 read = source(getattr(inst, next(fields)).offset, kind, literal)
                 reads.append(lambda waves, read=read, kind=kind: typed(read(waves), kind))
@@ -411,7 +417,7 @@ class Decoder:
     def set_mode(self, simm16: int, literal: int | None) -> Step:
         register, offset, size = simm16 & 63, simm16 >> 6 & 31, (simm16 >> 11) + 1
         if register != MODE or literal is None:
-            raise Unknown(f"S_SETREG of hardware register {register}")
+            raise UnknownInstructionError(f"S_SETREG of hardware register {register}")
         mask = U32(((1 << size) - 1) << offset)
         value = U32(literal << offset & int(mask))
 
@@ -423,7 +429,7 @@ class Decoder:
     def scalar_load(self, inst: Any, name: str) -> Step:
         match = re.fullmatch(r"S_LOAD_DWORD(?:X(\d+))?", name)
         if match is None or inst.soffset_en or not inst.imm:
-            raise Unknown(f"{inst!r}")
+            raise UnknownInstructionError(f"{inst!r}")
         count, base, out = int(match[1] or 1), inst.sbase.offset, inst.sdata.offset
         offset = (inst.offset ^ 1 << 20) - (1 << 20)
 
@@ -455,7 +461,7 @@ class Decoder:
             row = Operation(kind, (kind,) * 3, table_of_three(inst.omod << 6 | inst.abs << 3 | inst.neg))
             return self.arithmetic(inst, name, row, negate=0, absolute=0, omod=0)
         if name not in VECTOR:
-            raise Unknown(f"{inst.op.name} ({encoding})")
+            raise UnknownInstructionError(f"{inst.op.name} ({encoding})")
         row = VECTOR[name]
         if "SDWA" in encoding or "DPP" in encoding:
             negate = inst.src0_neg | inst.src1_neg << 1
@@ -514,7 +520,7 @@ class Decoder:
             )
         clamp = getattr(inst, "clmp", 0)
         if (clamp or omod) and not is_float(row.result):
-            raise Unknown(f"clamp or omod of {name}")
+            raise UnknownInstructionError(f"clamp or omod of {name}")
         carry_out = self.carry_out(inst, encoding, row)
         write = self.writer(inst, name, row, out, opsel)
 
@@ -545,7 +551,7 @@ class Decoder:
             register = VCC
         if register < 128:
             return lambda waves: waves.mask(register)
-        raise Unknown(f"a mask in operand {register}")
+        raise UnknownInstructionError(f"a mask in operand {register}")
 
     def carry_out(self, inst: Any, encoding: str, row: Operation) -> int | None:
         """The pair of scalar registers that a bit for each lane goes to."""
@@ -569,9 +575,9 @@ class Decoder:
         constant: bool = False,
     ) -> Callable[[Waves], Array]:
         if high and (kind not in ("f16", "u16") or constant):
-            raise Unknown(f"the upper half of an operand of type {kind}")
+            raise UnknownInstructionError(f"the upper half of an operand of type {kind}")
         if (negate or absolute) and not is_float(kind):
-            raise Unknown(f"neg or abs of an operand of type {kind}")
+            raise UnknownInstructionError(f"neg or abs of an operand of type {kind}")
 
         def run(waves: Waves) -> Array:
             bits = read(waves)
@@ -623,7 +629,7 @@ class Decoder:
                 if inst.dst_unused == 2:  # preserve
                     bits = bits | waves.vector(out) & U32(~mask & 0xFFFFFFFF)
                 elif inst.dst_unused == 1:
-                    raise Unknown("SDWA's sign extension of a result")
+                    raise UnknownInstructionError("SDWA's sign extension of a result")
             waves.set_vector(out, bits, active)
 
         def by_rows(waves: Waves, result: Array, active: Array | None) -> None:
@@ -643,13 +649,13 @@ class Decoder:
         if row.result == "half":
             return halved
         if opsel & 8:
-            raise Unknown(f"op_sel of the result of {name}")
+            raise UnknownInstructionError(f"op_sel of the result of {name}")
         return plain
 
     def read_lane(self, inst: Any) -> Step:
         code = inst.src0.offset
         if code < 256:
-            raise Unknown(f"{inst!r}")
+            raise UnknownInstructionError(f"{inst!r}")
         out, register = inst.vdst.offset & 0xFF if inst.vdst.offset >= 256 else inst.vdst.offset, code - 256
         first = "FIRST" in inst.op.name
         read = None if first else source(inst.src1.offset, "u32", None)
@@ -684,7 +690,7 @@ class Decoder:
 
         def run(waves: Waves) -> None:
             if waves.active() is not None:
-                raise Unknown("V_PERMLANE_SWAP with lanes that are not active")
+                raise UnknownInstructionError("V_PERMLANE_SWAP with lanes that are not active")
             shape = (len(waves.indices), LANES // (2 * width), 2, width)
             a, b = waves.vector(one).reshape(shape).copy(), waves.vector(other).reshape(shape).copy()
             a[:, :, 1], b[:, :, 0] = b[:, :, 0].copy(), a[:, :, 1].copy()
@@ -698,7 +704,7 @@ class Decoder:
         codes = [inst.src0.offset, inst.src1.offset, inst.src2.offset]
         out = inst.vdst.offset - 256
         if inst.clmp:
-            raise Unknown(f"clamp of {name}")
+            raise UnknownInstructionError(f"clamp of {name}")
         if name in MIXED:
             return self.mixed(inst, name, codes, out, low, high)
         if name == "V_PK_MOV_B32":
@@ -715,7 +721,7 @@ class Decoder:
         elif name in PACKED:
             row = PACKED[name]
         else:
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
         (kind,) = set(row.sources)
         of = self.half_of_pair if kind == "f32" else self.half_of_dword
         parts = []
@@ -741,13 +747,13 @@ class Decoder:
         """The lower or the upper register of a pair. An inline constant has a lower half alone."""
         if constant(code, kind) is not None:
             if high:
-                raise Unknown("the upper half of an inline constant")
+                raise UnknownInstructionError("the upper half of an inline constant")
             return source(code, kind, None)
         return source(code + high, kind, None)
 
     def half_of_dword(self, code: int, high: int, kind: str) -> Source:
         if (fixed := constant(code, kind)) is not None and high and fixed:
-            raise Unknown("the upper half of an inline constant")
+            raise UnknownInstructionError("the upper half of an inline constant")
         read = source(code, kind, None)
         return (lambda waves: read(waves) >> 16) if high else read
 
@@ -759,7 +765,7 @@ class Decoder:
             half = high >> i & 1
             read = self.half_of_dword(code, low >> i & 1, "f16") if half else source(code, "f32", None)
             if half and constant(code, "f16") is not None and low >> i & 1:
-                raise Unknown("the upper half of an inline constant")
+                raise UnknownInstructionError("the upper half of an inline constant")
             reads.append((read, "f16" if half else "f32", inst.neg >> i & 1, inst.neg_hi >> i & 1))
 
         def run(waves: Waves) -> None:
@@ -776,7 +782,7 @@ class Decoder:
 
     def lds(self, inst: Any, name: str) -> Step:
         if inst.gds or inst.acc:
-            raise Unknown(f"{inst!r}")
+            raise UnknownInstructionError(f"{inst!r}")
         out, address = inst.vdst.offset - 256, inst.addr.offset - 256
         data = (inst.data0.offset - 256, inst.data1.offset - 256)
         offset = inst.offset0 | inst.offset1 << 8
@@ -788,11 +794,11 @@ class Decoder:
             )
         match = re.fullmatch(r"DS_(READ|WRITE)(2?)(ST64)?_([BUI])(\d+)(_D16_HI)?", name)
         if match is None:
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
         loads, twice, far, sign, width, upper = match.groups()
         size = int(width) // 8
         if (sign == "I" and size < 4) or (upper and loads == "READ"):
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
         count = max(1, size // 4)
         if twice:
             step = size * (64 if far else 1)
@@ -843,7 +849,7 @@ class Decoder:
 
     def global_memory(self, inst: Any, name: str) -> Step:
         if inst.acc or inst.sve:
-            raise Unknown(f"{inst!r}")
+            raise UnknownInstructionError(f"{inst!r}")
         base = None if inst.saddr.offset in (124, 127) else inst.saddr.offset
         offset = np.int64((inst.offset ^ 1 << 12) - (1 << 12))
         at = inst.addr.offset - 256
@@ -862,14 +868,14 @@ class Decoder:
     def buffer(self, inst: Any, name: str) -> Step:
         """Raw buffers: an offset in bytes from a base; a load beyond the number of records gives 0, a store nothing."""
         if inst.acc or inst.idxen or inst.lds:
-            raise Unknown(f"{inst!r}")
+            raise UnknownInstructionError(f"{inst!r}")
         resource, at = inst.srsrc.offset, inst.vaddr.offset - 256
         more = source(inst.soffset.offset, "u32", None)
 
         def addresses(waves: Waves, active: Array) -> tuple[Array, Array]:
             start = waves.scalar(resource).astype(U64) | (waves.scalar(resource + 1) & 0xFFFF).astype(U64) << U64(32)
             if (waves.scalar(resource + 1) >> 16).any():
-                raise Unknown("a buffer with a stride")
+                raise UnknownInstructionError("a buffer with a stride")
             offsets = (waves.vector(at) if inst.offen else np.zeros((1, LANES), U32)).astype(np.int64) + inst.offset
             offsets = np.broadcast_to(offsets, active.shape)
             inside = offsets < waves.scalar(resource + 2)[:, None].astype(np.int64)
@@ -886,12 +892,12 @@ class Decoder:
             r"(?:GLOBAL|BUFFER)_(LOAD|STORE)_(DWORD|USHORT|UBYTE|SHORT|BYTE)(?:X(\d))?(_D16_HI)?", name
         )
         if match is None:
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
         loads, unit, times, upper = match.groups()
         count = int(times or 1)
         size = count * {"DWORD": 4, "USHORT": 2, "UBYTE": 1, "SHORT": 2, "BYTE": 1}[unit]
         if upper and loads == "LOAD":
-            raise Unknown(inst.op.name)
+            raise UnknownInstructionError(inst.op.name)
 
         def reached(waves: Waves) -> tuple[Array, Array, Array]:
             """(active lanes, those that reach memory, their addresses)."""
@@ -946,7 +952,7 @@ def swizzle_lanes(offset: int) -> Array:
     lane = np.arange(LANES)
     if offset & 0x8000:
         if offset & 0x6000:
-            raise Unknown(f"DS_SWIZZLE with offset {offset:#x}")
+            raise UnknownInstructionError(f"DS_SWIZZLE with offset {offset:#x}")
         return lane // 4 * 4 + (offset >> (2 * (lane % 4)) & 3)
     and_mask, or_mask, xor_mask = offset & 31, offset >> 5 & 31, offset >> 10 & 31
     return lane // 32 * 32 + ((lane % 32 & and_mask | or_mask) ^ xor_mask)
@@ -983,7 +989,8 @@ class Program:
         while waiting:
             at = waiting.pop()
             while at not in self.instructions:
-                inst = self.instructions[at] = decode_inst(text[at : at + 16], "cdna")
+                inst: Any = decode_inst(text[at : at + 16], "cdna")
+                self.instructions[at] = inst
                 after = at + inst.size()
                 if inst.op.name in BRANCHES:
                     waiting.append(self.jump(at, inst))
@@ -1019,7 +1026,7 @@ class Program:
             waves.at = slice(None) if now.all() else np.flatnonzero(now)
             others = waves.pc[runnable & ~now]
             self.together(waves, here, int(others.min()) if len(others) else len(self.steps), waiting)
-        raise Fault(f"waves have not ended after {limit} turns")
+        raise FaultError(f"waves have not ended after {limit} turns")
 
     def together(self, waves: Waves, here: int, meet: int, waiting: Array) -> None:
         """Run the waves that are ``at`` an instruction, until their paths part, or reach that of others (``meet``)."""
@@ -1048,7 +1055,7 @@ class Program:
                     here += 1
                 elif name == "S_BARRIER":
                     if (waves.stores[waves.at] > waves.done["lgkm"][waves.at]).any():
-                        raise Fault("a barrier before stores to LDS were waited for")
+                        raise FaultError("a barrier before stores to LDS were waited for")
                     waves.pc[waves.at] = here + 1
                     waiting[waves.at] = True
                     return
@@ -1058,10 +1065,10 @@ class Program:
                 elif name == "S_NOP":
                     here += 1
                 else:
-                    raise Unknown(name)
-            except (Fault, Unknown) as problem:
-                problem.add_note(f"at {self.offsets[here]:#x}: {self.instructions[self.offsets[here]]!r}")
-                raise
+                    raise UnknownInstructionError(name)
+            except (FaultError, UnknownInstructionError) as problem:
+                place = f"at {self.offsets[here]:#x}: {self.instructions[self.offsets[here]]!r}"
+                raise type(problem)(f"{problem}; {place}") from problem
             waves.pc[waves.at] = here
             if here >= meet:
                 return

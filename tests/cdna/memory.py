@@ -13,7 +13,7 @@ GUARD = 4096
 ABSENT, UNWRITTEN, WRITTEN = 0, 1, 2
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What no GPU is asked to do: an access out of bounds, a race, a load of what nothing wrote, a missing wait."""
 
 
@@ -46,18 +46,18 @@ class Memory:
         unit = min(size, 4)
         at = addresses.astype(np.int64) - BASE
         if (outside := (at < 0) | (at + size > len(self.data))).any():
-            raise Fault(f"{what} of {size} bytes at {addresses[outside][0]:#x}, which is out of bounds")
+            raise FaultError(f"{what} of {size} bytes at {addresses[outside][0]:#x}, which is out of bounds")
         if (at % unit).any():
-            raise Fault(
+            raise FaultError(
                 f"{what} of {size} bytes at {addresses[(at % unit) != 0][0]:#x}, which is not aligned to {unit}"
             )
         places = (at // unit)[:, None] + np.arange(size // unit)
         state = self.state.view(f"u{unit}")[places]
         lowest = np.minimum.reduce([state >> (8 * i) & 0xFF for i in range(unit)])
         if (outside := lowest == ABSENT).any():
-            raise Fault(f"{what} of {size} bytes at {addresses[outside.any(1)][0]:#x}, which is out of bounds")
+            raise FaultError(f"{what} of {size} bytes at {addresses[outside.any(1)][0]:#x}, which is out of bounds")
         if what == "load" and (unwritten := lowest == UNWRITTEN).any():
-            raise Fault(f"load of {size} bytes at {addresses[unwritten.any(1)][0]:#x}, which nothing has written")
+            raise FaultError(f"load of {size} bytes at {addresses[unwritten.any(1)][0]:#x}, which nothing has written")
         return places, unit
 
     def load(self, addresses: Array, size: int) -> Array:
@@ -88,10 +88,10 @@ class Lds:
 
     def _places(self, groups: Array, addresses: Array, size: int, what: str) -> Array:
         if (outside := addresses + size > self.size).any():
-            raise Fault(f"{what} of {size} bytes at {addresses[outside][0]:#x} of {self.size} bytes of LDS")
+            raise FaultError(f"{what} of {size} bytes at {addresses[outside][0]:#x} of {self.size} bytes of LDS")
         unit = min(size, 4) if size < 8 else 8 if size == 8 else 16
         if (odd := addresses % unit != 0).any():
-            raise Fault(f"{what} of {size} bytes at {addresses[odd][0]:#x} of LDS, which is not aligned to {unit}")
+            raise FaultError(f"{what} of {size} bytes at {addresses[odd][0]:#x} of LDS, which is not aligned to {unit}")
         return (groups * self.size + addresses)[:, None] + np.arange(size)
 
     def load(self, groups: Array, waves: Array, barriers: Array, addresses: Array, size: int) -> Array:
@@ -99,10 +99,12 @@ class Lds:
         at = self._places(groups, addresses, size, "load")
         waves, barriers = waves[:, None], barriers[:, None]
         if (self.writer[at] == -1).any():
-            raise Fault(f"load of {size} bytes of LDS that no wave has written")
+            raise FaultError(f"load of {size} bytes of LDS that no wave has written")
         if (race := (self.written[at] == barriers) & (self.writer[at] != waves)).any():
             lane = race.any(1).argmax()
-            raise Fault(f"race: wave {waves[lane, 0]} loads LDS {addresses[lane]:#x} with no barrier since its writing")
+            raise FaultError(
+                f"race: wave {waves[lane, 0]} loads LDS {addresses[lane]:#x} with no barrier since its writing"
+            )
         others = (self.read[at] == barriers) & (self.reader[at] != waves)
         self.reader[at] = np.where(others, -2, waves)
         self.reader[at] = np.where(self.reader[at] == waves, waves, -2)  # two waves at once
@@ -117,7 +119,9 @@ class Lds:
         race |= (self.read[at] == barriers) & (self.reader[at] != waves)
         if (race & changes).any():
             lane = (race & changes).any(1).argmax()
-            raise Fault(f"race: wave {waves[lane, 0]} stores to LDS {addresses[lane]:#x} with no barrier since its use")
+            raise FaultError(
+                f"race: wave {waves[lane, 0]} stores to LDS {addresses[lane]:#x} with no barrier since its use"
+            )
         self.data[at], self.writer[at], self.written[at] = values, waves, barriers
         if (lost := self.data[at] != values).any():
-            raise Fault(f"race: two lanes store different bytes to LDS {addresses[lost.any(1)][0]:#x} at once")
+            raise FaultError(f"race: two lanes store different bytes to LDS {addresses[lost.any(1)][0]:#x} at once")

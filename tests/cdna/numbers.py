@@ -96,7 +96,7 @@ class Format:
             return sign | self.infinity
         return self.nan if self.special == "fnuz" else sign | self.nan
 
-    def _magnitude(self, value: Fraction) -> int:
+    def _magnitude(self, value: Fraction | int) -> int:
         if not value:
             return 0
         exponent = max(_floor_log2(value), 1 - self.bias)
@@ -104,7 +104,7 @@ class Format:
         return significand + ((exponent + self.bias - 1) << self.fraction)
 
 
-def _floor_log2(value: Fraction) -> int:
+def _floor_log2(value: Fraction | int) -> int:
     guess = value.numerator.bit_length() - value.denominator.bit_length()
     return guess if Fraction(2) ** guess <= value else guess - 1
 

@@ -60,7 +60,7 @@ def flag(condition: bool) -> Value:
     return Value("u", 1, int(condition))
 
 
-class Unsaid(Exception):
+class UnsaidError(Exception):
     """The pseudocode does not say what this is."""
 
 
@@ -112,7 +112,7 @@ def tokens(text: str) -> tuple[tuple[str, str], ...]:
     while at < len(text):
         match = TOKEN.match(text, at)
         if match is None:
-            raise Unsaid(f"no token at {text[at : at + 30]!r}")
+            raise UnsaidError(f"no token at {text[at : at + 30]!r}")
         kind = next(name for name in ("sized", "number", "name", "suffix", "op", "space") if match[name] is not None)
         if kind != "space":
             found.append((kind, match[0]))
@@ -120,7 +120,7 @@ def tokens(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-class Returned(Exception):
+class ReturnedError(Exception):
     def __init__(self, value: Value) -> None:
         self.value = value
 
@@ -145,7 +145,7 @@ class Parser:
     def take(self, expected: str = "") -> str:
         text = self.peek()
         if not text or (expected and text != expected):
-            raise Unsaid(f"expected {expected or 'more'}, found {text!r}")
+            raise UnsaidError(f"expected {expected or 'more'}, found {text!r}")
         self.at += 1
         return text
 
@@ -171,7 +171,7 @@ class Parser:
             result = self.expression()
 
             def give(run: Evaluation) -> None:
-                raise Returned(result(run))
+                raise ReturnedError(result(run))
 
             return give
         if self.peek(1) == "=" and self.peek(2) == "lambda":
@@ -258,9 +258,9 @@ class Parser:
             try:
                 for statement in body:
                     statement(inner)
-            except Returned as returned:
+            except ReturnedError as returned:
                 return returned.value
-            raise Unsaid(f"{name} returns nothing")
+            raise UnsaidError(f"{name} returns nothing")
 
         def define(run: Evaluation) -> None:
             run.functions[name] = call
@@ -292,7 +292,7 @@ class Parser:
             return lambda run: store(run, value(run))
         if operator in ("+=", "-="):
             return lambda run: store(run, arithmetic(operator[0], load(run), value(run)))
-        raise Unsaid(f"{operator} is no assignment")
+        raise UnsaidError(f"{operator} is no assignment")
 
     def accessors(self) -> list[Any]:
         """What follows a name: indices, slices and suffixes."""
@@ -399,7 +399,7 @@ class Parser:
 
             return joined
         if kind != "name":
-            raise Unsaid(f"{text!r} begins no expression")
+            raise UnsaidError(f"{text!r} begins no expression")
         name = self.take()
         if self.peek() == "(":
             self.take()
@@ -444,7 +444,7 @@ def converted(value: Value, kind: str, width: int) -> Value:
     if value.is_float and kind == "b":
         return Value(kind, width, value.bits)
     if value.is_float:
-        raise Unsaid("a conversion from floating point to integers")
+        raise UnsaidError("a conversion from floating point to integers")
     return integer(value.integer, kind, width)
 
 
@@ -482,8 +482,7 @@ def exact(operator: str, x: Fraction | float, y: Fraction | float) -> Fraction |
             if big or zeros:
                 finite = [v if isinstance(v, float) else 0.0 for v in (x, y)]
                 return finite[0] + finite[1] if operator == "+" else finite[0] - finite[1]
-        total = Fraction(x) + Fraction(y) if operator == "+" else Fraction(x) - Fraction(y)
-        return total
+        return Fraction(x) + Fraction(y) if operator == "+" else Fraction(x) - Fraction(y)
     signs = sign_of(x) * sign_of(y)
     if operator == "*":
         if any(isinstance(v, float) and not math.isfinite(v) for v in (x, y)):
@@ -715,7 +714,7 @@ class Evaluation:
             run(text_of(name.upper()), inner)
             first = arguments[0]
             return Value(first.kind, first.width, registers["D0"] & ((1 << first.width) - 1))
-        raise Unsaid(f"{name} is not defined")
+        raise UnsaidError(f"{name} is not defined")
 
 
 def _fma(lane: Lane, a: Value, b: Value, c: Value) -> Value:
@@ -744,7 +743,7 @@ def _exponent(lane: Lane, value: Value) -> Value:
 def _ldexp(lane: Lane, value: Value, by: Value) -> Value:
     number = value.number
     if not isinstance(number, float):
-        number = number * Fraction(2) ** min(max(by.integer, -2000), 2000)
+        number = Fraction(number) * Fraction(2) ** min(max(by.integer, -2000), 2000)
     return floating(number, value.kind, value.width)
 
 
@@ -784,7 +783,7 @@ def _maximum(lane: Lane, a: Value, b: Value, sign: int = 1) -> Value:
     return a if order(a) >= order(b) else b
 
 
-def _rounded(how: Callable[[Fraction], int]) -> Callable[[Lane, Value], Value]:
+def _rounded(how: Callable[[Fraction | int], int]) -> Callable[[Lane, Value], Value]:
     def apply(lane: Lane, value: Value) -> Value:
         number = value.number
         if isinstance(number, float):
@@ -906,7 +905,7 @@ def texts() -> Mapping[str, str]:
 
 def text_of(name: str) -> str:
     if name not in texts():
-        raise Unsaid(f"there is no pseudocode of {name}")
+        raise UnsaidError(f"there is no pseudocode of {name}")
     return texts()[name]
 
 
