@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aiter_fusion.op import FusedOp, dense
 from aiter_fusion.providers.triton import launches
-from support.compiling import TARGETS, compile_for, kinds_of
+from support.compiling import TARGETS, compiled_for, kinds_of
 
 from .arithmetic import U32, Array
 from .machine import GFX942, GFX950, Program, Target, Waves
@@ -58,8 +58,8 @@ class Kernel:
     preloaded: tuple[int, int]
 
     @classmethod
-    def load(cls, code: Mapping[str, Any], target: Target, waves: int, preload: bool = True) -> Kernel:
-        """A kernel from Triton's stages of compilation.
+    def load(cls, compiled: Any, target: Target, preload: bool = True) -> Kernel:
+        """A kernel that Triton has compiled.
 
         preload: begin where hardware that puts arguments into registers does; otherwise at the code before, which loads
         them.
@@ -67,7 +67,7 @@ class Kernel:
         from tinygrad.runtime.autogen.amdgpu_kd import llvm_amdhsa_kernel_descriptor_t
         from tinygrad.runtime.support.elf import elf_loader
 
-        sections = {section.name: section for section in elf_loader(code["hsaco"])[1]}
+        sections = {section.name: section for section in elf_loader(compiled.asm["hsaco"])[1]}
         text, constants = sections[".text"], sections[".rodata"]
         descriptor = llvm_amdhsa_kernel_descriptor_t.from_buffer_copy(constants.content[:64])
         if descriptor.private_segment_fixed_size:
@@ -77,17 +77,26 @@ class Kernel:
         count, first = descriptor.kernarg_preload & 0x7F, descriptor.kernarg_preload >> 7
         if count and preload:  # the code before, which loads them, has 256 bytes
             entry += 256
-        assembly = code["amdgcn"]
-        (listed,) = re.findall(r"^ *(?:- )?\.args:\n(.*?)^    \.group_segment_fixed_size", assembly, re.MULTILINE | re.DOTALL)
+        assembly = compiled.asm["amdgcn"]
+        (listed,) = re.findall(
+            r"^ *(?:- )?\.args:\n(.*?)^    \.group_segment_fixed_size", assembly, re.MULTILINE | re.DOTALL
+        )
         arguments = tuple(
             Argument(int(offset), int(size), kind)
             for offset, size, kind in re.findall(r"\.offset: +(\d+)\n +\.size: +(\d+)\n +\.value_kind: +(\w+)", listed)
         )
-        (lds,) = re.findall(r"ttg\.shared = (\d+)", code["ttgir"]) or ["0"]
         scalars = descriptor.compute_pgm_rsrc2 >> 1 & 31
         preloaded = (first, count) if preload else (0, 0)
         program = Program(text.content, target, entry)
-        return cls(program, arguments, descriptor.kernarg_size, int(lds), waves, scalars, preloaded)
+        return cls(
+            program,
+            arguments,
+            descriptor.kernarg_size,
+            compiled.metadata.shared,
+            compiled.metadata.num_warps,
+            scalars,
+            preloaded,
+        )
 
     @staticmethod
     def _check(descriptor: Any) -> None:
@@ -127,7 +136,9 @@ class Kernel:
         at_once = max(1, TOGETHER // self.waves)
         for begin in range(0, grid, at_once):
             groups = np.arange(begin, min(begin + at_once, grid))
-            waves = Waves.make(target, memory, Lds(len(groups), self.lds), np.repeat(np.arange(len(groups)), self.waves))
+            waves = Waves.make(
+                target, memory, Lds(len(groups), self.lds), np.repeat(np.arange(len(groups)), self.waves)
+            )
             waves.mode[:] = INITIAL_MODE
             waves.s[0], waves.s[1] = address & 0xFFFFFFFF, address >> 32
             first, count = self.preloaded
@@ -165,7 +176,7 @@ class Call:
         tensors = {n: v for n, v in self.known.items() if isinstance(v, Tensor)} | op.allocate(**self.known)
         kinds = kinds_of(tensors, fp8)
         self.kernels = [
-            Kernel.load(compile_for(target, launch, kinds, aligned=True), EMULATED[target], launch.warps, preload)
+            Kernel.load(compiled_for(target, launch, kinds, aligned=True), EMULATED[target], preload)
             for launch in self.plan.launches
         ]
 
@@ -176,7 +187,9 @@ class Call:
         scratch = {name: dense(spec, torch.empty) for name, spec in self.plan.scratch.items()}
         places: dict[str, int] = {}
         for name, tensor in {**self.known, **scratch, **outputs}.items():
-            if isinstance(tensor, Tensor) and not (name == "scale" and "scale" in self.known and tensor is not self.known[name]):
+            if isinstance(tensor, Tensor) and not (
+                name == "scale" and "scale" in self.known and tensor is not self.known[name]
+            ):
                 fresh = name in scratch or name in outputs
                 places[name] = memory.place(len(bytes_of(tensor)), None if fresh else bytes_of(tensor))
         number = launches.number_or_pointer(self.known.get("eps_tensor"))
@@ -215,6 +228,3 @@ def as_on_gpus(known: Mapping[str, Any]) -> dict[str, Any]:
 
     names = ("scale_steps", "factor_steps", "value_steps")
     return {name: translate(value) if name in names else value for name, value in known.items()}
-
-
-__all__ = ["Call", "EMULATED", "Kernel", "as_on_gpus", "replace"]

@@ -65,7 +65,8 @@ GFX942, GFX950 = Target("gfx942", True), Target("gfx950", False)
 class Waves:
     """The state of all waves, and which of them (``at``) execute now.
 
-    v:        vector registers ``[register, wave, lane]``; s: scalar registers ``[register, wave]``; scc, mode: ``[wave]``.
+    v:        vector registers ``[register, wave, lane]``.
+    s:        scalar registers ``[register, wave]``; scc, mode: ``[wave]``.
     group:    the workgroup of each wave; barriers: how many it has passed.
     pc:       the next instruction of each, an index into the program; -1: ended.
     pending:  vector registers that a load has yet to write: register -> (counter, number of the load by wave).
@@ -280,7 +281,7 @@ def clamped(value: Array) -> Array:
 
 
 def dpp_lanes(control: int) -> Array:
-    """The lane that each lane reads, -1 where there is none (CDNA3 ISA, 4.? DPP_CTRL)."""
+    """The lane that each lane reads, -1 where there is none (the ISA document's table of DPP_CTRL)."""
     lane = np.arange(LANES)
     row, place = lane // 16 * 16, lane % 16
     if control <= 0xFF:  # quad_perm: two bits for each of four lanes

@@ -120,7 +120,7 @@ class Lds:
         if (race & changes).any():
             lane = (race & changes).any(1).argmax()
             raise FaultError(
-                f"race: wave {waves[lane, 0]} stores to LDS {addresses[lane]:#x} with no barrier since its use"
+                f"race: wave {waves[lane, 0]} stores to LDS {addresses[lane]:#x}, no barrier since its use"
             )
         self.data[at], self.writer[at], self.written[at] = values, waves, barriers
         if (lost := self.data[at] != values).any():

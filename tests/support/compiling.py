@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,13 @@ def spills(code: Mapping[str, str], folder: Path) -> int:
 def compile_for(
     target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
 ) -> Mapping[str, str]:
+    """The code by stage of compilation of what ``compiled_for`` compiles."""
+    return compiled_for(target, launch, kinds, aligned).asm
+
+
+def compiled_for(target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False) -> Any:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
-    types of its tensors. Returns its code by stage of compilation.
+    types of its tensors. Returns Triton's compiled kernel.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
     """
@@ -91,4 +97,4 @@ def compile_for(
     if machine[0] == "hip":  # what the hardware holds a launch to
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
-    return made.asm
+    return made
