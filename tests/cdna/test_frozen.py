@@ -7,7 +7,6 @@ pseudocode says that the executor is wrong, with an instruction test that shows 
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from pathlib import Path
 
@@ -16,25 +15,14 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "ea15646d3c20e83a",
-    "machine": "506e0741baeb5cdc",
-    "memory": "c164402d56c6909e",
+    "arithmetic": "ac81cc2a87a5bfc4",
+    "machine": "68bce3e17d747357",
+    "memory": "0f6f8315d4d3e53a",
 }
 
 
 def digest(module: str) -> str:
-    """Of the code alone: comments and layout do not count, docstrings do not either."""
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).hexdigest()[:16]
 
 
 def test_the_executor_is_frozen() -> None:
