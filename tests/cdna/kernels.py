@@ -167,16 +167,21 @@ def bits_of(value: float) -> int:
 
 
 class Call:
-    """A call of a fused op, compiled for a GPU that need not be here."""
+    """A call of a fused op, compiled for a GPU that need not be here.
 
-    def __init__(self, op: FusedOp, known: Mapping[str, Any], target: str, preload: bool = True) -> None:
+    preload: see ``Kernel.load``; near: whether its tensors are said to have less than 2 GiB, as they have.
+    """
+
+    def __init__(
+        self, op: FusedOp, known: Mapping[str, Any], target: str, preload: bool = True, near: bool = True
+    ) -> None:
         self.op, self.known, self.target = op, dict(known), target
         self.plan = launches.of(op, self.known, False)
         _, _, fp8, _ = TARGETS[target]
         tensors = {n: v for n, v in self.known.items() if isinstance(v, Tensor)} | op.allocate(**self.known)
         kinds = kinds_of(tensors, fp8)
         self.kernels = [
-            Kernel.load(compiled_for(target, launch, kinds, aligned=True), EMULATED[target], preload)
+            Kernel.load(compiled_for(target, launch, kinds, aligned=True, near=near), EMULATED[target], preload)
             for launch in self.plan.launches
         ]
 

@@ -67,11 +67,15 @@ def compile_for(
     return compiled_for(target, launch, kinds, aligned).asm
 
 
-def compiled_for(target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False) -> Any:
+def compiled_for(
+    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, near: bool = False
+) -> Any:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
     types of its tensors. Returns Triton's compiled kernel.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
+    near: tell it that tensors have less than 2 GiB, as a call on an AMD GPU does of those that have; they are then
+        buffers, whose loads and stores need no branch for what is masked.
     """
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
@@ -90,6 +94,8 @@ def compiled_for(target: str, launch: launches.Launch, kinds: Mapping[str, str],
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
+            if near and signature[parameter.name].startswith("*"):
+                attributes[(index,)].append(["tt.pointer_range", 32])
     source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
     assert made.metadata.num_warps * machine[2] <= MOST_THREADS
