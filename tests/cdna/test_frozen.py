@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "ac81cc2a87a5bfc4",
+    "arithmetic": "dba959ea4e86cef9",
     "machine": "68bce3e17d747357",
     "memory": "0f6f8315d4d3e53a",
 }
