@@ -601,7 +601,10 @@ SCALAR: dict[str, Scalar] = {
     "S_ASHR_I32": Scalar("i32", ("i32", "u32"), shift_right_signed, "nonzero"),
     "S_LSHL_B64": Scalar("u64", ("u64", "u32"), lambda a, b: a << (b & 63).astype(U64), "nonzero"),
     "S_LSHR_B64": Scalar("u64", ("u64", "u32"), lambda a, b: a >> (b & 63).astype(U64), "nonzero"),
-    "S_LSHL2_ADD_U32": Scalar("u32", ("u32", "u32"), lambda a, b: _shifted_sum(a, b, 2), "given"),
+    **{
+        f"S_LSHL{by}_ADD_U32": Scalar("u32", ("u32", "u32"), lambda a, b, by=by: _shifted_sum(a, b, by), "given")
+        for by in (1, 2, 3, 4)
+    },
     "S_BFE_U32": Scalar("u32", ("u32", "u32"), lambda a, b: bit_field_of_seven(a, b), "nonzero"),
     "S_PACK_LL_B32_B16": Scalar("u32", ("u32", "u32"), lambda a, b: a & 0xFFFF | b << 16),
     "S_PACK_LH_B32_B16": Scalar("u32", ("u32", "u32"), lambda a, b: a & 0xFFFF | b & U32(0xFFFF0000)),

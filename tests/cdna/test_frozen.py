@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "dba959ea4e86cef9",
+    "arithmetic": "0ef71e6ac1554b06",
     "machine": "68bce3e17d747357",
     "memory": "0f6f8315d4d3e53a",
 }

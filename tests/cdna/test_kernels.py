@@ -1,0 +1,173 @@
+"""Kernels executed on an emulator of CDNA, never on hardware: their bits against the reference's.
+
+``python tests/cdna/test_kernels.py`` prints the tables of README.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tinygrad", reason="needs the decoder in tinygrad: pip install '.[test]'")
+pytest.importorskip("triton", reason="needs Triton: pip install triton==3.6.0")
+
+from aiter_fusion.bench.ops import VARIANTS, Case
+from aiter_fusion.op import FusedOp
+from aiter_fusion.registry import REGISTRY
+from cdna.kernels import Call, Kernel, explained
+from cdna.memory import FaultError
+from support.compiling import TARGETS
+
+pytestmark = pytest.mark.cdna
+
+AMD = ("gfx942", "gfx950")
+OPS = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
+WIDTHS = ((2880, 3), (4096, 2), (8192, 1))
+# Which sample of each op always runs: hostile rows of each dtype, each granularity.
+CHOSEN = [(op, (7 * index) % 45) for index, op in enumerate(OPS)]
+
+
+def sample(op: FusedOp, index: int, target: str) -> dict[str, Any]:
+    (known,) = (s for i, s in zip(count(), op.samples(), strict=False) if i == index)
+    return {name: known[name] for name in op.arguments} | {"quant_dtype": TARGETS[target][1]}
+
+
+def usual(case: Case, target: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return case.arguments("cpu", TARGETS[target][1])
+
+
+def cases() -> list[Case]:
+    return [
+        Case(family, variant, hidden, rows)
+        for family, variant in VARIANTS
+        for hidden, rows in WIDTHS
+        if not (variant.endswith("group128") and hidden % 128)
+    ]
+
+
+@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize(
+    ("op", "index"), CHOSEN, ids=lambda value: value if isinstance(value, int) else value.overload_name
+)
+def test_hostile_rows(op: FusedOp, index: int, target: str) -> None:
+    explained(Call(op, sample(op, index, target), target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name.split("::")[1])
+def test_every_sample(op: FusedOp, target: str) -> None:
+    for index in range(len(list(op.samples()))):
+        explained(Call(op, sample(op, index, target), target))
+
+
+SOME = (
+    Case("rms_norm_quant", "add+group128", 4096, 2),
+    Case("rms_norm_quant", "token", 2880, 3),
+    Case("act_mul_quant", "packed+group128", 8192, 1),
+)
+
+
+@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_rows_of_models(case: Case, target: str) -> None:
+    """The reference's bits."""
+    found = explained(Call(case.op, usual(case, target), target))
+    assert set(found.values()) == {"same bits"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_variant(case: Case, target: str) -> None:
+    found = explained(Call(case.op, usual(case, target), target))
+    assert set(found.values()) <= {"same bits", "reciprocal"}
+
+
+def test_arguments_in_registers_or_in_memory() -> None:
+    """Hardware with firmware that puts arguments into registers begins behind the code that loads them."""
+    case = Case("rms_norm_quant", "token", 4096, 2)
+    for preload in (False, True):
+        call = Call(case.op, usual(case, "gfx942"), "gfx942", preload=preload)
+        assert set(explained(call).values()) == {"same bits"}
+        assert bool(call.kernels[0].preloaded[1]) == preload
+
+
+def test_a_kernel_without_its_barriers_is_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the emulator would say of a kernel that forgets them."""
+    case = Case("rms_norm_quant", "token", 4096, 2)
+    call = Call(case.op, usual(case, "gfx942"), "gfx942")
+    for kernel in call.kernels:
+        without_barriers(kernel)
+    with pytest.raises(FaultError, match="race: wave"):
+        call.run()
+
+
+def without_barriers(kernel: Kernel) -> None:
+    names = kernel.program.names
+    names[:] = ["S_NOP" if name == "S_BARRIER" else name for name in names]
+
+
+def test_a_tensor_that_is_too_small_is_a_fault() -> None:
+    case = Case("rms_norm_quant", "token", 4096, 2)
+    call = Call(case.op, usual(case, "gfx942"), "gfx942")
+    call.known["weight"] = call.known["weight"][:4000]
+    with pytest.raises(FaultError, match="out of bounds"):
+        call.run()
+
+
+def variations(call: Call) -> dict[str, Mapping[str, Any]]:
+    """How hardware may differ from the emulator."""
+    approximate = ("V_RSQ_F32", "V_RCP_F32", "V_EXP_F32", "V_LOG_F32", "V_SQRT_F32")
+    used = {name.removesuffix("_E32").removesuffix("_E64") for kernel in call.kernels for name in kernel.program.names}
+    found: dict[str, Mapping[str, Any]] = {
+        f"{name} {ulps:+d} ulp": {"ulps": {name: ulps}} for name in approximate if name in used for ulps in (-1, 1)
+    }
+    return found | {"subnormals are zeros there": {"flushes": True}, "infinities convert to NaN": {"infinite": False}}
+
+
+def main() -> None:
+    import sys
+
+    import triton
+
+    torch.set_num_threads(1)
+    target, step = sys.argv[1], int(sys.argv[2])
+    summary: Counter[tuple[str, str, str]] = Counter()
+    for case in cases():
+        call = Call(case.op, usual(case, target), target)
+        found, base = explained(call), call.run()
+        moved = {}
+        for name, variation in variations(call).items():
+            result = call.run(**variation)
+            changed = {
+                output: int((value.view(torch.uint8) != base[output].view(torch.uint8)).sum())
+                for output, value in ((o, v.reshape(-1)) for o, v in result.items())
+                for base in ({k: v.reshape(-1) for k, v in base.items()},)
+            }
+            if any(changed.values()):
+                moved[name] = {output: number for output, number in changed.items() if number}
+        print(f"{target} {triton.__version__} | {case} | {found} | {moved}", flush=True)
+    for op in OPS:
+        for index in range(0, len(list(op.samples())), step):
+            try:
+                found = explained(Call(op, sample(op, index, target), target))
+            except (AssertionError, FaultError, NotImplementedError) as problem:
+                print(f"PROBLEM {op.name} sample {index}: {type(problem).__name__} {problem}", flush=True)
+                summary[op.name, "problem", ""] += 1
+                continue
+            worst = max(found.values(), key=("same bits", "reciprocal", "rsq", "order of sums", "function").index)
+            summary[op.family, worst, ""] += 1
+            if worst not in ("same bits", "reciprocal"):
+                print(f"{op.name} sample {index}: {found}", flush=True)
+    print(target, triton.__version__, dict(summary))
+
+
+if __name__ == "__main__":
+    main()
