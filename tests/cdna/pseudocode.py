@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from .numbers import BF16, E4M3FN, E4M3FNUZ, F16, F32, F64, Format
+from .formats import BF16, E4M3FN, E4M3FNUZ, F16, F32, F64, Format
 
 FLOATS: dict[tuple[str, int], Format] = {("f", 64): F64, ("f", 32): F32, ("f", 16): F16, ("bf", 16): BF16}
 

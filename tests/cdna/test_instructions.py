@@ -23,6 +23,9 @@ from tinygrad.runtime.autogen.amd.cdna import ins as encodings
 
 from cdna import arithmetic, pseudocode
 from cdna.arithmetic import F16, F32, MIXED, PACKED, SAVE_EXEC, SCALAR, U32, U64, VECTOR
+from cdna.formats import BF16, E4M3FN, E4M3FNUZ
+from cdna.formats import F16 as F16_FORMAT
+from cdna.formats import F32 as F32_FORMAT
 from cdna.machine import (
     EXEC,
     FP16_OVFL,
@@ -37,9 +40,6 @@ from cdna.machine import (
     Waves,
 )
 from cdna.memory import FaultError, Lds, Memory
-from cdna.numbers import BF16, E4M3FN, E4M3FNUZ
-from cdna.numbers import F16 as F16_FORMAT
-from cdna.numbers import F32 as F32_FORMAT
 from cdna.pseudocode import Lane
 
 pytestmark = pytest.mark.cdna

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("tinygrad", reason="needs the decoder in tinygrad: pip install '.[test]'")
 pytest.importorskip("triton", reason="needs Triton: pip install triton==3.6.0")
@@ -132,6 +133,10 @@ def variations(call: Call) -> dict[str, Mapping[str, Any]]:
     return found | {"subnormals are zeros there": {"flushes": True}, "infinities convert to NaN": {"infinite": False}}
 
 
+def differing_bytes(a: Tensor, b: Tensor) -> int:
+    return int((a.reshape(-1).view(torch.uint8) != b.reshape(-1).view(torch.uint8)).sum())
+
+
 def main() -> None:
     import sys
 
@@ -146,11 +151,7 @@ def main() -> None:
         moved = {}
         for name, variation in variations(call).items():
             result = call.run(**variation)
-            changed = {
-                output: int((value.view(torch.uint8) != base[output].view(torch.uint8)).sum())
-                for output, value in ((o, v.reshape(-1)) for o, v in result.items())
-                for base in ({k: v.reshape(-1) for k, v in base.items()},)
-            }
+            changed = {output: differing_bytes(value, base[output]) for output, value in result.items()}
             if any(changed.values()):
                 moved[name] = {output: number for output, number in changed.items() if number}
         print(f"{target} {triton.__version__} | {case} | {found} | {moved}", flush=True)
