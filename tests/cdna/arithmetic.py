@@ -15,7 +15,17 @@ import numpy as np
 Array = Any  # numpy arrays; their dtypes are what the rows below say
 U32, I32, U64, I64 = np.uint32, np.int32, np.uint64, np.int64
 F16, F32, F64 = np.float16, np.float32, np.float64
-DTYPES = {"f16": F16, "f32": F32, "f64": F64, "u16": np.uint16, "u32": U32, "i32": I32, "u64": U64, "i64": I64}
+DTYPES = {
+    "f16": F16,
+    "f32": F32,
+    "f64": F64,
+    "u16": np.uint16,
+    "i16": np.int16,
+    "u32": U32,
+    "i32": I32,
+    "u64": U64,
+    "i64": I64,
+}
 
 
 @dataclass(frozen=True)
@@ -474,8 +484,12 @@ VECTOR: dict[str, Operation] = {
     "V_MUL_I32_I24": _two("i32", lambda a, b: (a << 8 >> 8) * (b << 8 >> 8)),
     "V_MAD_I64_I32": Operation("i64", ("i32", "i32", "i64"), multiply_add_64(I64), carries=True),
     "V_MAD_U64_U32": Operation("u64", ("u32", "u32", "u64"), multiply_add_64(U64), carries=True),
-    "V_MIN_U32": _two("u32", np.minimum),
-    "V_MAX_U32": _two("u32", np.maximum),
+    **{f"V_MIN_{kind.upper()}": _two(kind, np.minimum) for kind in ("u16", "i16", "u32", "i32")},
+    **{f"V_MAX_{kind.upper()}": _two(kind, np.maximum) for kind in ("u16", "i16", "u32", "i32")},
+    **{
+        f"V_MAX3_{kind.upper()}": Operation(kind, (kind,) * 3, lambda a, b, c: np.maximum(np.maximum(a, b), c))
+        for kind in ("u32", "i32")
+    },
     "V_AND_B32": _two("u32", np.bitwise_and),
     "V_OR_B32": _two("u32", np.bitwise_or),
     "V_XOR_B32": _two("u32", np.bitwise_xor),
@@ -519,6 +533,8 @@ PACKED: dict[str, Operation] = {
     "V_PK_FMA_F32": VECTOR["V_FMA_F32"],
     "V_PK_ADD_F16": VECTOR["V_ADD_F16"],
     "V_PK_MUL_F16": VECTOR["V_MUL_F16"],
+    "V_PK_MAX_U16": VECTOR["V_MAX_U16"],
+    "V_PK_MAX_I16": VECTOR["V_MAX_I16"],
 }
 
 # float32 or halves of float16 (op_sel_hi says which), multiplied and added in float32. The pseudocode's name is V_MAD_;

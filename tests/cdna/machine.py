@@ -203,7 +203,7 @@ FLOAT_CONSTANTS = (0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 4.0, -4.0, 1 / (2 * np.pi))
 
 def constant(code: int, kind: str) -> int | None:
     """The bits of an inline constant as a type has them, or None if the code is none."""
-    width = {"f16": 16, "u16": 16, "f64": 64, "u64": 64, "i64": 64}.get(kind, 32)
+    width = {"f16": 16, "u16": 16, "i16": 16, "f64": 64, "u64": 64, "i64": 64}.get(kind, 32)
     if 128 <= code <= 208:
         value = code - 128 if code <= 192 else 192 - code
         return value & ((1 << width) - 1)
@@ -244,7 +244,7 @@ def source(code: int, kind: str, literal: int | None) -> Source:
 def typed(bits: Array, kind: str) -> Array:
     """Bits as a type: halves are the low ones."""
     dtype = DTYPES[kind]
-    if kind in ("f16", "u16"):
+    if kind in ("f16", "u16", "i16"):
         return bits.astype(np.uint16).view(dtype)
     return bits.view(dtype)
 
@@ -575,7 +575,7 @@ class Decoder:
         lanes: Any = None,
         constant: bool = False,
     ) -> Callable[[Waves], Array]:
-        if high and (kind not in ("f16", "u16") or constant):
+        if high and (kind not in ("f16", "u16", "i16") or constant):
             raise UnknownInstructionError(f"the upper half of an operand of type {kind}")
         if (negate or absolute) and not is_float(kind):
             raise UnknownInstructionError(f"neg or abs of an operand of type {kind}")
@@ -724,6 +724,8 @@ class Decoder:
         else:
             raise UnknownInstructionError(inst.op.name)
         (kind,) = set(row.sources)
+        if (inst.neg or inst.neg_hi) and not is_float(kind):
+            raise UnknownInstructionError(f"neg of {name}")
         of = self.half_of_pair if kind == "f32" else self.half_of_dword
         parts = []
         for choice, negate in ((low, inst.neg), (high, inst.neg_hi)):

@@ -15,8 +15,8 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "0ef71e6ac1554b06",
-    "machine": "68bce3e17d747357",
+    "arithmetic": "aa237151dc7bf463",
+    "machine": "5ac78a4474cbe222",
     "memory": "0f6f8315d4d3e53a",
 }
 

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, reciprocal_of_normal, scale_index, whole_maximum, wide
+from .steps import (
+    apply_steps,
+    dtype_called,
+    largest,
+    mask_of,
+    nan_max,
+    reciprocal_of_normal,
+    scale_index,
+    whole_maximum,
+    wide,
+)
 
 
 @triton.jit
@@ -181,10 +191,10 @@ def act_mul_quant_kernel(
                     PTX,
                 )
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
-            largest = top.to(dtype_called(VALUE))
-            factor = apply_steps(FACTOR_STEPS, largest, largest)
-            tl.store(scale_out + row, apply_steps(SCALE_STEPS, largest, largest))
+                top = nan_max(top, largest(largest(size, 1, PTX), 0, PTX))
+            top = top.to(dtype_called(VALUE))
+            factor = apply_steps(FACTOR_STEPS, top, top)
+            tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
             for tile in tl.static_range(TILES):
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
@@ -238,10 +248,10 @@ def act_mul_quant_kernel(
             if value_out is not None and maxima is None:
                 tl.store(value_out + at * BLOCK + element, y, mask=mask)
             if maxima_out is not None:
-                best = nan_max(best, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
+                best = nan_max(best, largest(largest(size, 1, PTX), 0, PTX))
             else:
                 if GROUPED:
-                    top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
+                    top = largest(size, 1, PTX).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
                 codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)

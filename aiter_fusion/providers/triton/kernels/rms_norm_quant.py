@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, whole_maximum, wide
+from .steps import apply_steps, dtype_called, largest, mask_of, nan_max, scale_index, whole_maximum, wide
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def rms_norm_quant_kernel(
                 if value_out is not None and maxima_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, tl.reduce(tl.reduce(size, 2, nan_max), 1, nan_max))
+                top = nan_max(top, largest(largest(size, 2, PTX), 1, PTX))
             if maxima_out is not None:
                 absent = (first + tl.arange(0, ROWS)) >= rows
                 best = nan_max(best, tl.reduce(tl.where(absent, 0.0, top), 0, nan_max))
@@ -200,7 +200,7 @@ def rms_norm_quant_kernel(
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 if GROUPED:
                     size = tl.abs(y).to(tl.float32)
-                    top = tl.reduce(size, 2, nan_max).to(dtype_called(VALUE))[:, :, None]
+                    top = largest(size, 2, PTX).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
                 codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
