@@ -488,7 +488,7 @@ VECTOR: dict[str, Operation] = {
     **{f"V_MAX_{kind.upper()}": _two(kind, np.maximum) for kind in ("u16", "i16", "u32", "i32")},
     **{
         f"V_MAX3_{kind.upper()}": Operation(kind, (kind,) * 3, lambda a, b, c: np.maximum(np.maximum(a, b), c))
-        for kind in ("u32", "i32")
+        for kind in ("u16", "i16", "u32", "i32")
     },
     "V_AND_B32": _two("u32", np.bitwise_and),
     "V_OR_B32": _two("u32", np.bitwise_or),
