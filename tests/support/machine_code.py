@@ -124,6 +124,30 @@ def _of(
         yield f"{name}{which}", read(compiled_for(target, launch, kinds, aligned=True, near=True), elements_of(launch))
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Published figures of a GPU: compute units of 64 lanes, clock in Hz, bytes a second from memory."""
+
+    units: int
+    clock: float
+    memory: float
+
+
+# Source: AMD's data sheets of Instinct MI300X, MI325X and MI355X (peak engine clock, peak memory bandwidth).
+MACHINES = {
+    "MI300X": ("gfx942", Machine(304, 2.1e9, 5.3e12)),
+    "MI325X": ("gfx942", Machine(304, 2.1e9, 6.0e12)),
+    "MI355X": ("gfx950", Machine(256, 2.4e9, 8.0e12)),
+}
+
+
+def bound(case: Case, valu: float, machine: Machine) -> float:
+    """The time of a case's vector instructions over that of its bytes, by the published figures: below 1 memory bounds
+    it. A model, not a measurement: every instruction takes a cycle of its lanes, and nothing else takes time."""
+    instructions = case.rows * case.hidden * valu / (machine.units * LANES * machine.clock)
+    return instructions / (case.bytes / machine.memory)
+
+
 def release() -> str:
     """Major and minor of the Triton that is installed, in which generated code may differ."""
     return ".".join(import_module("triton").__version__.split(".")[:2])
@@ -135,14 +159,13 @@ def recorded() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    content = recorded()
-    made = {target: {} for target in AMD}
+    made: dict[str, dict[str, Any]] = {target: {} for target in AMD}
     for target in AMD:
         for case in cases():
             for name, code in measured(case, target):
                 made[target][name] = asdict(code)
                 print(target, name, code, flush=True)
-    content[release()] = made
+    content = recorded() | {release(): made}
     rows = ",\n".join(
         f'"{triton}": {{\n'
         + ",\n".join(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from aiter_fusion.bench.ops import Case
+from aiter_fusion.bench.ops import VARIANTS, Case
 from support.compiling import TARGETS, needs_triton
-from support.machine_code import AMD, MachineCode, cases, measured, recorded, release
+from support.machine_code import AMD, MACHINES, MachineCode, bound, cases, measured, recorded, release
 
 # What the hardware has: vector registers of a thread (with accumulators), scalar registers of a wave.
 VGPRS, SGPRS = 512, 112
@@ -45,6 +47,22 @@ def test_some_code_is_no_worse(case: Case, target: str) -> None:
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_code_is_no_worse(case: Case, target: str) -> None:
     check(case, target)
+
+
+GROUPS = [Case(*variant, 8192, 16384) for variant in VARIANTS if variant[1].endswith(("group128", "token"))]
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_the_model(case: Case, record_property: Callable[[str, object], None]) -> None:
+    """Instructions and bytes of many rows, by each GPU's published figures; the rows are what README.md has."""
+    content = recorded()
+    ratios = {
+        f"{name}, Triton {triton}": round(bound(case, targets[target][str(case)]["valu"], machine), 2)
+        for triton, targets in content.items()
+        for name, (target, machine) in MACHINES.items()
+    }
+    record_property("row", f"{case}: {ratios}")
+    assert all(ratio < 1.7 for name, ratio in ratios.items() if name != "MI355X, Triton 3.6")
 
 
 def test_everything_is_recorded() -> None:
