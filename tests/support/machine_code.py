@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion.bench.ops import HIDDEN, ROWS, VARIANTS, Case
+from aiter_fusion.bench.ops import ROWS, VARIANTS, Case
 from aiter_fusion.providers.triton import launches, rules
 from aiter_fusion.providers.triton.launch import Launch, flat
 from support.compiling import TARGETS, compiled_for, kinds_of
@@ -26,6 +26,8 @@ from support.compiling import TARGETS, compiled_for, kinds_of
 FILE = Path(rules.__file__).parent / "machine_code.json"
 AMD = ("gfx942", "gfx950")
 LANES = 64
+# Rows that are padded to a power of two, and rows that fill one.
+WIDTHS = (2880, 8192)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ def elements_of(launch: Launch) -> int:
 
 
 def cases() -> list[Case]:
-    """Every variant at every width that a group divides, of few and of many rows."""
+    """Every variant at both widths, if a group divides it, of few and of many rows."""
     return [
         Case(family, variant, hidden, rows)
         for family, variant in VARIANTS
-        for hidden in HIDDEN
+        for hidden in WIDTHS
         for rows in ROWS
         if not (variant.endswith("group128") and hidden % 128)
     ]

@@ -15,7 +15,7 @@ VGPRS, SGPRS = 512, 112
 SOME = (
     Case("rms_norm_quant", "add+group128", 8192, 16384),
     Case("rms_norm_quant", "token", 2880, 1),
-    Case("act_mul_quant", "group128", 4096, 16384),
+    Case("act_mul_quant", "group128", 8192, 16384),
     Case("act_mul_quant", "packed+token", 8192, 1),
 )
 
