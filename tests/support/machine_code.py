@@ -37,7 +37,8 @@ class MachineCode:
     threads:     of a program.
     lds:         bytes of it.
     vgprs:       vector registers of a thread; sgprs: scalar registers of a wave.
-    spilled:     registers that are kept in memory, and bytes of scratch of a thread.
+    spilled:     vector registers that are kept in memory, and bytes of scratch of a thread.
+    parked:      scalar registers that are kept in lanes of vector registers.
     loads:       instructions that load from global memory; wide: those of them that load 16 bytes a lane.
     stores:      instructions that store to it.
     conversions: instructions that convert to FP8.
@@ -50,6 +51,7 @@ class MachineCode:
     vgprs: int
     sgprs: int
     spilled: int
+    parked: int
     loads: int
     wide: int
     stores: int
@@ -59,7 +61,9 @@ class MachineCode:
     def worse(self, than: MachineCode) -> dict[str, tuple[float, float]]:
         """What is worse here: (there, here) by name. Fewer wide loads are worse only for more narrow ones."""
         narrow = {"narrow loads": (than.loads - than.wide, self.loads - self.wide)}
-        rising = {name: (getattr(than, name), getattr(self, name)) for name in ("lds", "vgprs", "spilled", "valu")}
+        rising = {
+            name: (getattr(than, name), getattr(self, name)) for name in ("lds", "vgprs", "spilled", "parked", "valu")
+        }
         software = {"conversions": (-than.conversions, -self.conversions)} if not self.conversions else {}
         return {name: pair for name, pair in (narrow | rising | software).items() if pair[1] > pair[0]}
 
@@ -76,13 +80,14 @@ def read(compiled: Any, elements: int) -> MachineCode:
         return sum(re.match(pattern, name) is not None for name in names)
 
     threads = compiled.metadata.num_warps * LANES
-    spilled = sum(metadata(name) for name in ("sgpr_spill_count", "vgpr_spill_count", "private_segment_fixed_size"))
+    spilled = sum(metadata(name) for name in ("vgpr_spill_count", "private_segment_fixed_size"))
     return MachineCode(
         threads=threads,
         lds=compiled.metadata.shared,
         vgprs=metadata("vgpr_count"),
         sgprs=metadata("sgpr_count"),
         spilled=spilled,
+        parked=metadata("sgpr_spill_count"),
         loads=count("(global|buffer)_load"),
         wide=count("(global|buffer)_load_dwordx4"),
         stores=count("(global|buffer)_store"),
