@@ -139,9 +139,9 @@ def differing_bytes(a: Tensor, b: Tensor) -> int:
 
 def main() -> None:
     import sys
+    from importlib import import_module
 
-    import triton
-
+    triton = import_module("triton")
     torch.set_num_threads(1)
     target, step = sys.argv[1], int(sys.argv[2])
     summary: Counter[tuple[str, str, str]] = Counter()
