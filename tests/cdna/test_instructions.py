@@ -373,7 +373,7 @@ def test_packed(name: str) -> None:
         for i, bits in enumerate(given):
             fill(waves, 2 * i, bits)
         Decoder(GFX950).step(inst)(waves)
-        for lane in range((low + high) % 7, LANES, 7):
+        for lane in range((low + high) % 13, LANES, 13):
             registers: dict[str, Any] = {"D0": 0}
             for i, bits in enumerate(given):
                 halves = []
@@ -407,7 +407,7 @@ def test_mixed(name: str) -> None:
             fill(waves, 2 * i, bits)
         fill(waves, 6, old)
         Decoder(GFX942).step(inst)(waves)
-        for lane in range((low + high) % 9, LANES, 9):
+        for lane in range((low + high) % 13, LANES, 13):
             signed = []
             for i in range(3):
                 bits = int(given[i][lane])

@@ -6,7 +6,10 @@ import importlib.util
 import re
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,31 @@ def spills(code: Mapping[str, str], folder: Path) -> int:
     return sum(map(int, re.findall(r"(\d+) bytes spill", made.stderr)))
 
 
+@cache
+def _amd() -> list[str]:
+    """The one AMD GPU that this process has compiled for, once it has."""
+    return []
+
+
+def _first_of_amd(target: str) -> str:
+    """That GPU. Triton 3.6 keeps the conversions to FP8 of the first it compiles for, and uses them for others: gfx950
+    after gfx942 converts in software, gfx942 after gfx950 fails."""
+    if not _amd():
+        _amd().append(target)
+    return _amd()[0]
+
+
+@cache
+def _process_of(target: str) -> ProcessPoolExecutor:
+    """A process that compiles for one AMD GPU."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def compile_there(target: str, launch: launches.Launch, kinds: dict[str, str], aligned: bool, near: bool) -> None:
+    """Compile into Triton's cache."""
+    compiled_for(target, launch, kinds, aligned, near)
+
+
 def compile_for(
     target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
 ) -> Mapping[str, str]:
@@ -81,6 +109,8 @@ def compiled_for(
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
     machine, _, _, shared = TARGETS[target]
+    if machine[0] == "hip" and _first_of_amd(target) != target:  # there it is compiled, here it is read from the cache
+        _process_of(target).submit(compile_there, target, launch, dict(kinds), aligned, near).result()
     function = jit.kernel(launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
