@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .backend import Backend, FusionError, explain, reports, reset, warmup
     from .dumping import dump
     from .extend import fused_op, register_family, register_form, register_fusion, register_provider, unregister
-    from .prepared import prepare
+    from .prepared import prepare, unprepare
     from .providers.aiter.installation import if_aiter_supported, is_aiter_found, is_aiter_found_and_supported
     from .providers.triton.all_reduce.symmetric import LateRankError, check
     from .report import FusionReport, Site
@@ -44,6 +44,7 @@ _HOME = {
     "is_aiter_found": "providers.aiter.installation",
     "is_aiter_found_and_supported": "providers.aiter.installation",
     "prepare": "prepared",
+    "unprepare": "prepared",
     "check": "providers.triton.all_reduce.symmetric",
     "LateRankError": "providers.triton.all_reduce.symmetric",
     "FusionReport": "report",
@@ -63,6 +64,7 @@ __all__ = [
     "is_aiter_found",
     "is_aiter_found_and_supported",
     "prepare",
+    "unprepare",
     "register_family",
     "register_form",
     "register_fusion",

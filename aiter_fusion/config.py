@@ -18,7 +18,7 @@ LEVELS = {
     0: "nothing: plain Inductor",
     1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
     2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
-    3: "also all-reduce fusions, and FP8 linear layers, those that read one value as one op",
+    3: "also all-reduce fusions, FP8 linear layers, those that read one value as one op, and a decode step's attention",
 }
 DEFAULT_LEVEL = 3
 
@@ -28,12 +28,16 @@ class Preference:
     """What the environment may prefer of AITER, as ``AITER_FUSION_<name>=1`` or ``0``.
 
     default: what holds where the environment says nothing.
-    ops:     the ops that it is about, by their names in ``torch.ops.aiter_fusion``; none: all.
+    ops:     the ops that it is about, by their names in ``torch.ops.aiter_fusion``; None: all.
     """
 
     default: bool
-    ops: tuple[str, ...] = ()
+    ops: tuple[str, ...] | None = None
 
+
+_PRODUCTS = ("gemm_a8w8", "gemm_a8w8_blockscale", "gemm_a8w8_bpreshuffle", "gemm_a8w8_blockscale_bpreshuffle")
+_PRODUCTS += ("hipb_mm_fp8", "batched_gemm_a8w8", "gemm_a4w4", "gemm_a8wfp4")
+_ROUTING = ("topk_softmax", "fused_topk", "topk_sigmoid", "topk_gating", "grouped_topk", "biased_grouped_topk")
 
 # A preference decides what is chosen unasked; it never stands in the way of what is asked for by name.
 PREFERENCES = {
@@ -41,11 +45,20 @@ PREFERENCES = {
     "RMSNORM": Preference(True, ("rms_norm_quant", "rms_norm", "add_rms_norm")),
     "ACT": Preference(True, ("act_mul_quant",)),
     "ALLREDUCE": Preference(True, ("all_reduce_rms_norm", "all_reduce_rms_norm_quant")),
-    "LINEAR": Preference(True, ("gemm_a8w8", "gemm_a8w8_blockscale", "hipb_mm_fp8")),
+    "LAYERNORM": Preference(True, ("layer_norm", "add_layer_norm")),
+    "LINEAR": Preference(True, _PRODUCTS),
     "LINEAR_HIPBMM": Preference(False, ("hipb_mm_fp8",)),  # wants tuning, and prepared weights to be at its best
-    "MOE": Preference(True, ("fused_moe",)),
-    "MLA": Preference(True, ("mla_decode_fwd",)),
-    "TOPK": Preference(True, ("topk_softmax", "grouped_topk", "biased_grouped_topk")),
+    "LINEAR_SIDE_BY_SIDE": Preference(False, ("fp8_linear",)),  # wants prepared weights to gain anything
+    "MHA": Preference(True, ("flash_attn", "flash_attn_varlen", "flash_attn_varlen_lse", "decode_attention")),
+    "MLA": Preference(True, ("mla_decode_fwd", "mla_decode_fwd_lse", "mla_decode_metadata", "mla_prefill_fwd")),
+    "MOE": Preference(True, ("fused_moe", "asm_moe_tkw1", "moe_sum")),
+    "PAGED_ATTN": Preference(True, ("paged_attention", "reshape_and_cache")),
+    "QUANT": Preference(True, ("token_quant", "group_quant", "tensor_quant", "static_quant")),
+    "ROTARY": Preference(True, ("rotary_embedding", "rotary_embedding_")),
+    "SAMPLING": Preference(True, ("greedy_sample", "mixed_sample", "top_k_renorm_probs")),
+    "TOPK": Preference(True, _ROUTING),
+    # about memory that models allocate, and so about no op: ``bridge.preferred_kv_layout`` says it
+    "SHUFFLE_KV_CACHE": Preference(False, ()),
 }
 _WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 
@@ -60,6 +73,8 @@ def preference(name: str) -> bool:
     text = os.environ.get(variable, "").strip().lower()
     if text and text not in _WORDS:
         raise ValueError(f"{variable}={text!r}: must be one of {', '.join(_WORDS)}")
+    if not text and name == "LINEAR_HIPBMM" and tuning() is not None:
+        return True  # who names a folder for what hipBLASLt tunes wants hipBLASLt
     return _WORDS[text] if text else PREFERENCES[name].default
 
 
@@ -72,7 +87,7 @@ def tuning() -> Path | None:
 
 def against(op: str) -> list[str]:
     """Which preferences that are about an op are off, each as the setting that would turn it on."""
-    about = [name for name, known in PREFERENCES.items() if not known.ops or op in known.ops]
+    about = [name for name, known in PREFERENCES.items() if known.ops is None or op in known.ops]
     return [f"AITER_FUSION_{name} is off (set it to 1)" for name in about if not preference(name)]
 
 

@@ -55,7 +55,8 @@ class FusedOp:
     family:     the op's name, ``torch.ops.aiter_fusion.<family>``.
     features:   what distinguishes this overload: extra inputs and extra outputs.
     arguments:  name -> schema type, in order.
-    outputs:    names of the outputs, in order; all are tensors.
+    outputs:    names of the outputs, in order; all are tensors. None: the op returns nothing and writes to arguments,
+                whose types say so (``Tensor(a!)``).
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
     shape:      sizes, dtype and, unless contiguous, layout of every output, which is on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.
@@ -69,6 +70,8 @@ class FusedOp:
     each:       an argument, a list: the op computes as many tensors as this has entries, and returns them as one list,
                 the one of ``outputs``. ``reference`` and ``shape`` then give them by names of their own, in order.
     products:   whether it computes sums of products, whose order is a library's own.
+    by_rows:    whether it computes each row of its inputs for itself, so that rows may be given in any order.
+    greatest:   arguments of integers -> the greatest that a call may have, from its other arguments; the least is 0.
     """
 
     family: str
@@ -85,6 +88,8 @@ class FusedOp:
     stages: tuple[Stage, ...] = ()
     each: str = ""
     products: bool = False
+    by_rows: bool = True
+    greatest: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
     table: ClassVar[str] = "ops"
 
     @property
@@ -145,8 +150,10 @@ class FusedOp:
         """Whether the op returns a tensor, not several."""
         return len(self.outputs) == 1 and not self.each
 
-    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+    def pack(self, outputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...] | list[Tensor] | None:
         """The outputs as the op returns them: one tensor alone, several as a tuple, as many as arguments as a list."""
+        if not self.outputs:
+            return None
         ordered = list(self.returned(outputs).values())
         if self.each:
             return ordered
@@ -225,12 +232,12 @@ def define(
     _LIBRARIES.append(library)
     library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
-    def call(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+    def call(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor] | None:
         provider = args[len(names) - 1] if len(args) == len(names) else unsaid
         run = implementation(in_force[0], provider)
         return in_force[0].pack(run(**dict(zip(names[:-1], args, strict=False))))
 
-    def fake(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...] | list[Tensor] | None:
         return in_force[0].pack(in_force[0].allocate(**dict(zip(names[:-1], args, strict=False))))
 
     library.impl(qualified, call, "CompositeExplicitAutograd")

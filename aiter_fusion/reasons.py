@@ -17,6 +17,7 @@ class Reason(Enum):
     UNQUANTISED = "unquantised", "the value is not quantised to FP8"
     UNNORMALISED = "unnormalised", "no RMSNorm reads the all-reduced value"
     UNKNOWN = "unknown", "a cast to FP8 whose arithmetic no form describes"
+    ATTENTION = "attention", "the attention is none that a fused op computes"
     ROWS = "rows", "only some rows of a value are quantised, and the others are needed too or cannot be left out"
     STARVED = "starved", "another site has taken the value that this one would fuse with"
     LEVEL = "level", "the optimisation level does not include this fusion"

@@ -65,8 +65,11 @@ def laid_out(
 
     Outputs are contiguous, but a norm of a permuted tensor is itself a permuted tensor. Then the rows are given to the
     op in the order in which the results lie in memory, and the results are permuted back: both are views. Or the op can
-    write an output transposed, and the graph only reads transposed copies of it: then it takes the place of these.
+    write an output transposed, and the graph only reads transposed copies of it: then it takes the place of these. An
+    op that does not compute rows, each for itself, has layouts for what is in graphs.
     """
+    if not op.by_rows:
+        return _in_layout(op, known, replaced)
     for layout in op.layouts[:-1]:
         laid = _transposed(op, {**known, **layout}, replaced, dead, sizes)
         if laid is not None:
@@ -97,6 +100,34 @@ def laid_out(
     first_refusal, *others = refusals
     more = [f"; with the rows in that order, {refusal.particulars}" for refusal in others]
     raise Refused(first_refusal.reason, "".join([first_refusal.particulars, *more]))
+
+
+def _in_layout(op: FusedOp, known: dict[str, Any], replaced: Mapping[fx.Node, str]) -> Laid:
+    """The outputs in the first of the op's layouts in which they are as what they take the place of."""
+    unlike: list[str] = []
+    for layout in op.layouts:
+        given = {**known, **layout}
+        fakes = outputs_of(op, given)
+        reasons = (_unlike(node, fakes[name]) for node, name in replaced.items())
+        if (why := next(filter(None, reasons), None)) is None:
+            fitted = {node: (name, Fit(fakes[name].shape, None, None)) for node, name in replaced.items()}
+            return Laid(given, layout, {}, fakes, fitted, frozenset())
+        unlike.append(why)
+    raise Refused(Reason.LAYOUT, unlike[-1])
+
+
+def _unlike(node: fx.Node, have: Tensor) -> str | None:
+    """In what an output differs from a node, or None."""
+    want = node.meta["val"]
+    for what in ("dtype", "device"):
+        if getattr(want, what) != getattr(have, what):
+            return f"{node.name} has {what} {getattr(want, what)}, not {getattr(have, what)}"
+    if not same_shape(want.shape, have.shape):
+        return f"{node.name} has shape {list(want.shape)}, not {list(have.shape)}"
+    strides = zip(want.shape, want.stride(), have.stride(), strict=True)
+    if not all(same_size(size, 1) or same_size(a, b) for size, a, b in strides):
+        return f"{node.name} has strides {tuple(want.stride())}, and no output of the op has: {tuple(have.stride())}"
+    return None
 
 
 def _transposed(

@@ -22,7 +22,22 @@ from ..patterns.fx_facts import (
     same_shape,
     shape,
 )
-from ..patterns.language import Attr, Both, Call, Const, Found, Items, Named, OneOf, Pattern, Steps, Var, Views, With
+from ..patterns.language import (
+    Attr,
+    Both,
+    Call,
+    Const,
+    Found,
+    Items,
+    Named,
+    OneOf,
+    Pattern,
+    Same,
+    Steps,
+    Var,
+    Views,
+    With,
+)
 from ..scale_program import DTYPES, WITH_NUMBER, cast, step
 
 
@@ -133,6 +148,11 @@ class Matcher:
                 for inner in self._match(pattern.of, value, consumer, found):
                     if inner.named.get(pattern.name, value) is value:
                         yield inner.with_name(pattern.name, value)
+            case Same():
+                if value is found.named.get(pattern.name):
+                    yield found
+                elif self._trace:
+                    self._note(value, found)
             case Both():
                 for inner in self._match(pattern.of, value, consumer, found):
                     yield from self._match(pattern.also, value, consumer, inner)

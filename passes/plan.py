@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,32 +200,59 @@ class _Planner:
         return _Draft(list(group), tail.kind, tail.variant, BARE, str(why), tail.root)
 
     def join(self, groups: Sequence[list[Record]]) -> list[_Draft]:
-        """Sites of kinds of which one op computes several records; fusions that compute one are tried before."""
-        if not groups:
-            return []
+        """Sites of kinds of which one op can compute several records: by fusions of one record and of several, in
+        their order in the table; what one cannot take, the next is asked for."""
         drafts: list[_Draft] = []
+        refused: dict[Record, str] = {}  # record -> why the last fusion that was tried does not take it
+        for alone, fusions in self._rounds({(group[0].kind,) for group in groups}):
+            made = self._each(groups, fusions) if alone else self._several(groups, fusions, refused)
+            tried = {record for draft in made for record in draft.records}
+            drafts = [draft for draft in drafts if tried.isdisjoint(draft.records)] + made
+            refused |= {record: draft.reason for draft in made if draft.status == SKIPPED for record in draft.records}
+            groups = [group for group in groups if self.claimed.isdisjoint(group)]
+        return drafts
+
+    def _rounds(self, chains: Set[tuple[str, ...]]) -> list[tuple[bool, list[Fusion]]]:
+        """The fusions of these chains in their order, those together that can be tried together: of one record each,
+        or of several, at most one for a chain."""
+        rounds: list[tuple[bool, list[Fusion]]] = []
+        for fusion in self._fusions:
+            if fusion.chain in chains:
+                alone, last = fusion.join is None, rounds[-1] if rounds else (None, [])
+                if last[0] is not alone or (not alone and any(fusion.chain == other.chain for other in last[1])):
+                    rounds.append((alone, []))
+                rounds[-1][1].append(fusion)
+        return rounds
+
+    def _each(self, groups: Sequence[list[Record]], fusions: Sequence[Fusion]) -> list[_Draft]:
+        """A site for each of the groups that some of the fusions, of one record each, are for."""
+        kinds = {fusion.chain for fusion in fusions}
+        return [self.decide(group) for group in groups if (group[0].kind,) in kinds]
+
+    def _several(
+        self, groups: Sequence[list[Record]], fusions: Sequence[Fusion], refused: Mapping[Record, str]
+    ) -> list[_Draft]:
+        """Sites of as many of the groups as possible each, by fusions of which each is of its own kind."""
         joiner = Joiner(self._graph, self._writes, self._options, self._training, self._agree)
-        bundles: dict[Any, tuple[Fusion, FusedOp, list[Record], list[str]]] = {}
+        by_kind = {fusion.chain: fusion for fusion in fusions}
+        bundles: dict[Any, tuple[Fusion, FusedOp, list[Record]]] = {}
         for group in groups:
-            kind = group[0].kind
-            others = any(fusion.chain == (kind,) for fusion in self._fusions if fusion.join is None)
-            draft = self.decide(group) if others else None
-            if draft is not None and draft.status == REPLACED:
-                drafts.append(draft)
+            fusion = by_kind.get((group[0].kind,))
+            if fusion is None:
                 continue
-            fusion = next(fusion for fusion in self._fusions if fusion.join is not None and fusion.chain == (kind,))
             op = REGISTRY.overload(fusion.op, group[0].features)
             assert fusion.join is not None
             assert op is not None
             shared = joiner.shared(fusion.join, op, group[0])
-            _, _, records, reasons = bundles.setdefault((op.key, id(fusion.join), shared), (fusion, op, [], []))
-            records += group
-            reasons += [draft.reason] if draft is not None and draft.status == SKIPPED else []
-        for fusion, op, records, reasons in bundles.values():
+            bundles.setdefault((op.key, id(fusion.join), shared), (fusion, op, []))[-1].extend(group)
+        drafts: list[_Draft] = []
+        for fusion, op, records in bundles.values():
+            before = next((refused[record] for record in records if record in refused), "")
             for some, products, made, apart in joiner.sites(fusion, op, records):
                 root, variant = some[0].root, fusion.variant(some[0].features, some[0].attributes, some[0].root)
                 if isinstance(made, Plan):
-                    said = apart or (f"first choice refused: {reasons[0]}" if reasons else "")
+                    self.claimed.update(some)
+                    said = apart or (f"first choice refused: {before}" if before else "")
                     draft = _Draft(some, fusion.family, variant, REPLACED, said, root, made, [], products)
                 else:
                     draft = _Draft(some, fusion.family, variant, SKIPPED, str(made), root, None, [], products)

@@ -144,15 +144,16 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
             completion = form.complete(node, found)
             if isinstance(completion, str):
                 continue
+            inputs = found.inputs if completion.inputs is None else completion.inputs
             record = Record(
                 kind=form.kind,
                 variant=completion.variant or form.name,
-                inputs=found.inputs,
+                inputs=inputs,
                 outputs={form.output: node},
                 attributes=completion.attributes,
                 branches={},
                 features=completion.features,
-                nodes=frozenset({node, *found.nodes} - set(found.inputs.values())),
+                nodes=frozenset({node, *found.nodes, *completion.nodes} - set(inputs.values())),
                 root=node,
                 rows=form.rows,
                 shared=form.shared,

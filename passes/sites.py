@@ -137,7 +137,8 @@ def attempt(
     agree(fusion, arguments)
     provider = provider_for(op, laid.given, options, fusion)
     arguments |= laid.layout
-    return Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes), features
+    made = Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=fusion.exact)
+    return made, features
 
 
 def check_wanted(

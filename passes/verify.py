@@ -67,6 +67,12 @@ def check(plan: Plan, site: str) -> str | None:
     known: dict[fx.Node, Any] = {node: _random_like(node.meta["val"], generator) for node in inputs}
     for node in {plan.arguments[name] for name in plan.op.order_free}.intersection(known):
         known[node] = known[node].to(torch.float8_e4m3fn).to(known[node].dtype)  # the sum of 16 fits in bfloat16
+    for name, greatest in plan.op.greatest.items():
+        if (node := plan.arguments[name]) is not None:
+            most = max(greatest(fx.map_arg(dict(plan.arguments), known.__getitem__)), 0)
+            least = min(most, 1)  # 0 is the one integer that says little
+            drawn = torch.randint(least, most + 1, known[node].shape, generator=generator, device=generator.device)
+            known[node] = drawn.to(known[node])
     known |= {node: known[read] for node, read in plan.equal.items()}
     # Compilation has the Python dispatcher on, by which PyTorch 2.13 waits for a collective without giving up the
     # interpreter's lock. A thread of gloo that wants it, to let go of a tensor, then never comes to the collective.
@@ -133,11 +139,13 @@ def _hint(value: Any) -> Any:
 
 
 def _random_like(fake: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal values of the fake's shape (its sizes' hints), strides, dtype and device; scales are positive."""
+    """Normal values of the fake's shape (its sizes' hints), strides, dtype and device; scales are positive, and most
+    conditions hold."""
     sizes, strides = [_hint(s) for s in fake.shape], [_hint(s) for s in fake.stride()]
     extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     values = torch.randn(max(extent, 0), generator=generator, device=generator.device)
     values = values.abs() * 1e-2 if extent == 1 else values
+    values = values > -0.5 if fake.dtype is torch.bool else values
     return values.to(fake.dtype).to(fake.device).as_strided(sizes, strides)
 
 

@@ -21,12 +21,18 @@ UNQUANTISED = Refusal(Reason.UNQUANTISED, "no FP8 quantiser in this graph reads 
 @dataclass(frozen=True)
 class Completion:
     """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports where
-    that says more than the form's, and, where no fused op can compute it, why."""
+    that says more than the form's, and, where no fused op can compute it, why.
+
+    A form can know better than its pattern what to compute the value from: then ``inputs`` are the record's, and
+    ``nodes`` those between them and the pattern's.
+    """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     variant: str | None = None
     refusal: Refusal | None = None
+    inputs: Mapping[str, fx.Node] | None = None
+    nodes: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,9 @@ class Fusion:
         object.__setattr__(self, "op", self.op or self.family)
 
     @property
-    def key(self) -> tuple[str, tuple[str, ...], str]:
+    def key(self) -> tuple[str, tuple[str, ...], str, frozenset[str] | None]:
         """Its place in the registry."""
-        return self.family, self.chain, self.op
+        return self.family, self.chain, self.op, self.only
 
     def admit(self, registry: Registry) -> None:
         """Raise a ValueError if it has no op, or a kind of its chain no form."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -12,7 +13,7 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act_mul, all_reduce, fp8_linear, fp8_quant, rms_norm
+from . import act_mul, all_reduce, attention, fp8_linear, fp8_quant, rms_norm
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -47,10 +48,27 @@ JOIN_BLOCKS = Join(
 )
 
 
-def _joined(kind: str, join: Join, exact: bool = True) -> Fusion:
-    """Matrix products of one value as one op; AITER's, where it has them, come first."""
-    only = frozenset({"triton", "reference"})
+def _joined(
+    kind: str, join: Join, exact: bool = True, only: frozenset[str] = frozenset({"triton", "reference"})
+) -> Fusion:
+    """Matrix products of one value as one op."""
     return Fusion("fp8_linear", (kind,), linear_variant, level=3, op="fp8_linear", only=only, join=join, exact=exact)
+
+
+def _side_by_side(kind: str, join: Join) -> Fusion:
+    """The same by AITER, which gains by it only if the weights lie side by side: that is for the user to prefer."""
+    fusion = _joined(kind, join, only=frozenset({"aiter"}))
+    return replace(fusion, against=lambda: config.against("fp8_linear"))
+
+
+def attention_variant(features: frozenset[str], attributes: Mapping[str, Any], value: fx.Node) -> str:
+    """What says which keys a query sees (``mask+position``, ``position+window``), or ``all``; and ``softcap``."""
+    return "+".join(sorted(features)) or "all"
+
+
+def _attention(kind: str, exact: bool) -> Fusion:
+    only = frozenset({"aiter", "triton", "reference"})
+    return Fusion("decode_attention", (kind,), attention_variant, level=3, only=only, exact=exact)
 
 
 def rows(family: Family) -> Iterator[Fusion]:
@@ -78,16 +96,21 @@ for _form in (  # earlier ones win where two explain the same node
     *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,
     *fp8_linear.FORMS,
+    *attention.FORMS,
 ):
     REGISTRY.register(_form)
 for _fusion in (
     *(row for family in FAMILIES for row in rows(family)),
+    _side_by_side("scaled_mm", JOIN),
+    _side_by_side("block_mm", JOIN_BLOCKS),
     _linear("scaled_mm", "hipb_mm_fp8", unasked=False),
     _linear("scaled_mm", "gemm_a8w8"),
     _linear("block_mm", "gemm_a8w8_blockscale"),
     _joined("scaled_mm", JOIN),
     _joined("product", JOIN),
     _joined("block_mm", JOIN_BLOCKS, exact=False),  # torchao's kernel sums in an order of its own
+    _attention("cpu_attention", exact=True),
+    _attention("attention", exact=False),
 ):
     REGISTRY.register(_fusion)
 

@@ -105,6 +105,13 @@ class Named(Pattern):
 
 
 @dataclass(frozen=True)
+class Same(Pattern):
+    """The node kept as ``name``, which the matcher has met before."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Both(Pattern):
     """A value that both explain, such as an input under two names."""
 

@@ -23,8 +23,9 @@ from .timing import Conditions, Refused, check_folder, conditions, need, need_gp
 
 BATCHES = (1, 8, 32)
 CONTEXT = 1024
-# Transformers moves the place of the next token on at every call; every measurement begins here, far from the end.
-BEGIN = CONTEXT // 2
+# Transformers moves the place of the next token on at every call. A measurement takes fewer calls than this, and begins
+# so far from the cache's end: what reads only the filled part must not gain by an empty one.
+CALLS = 96
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,17 @@ def bench(sizes: Sizes, batches: Sequence[int], *, max_autotune: bool, command: 
     """Measure a decode step of every batch on the current GPU.
 
     Args:
+        context: tokens that the static cache holds.
         max_autotune: compare with Inductor's ``max-autotune-no-cudagraphs`` too, which compiles for minutes.
         command: what to note as the source of the result.
 
     Raises:
         RuntimeError: there is no GPU, or transformers or torchao is missing.
         Refused: nothing was replaced, so that there is nothing to compare.
+        ValueError: the cache is too small to measure.
     """
+    if context <= CALLS:
+        raise ValueError(f"--context {context}: must be more than {CALLS}, which is how many tokens are measured")
     need_gpu()
     started = time.perf_counter()
     with torch.no_grad():
@@ -181,7 +186,7 @@ def _measure(model: nn.Module, sizes: Sizes, batch: int, context: int, max_autot
     steps = {name: decoder(model, cache, **given) for name, given in compiling.items()}
     seconds, logits = {}, {}
     for name, step in steps.items():
-        rewind(cache, BEGIN)
+        rewind(cache, context - CALLS)
         begin = time.perf_counter()
         logits[name] = step(tokens).float()
         torch.cuda.synchronize()
@@ -190,11 +195,11 @@ def _measure(model: nn.Module, sizes: Sizes, batch: int, context: int, max_autot
     if not report.replaced:
         raise Refused(f"batch {batch}: nothing was replaced, so there is nothing to compare")
     calls = [lambda step=step: step(tokens) for step in steps.values()]
-    rewind(cache, BEGIN)
+    rewind(cache, context - CALLS)
     peaks = [peak(call) for call in calls]
-    rewind(cache, BEGIN)
+    rewind(cache, context - CALLS)
     times, kernels = profiled(calls)
-    rewind(cache, BEGIN)
+    rewind(cache, context - CALLS)
     walls, captured = wall(calls)
     want = logits["inductor"]
     measured = tuple(
@@ -217,7 +222,8 @@ def command(args: Any) -> None:
     """``bench model --decode``: measure, print, write what was asked for."""
     sizes = Sizes(args.hidden, args.intermediate, args.layers)
     check_folder(args.json)
-    result = bench(sizes, args.decode or BATCHES, max_autotune=args.max_autotune, command=args.command_line)
+    batches, context = args.decode or BATCHES, args.context or CONTEXT
+    result = bench(sizes, batches, max_autotune=args.max_autotune, command=args.command_line, context=context)
     print(result)
     if args.json:
         Path(args.json).write_text(result.to_json() + "\n")

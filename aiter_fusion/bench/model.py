@@ -328,8 +328,8 @@ def wall(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], bool]:
 def command(args: Any) -> None:
     """``bench model``: measure, print, write what was asked for."""
     sizes = Sizes(args.hidden, args.intermediate, args.layers)
-    if args.max_autotune:
-        raise ValueError("--max-autotune is for --decode: add that, or leave it out")
+    if args.max_autotune or args.context:
+        raise ValueError("--max-autotune and --context are for --decode: add that, or leave them out")
     workloads = [Workload.parse(name) for name in args.workloads]
     if args.host and HOST_WORKLOAD not in args.workloads:
         raise ValueError(f"--host measures {HOST_WORKLOAD}: add it to --workloads")

@@ -14,7 +14,8 @@ import torch
 
 from ..ops.linear import LINEAR
 from ..providers.triton import tuned
-from ..providers.triton.linear import calls, launches, rules
+from ..providers.triton.gpu import gpu_of
+from ..providers.triton.linear import calls, rules
 from .linear import GRAPH_CALLS, SIZES, WORSE, Case, Size, error, functions, rotating, tensors_of
 from .timing import alternate, capture
 
@@ -93,7 +94,7 @@ def measure(question: Question) -> Answer:
     count = len(sets) * math.ceil(GRAPH_CALLS / len(sets))
     most = WORSE * error(sets[0], separate(*tensors[0])[0])
     graphs, tried = [capture(separate, tensors, count)], []
-    gpu = launches.gpu_of(torch.cuda.current_device())
+    gpu = gpu_of(torch.cuda.current_device())
     for choice in ({}, *question.candidates):
         with tuned.trying({question.key: choice}):
             tile = rules.plan(case.size.k, case.size.ns, case.rows, case.fast, False, *gpu[2:])

@@ -14,6 +14,10 @@ def fill(parser: Parser) -> None:
     add_command(kinds, "model", summary, _fill_model)
     summary = "time FP8 products of few rows, by the Triton kernels, against torch._scaled_mm"
     add_command(kinds, "linear", summary, _fill_linear)
+    summary = (
+        "time attention of one token over a cache, by the Triton kernels, against Inductor's code for transformers"
+    )
+    add_command(kinds, "attention", summary, _fill_attention)
     summary = "time all-reduce, norm and quantiser on this host's GPUs, against NCCL and symmetric memory"
     add_command(kinds, "allreduce", summary, _fill_allreduce)
 
@@ -51,6 +55,8 @@ def _fill_model(parser: Parser) -> Run:
     parser.add_argument("--host", action="store_true", help=text)
     text = f"time one token of N sequences over a static cache instead (default: {' '.join(map(str, decode.BATCHES))})"
     parser.add_argument("--decode", type=positive, nargs="*", metavar="N", help=text)
+    text = "with --decode: how many tokens the cache holds, all but the last filled"
+    parser.add_argument("--context", type=positive, metavar="N", help=f"{text} (default: {decode.CONTEXT})")
     text = "with --decode: also time max-autotune, which compiles for minutes"
     parser.add_argument("--max-autotune", action="store_true", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
@@ -68,6 +74,20 @@ def _fill_linear(parser: Parser) -> Run:
     parser.add_argument("--max-autotune", action="store_true", help="also time max-autotune, which compiles for longer")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     return linear.command
+
+
+def _fill_attention(parser: Parser) -> Run:
+    from ..bench import attention
+
+    for name, default, what in (
+        ("--batches", attention.BATCHES, "numbers of sequences"),
+        ("--contexts", attention.CONTEXTS, "keys in the cache of a sequence"),
+        ("--groups", attention.GROUPS, f"heads of queries, of {attention.HEADS}, that share one of keys"),
+    ):
+        text = f"{what} (default: {' '.join(map(str, default))})"
+        parser.add_argument(name, type=positive, nargs="+", default=default, metavar="N", help=text)
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
+    return attention.command
 
 
 def _fill_allreduce(parser: Parser) -> Run:

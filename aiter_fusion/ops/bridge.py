@@ -22,6 +22,7 @@ def bridge_op(
     shape: Callable[..., dict[str, Spec]],
     samples: Callable[[], Iterator[dict[str, Any]]],
     domains: Mapping[str, Domain] | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make an op of a reference in plain PyTorch, and return its public function.
 
@@ -33,6 +34,7 @@ def bridge_op(
         shape: (arguments by name) -> sizes and dtype of each output.
         samples: argument sets for tests, each with all arguments but ``provider``, in order.
         domains: argument -> the values that the op is defined for; every argument of type ``str`` must be named.
+        mutates: the arguments that it writes to. Such an op returns nothing; its schema says what it writes to.
 
     Raises:
         ValueError: a type in the signature is none that a schema can have (``torch.library.infer_schema``).
@@ -43,7 +45,7 @@ def bridge_op(
             BridgeOp(
                 family=reference.__name__,
                 features=frozenset(),
-                arguments=_arguments(reference),
+                arguments=_arguments(reference, mutates),
                 outputs=outputs,
                 reference=functools.partial(_by_name, reference, outputs),
                 shape=shape,
@@ -58,10 +60,30 @@ def bridge_op(
     return declare
 
 
-def _arguments(reference: Callable[..., Any]) -> dict[str, str]:
+# Annotation -> schema type. ``torch.library.infer_schema`` evaluates every annotation by itself, which for all ops took
+# as long as the rest of the import of this package; it is asked where an annotation is not here.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
+}
+
+
+def _arguments(reference: Callable[..., Any], mutates: tuple[str, ...]) -> dict[str, str]:
     """Argument -> schema type, in order, without ``provider``, which ``define`` adds. Defaults stay in Python: the
     dispatcher drops arguments that equal a schema's default."""
-    parameters = torch.library.infer_schema(reference, mutates_args=()).partition(" -> ")[0].strip("()").split(", ")
+    annotations = {n: kind for n, kind in reference.__annotations__.items() if n not in ("provider", "return")}
+    if not mutates and all(kind in _TYPES for kind in annotations.values()):
+        return {name: _TYPES[kind] for name, kind in annotations.items()}
+    schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    parameters = schema.partition(" -> ")[0].removeprefix("(").removesuffix(")").split(", ")
     typed = (parameter.partition("=")[0].split(" ") for parameter in parameters if parameter != "*")
     # sizes of a mixture or a cache are numbers, which a graph is specialised for
     return {name: kind.replace("SymInt", "int") for kind, name in typed if name != "provider"}
@@ -69,6 +91,8 @@ def _arguments(reference: Callable[..., Any]) -> dict[str, str]:
 
 def _by_name(reference: Callable[..., Any], outputs: tuple[str, ...], **arguments: Any) -> dict[str, Tensor]:
     returned = reference(**arguments)
+    if not outputs:
+        return {}
     return dict(zip(outputs, returned if isinstance(returned, tuple) else (returned,), strict=True))
 
 

@@ -68,6 +68,7 @@ def _by_first(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     chosen = next(
         provider
         for provider in BRIDGE_PROVIDERS.values()
-        if why_not(provider, op, arguments) is None and provider.unwanted(op, arguments) is None
+        # whether it is wanted comes first: to ask AITER imports it
+        if provider.unwanted(op, arguments) is None and why_not(provider, op, arguments) is None
     )
     return chosen.run(op)(**arguments)

@@ -37,7 +37,8 @@ TRITON = REGISTRY.register(
         run=_body("triton", "run"),
         terms=_body("triton", "terms"),
         exact=True,
-        inexact=frozenset({"fp8_linear"}),  # sums products in an order, and of a precision, of its own
+        # sums products in an order, and of a precision, of its own
+        inexact=frozenset({"fp8_linear", "decode_attention"}),
         reorders=True,
         prepare=_body("triton", "prepare"),
         state=_body("triton", "state"),

@@ -1,7 +1,8 @@
-"""The order in which AMD's matrix cores read an FP8 weight: tiles of 16 rows by 32 columns."""
+"""The order in which AMD's matrix cores read a weight of bytes, tiles of 16 rows by 32 columns, and its scales."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # A shuffled weight is stored in tiles of 16 rows by 32 columns, each as two halves of 16 columns.
@@ -59,3 +60,43 @@ def in_rows(b: Tensor, is_shuffled: bool) -> Tensor:
         return weight
     rows, columns = weight.shape
     return unshuffled(weight.reshape(rows // TILE[0], columns // TILE[1], *TILE))
+
+
+# AITER reads scales of one byte in blocks of 256 rows by 8 columns, and pads to them.
+SCALE_BLOCK = (256, 8)
+
+
+def shuffled_scales(scales: Tensor) -> Tensor:
+    """Scales of one byte, one for each 32 elements of a row, in the order in which AMD's matrix cores read them: blocks
+    of 32 rows by 8 columns, and in a block the four bytes together whose rows and columns differ by 16 and by 4.
+
+    Args:
+        scales: ``[N, K / 32]``, one byte an element.
+
+    Returns:
+        ``[N, K / 32]`` up to multiples of 256 and 8, of the same dtype; what is added is 0.
+    """
+    rows, columns = scales.shape
+    below, right = -rows % SCALE_BLOCK[0], -columns % SCALE_BLOCK[1]
+    padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, right, 0, below))
+    blocks = padded.unflatten(0, (-1, 2, 16)).unflatten(3, (-1, 2, 4))
+    return blocks.permute(0, 3, 5, 2, 4, 1).reshape(padded.shape).view(scales.dtype)
+
+
+def unshuffled_scales(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """The scales ``[rows, columns]`` that ``shuffled_scales`` made ``scales`` of, a copy."""
+    blocks = scales.view(torch.uint8).view(scales.shape[0] // 32, scales.shape[1] // 8, 4, 16, 2, 2)
+    padded = blocks.permute(0, 5, 3, 1, 4, 2).reshape(scales.shape)
+    return padded[:rows, :columns].contiguous().view(scales.dtype)
+
+
+def interleaved(weight: Tensor) -> Tensor:
+    """Gate above up, ``[E, 2 I, K]``, as 16 rows of gate and 16 of up in turn."""
+    experts, rows, columns = weight.shape
+    return weight.view(experts, 2, rows // 32, 16, columns).transpose(1, 2).reshape(weight.shape)
+
+
+def gates_and_ups(weight: Tensor) -> Tensor:
+    """The weight that ``interleaved`` made ``weight`` of, a copy."""
+    experts, rows, columns = weight.shape
+    return weight.view(experts, rows // 32, 2, 16, columns).transpose(1, 2).reshape(weight.shape)

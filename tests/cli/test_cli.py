@@ -121,6 +121,8 @@ def test_info_of_a_preference_that_does_not_exist(
         (["bench", "model", "--intermediate", "700"], "must be a multiple of 16"),
         (["bench", "model", "--workloads", "decode"], "must be decode-<rows> or prefill-<tokens>"),
         (["bench", "model", "--workloads", "decode-32", "--host"], "--host measures decode-1"),
+        (["bench", "model", "--context", "64"], "--context are for --decode"),
+        (["bench", "model", "--decode", "--context", "64"], "--context 64: must be more than 96"),
         (["bench", "model", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "ops", "--from", "/no/such/file.json"], "No such file"),
     ],
@@ -433,9 +435,9 @@ def test_the_model_is_one_graph_and_all_of_it_is_replaced(monkeypatch: pytest.Mo
     assert len(oracle.graphs) == len(seen) == 2
     assert oracle.identical
     assert [graph.calls for graph in oracle.graphs] == [2, 2]
-    assert [graph.report.replaced for graph in oracle.graphs] == 2 * [
-        {"rms_norm_quant": 3, "fp8_linear": 5, "act_mul_quant": 1}
-    ]
+    both = {"rms_norm_quant": 3, "fp8_linear": 5, "act_mul_quant": 1}
+    decode, prefill = (graph.report.replaced for graph in oracle.graphs)
+    assert (decode, prefill) == ({**both, "decode_attention": 1}, both)
 
 
 def test_nothing_replaced_is_no_comparison() -> None:

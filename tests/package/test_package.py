@@ -30,6 +30,7 @@ ORDER = (
         "formats",
         "scale_program",
         "scaled_product",
+        "side_by_side",
         "domains",
         "machine",
         "graph_text",

@@ -139,7 +139,7 @@ def test_experimental(install: Install, architecture: str, monkeypatch: pytest.M
     assert "experimental" in str(installation.why_experimental())
 
 
-@pytest.mark.parametrize("architecture", ["gfx90a", "gfx1030"])
+@pytest.mark.parametrize("architecture", ["gfx908", "gfx1030"])
 def test_refused_architecture(install: Install, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(**AMD)
     on(architecture, monkeypatch)

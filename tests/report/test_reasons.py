@@ -92,6 +92,12 @@ def early_reader(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (y.float() / scale).to(cases.FN), scale
 
 
+def attended(x: Tensor) -> Tensor:
+    heads = x.view(1, 4, 4, -1)
+    cache = heads[:, :2].repeat_interleave(2, 1)
+    return torch.nn.functional.scaled_dot_product_attention(heads, cache, cache, is_causal=True)
+
+
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
     """In a group of one process."""
     store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
@@ -113,6 +119,7 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
+    "attention": lambda patch: sites(attended, ("x",)),
     "rows": lambda patch: sites(last_row_and_all),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),

@@ -253,6 +253,22 @@ def attention() -> Iterator[tuple[str, str | None]]:
         yield what, far([op.reference(**given)["o"]], run, (given, lengths, table))
 
 
+def further_ops() -> Iterator[tuple[str, str | None]]:
+    """In fp16 where they are interpreted, for the most part."""
+    from support import aiter_src_ops
+
+    for part in aiter_src_ops.PARTS:
+        yield from part(far, moved, (F16, BF16) if ON_GPU else (F16,))
+
+
+def attention_of_the_bridge() -> Iterator[tuple[str, str | None]]:
+    """In fp16 where it is interpreted."""
+    from support import aiter_src_attention
+
+    for part in aiter_src_attention.PARTS:
+        yield from part(far, moved, (F16, BF16) if ON_GPU else (F16,))
+
+
 def far(want: list[Tensor], run: Callable[[Any], list[Tensor]], given: tuple[Any, ...]) -> str | None:
     """How results differ, or None. The interpreter fails on some kernels that the compiler takes."""
     from support.bridge_results import alike
@@ -275,7 +291,7 @@ def main() -> int:
     where = torch.cuda.get_device_name() if ON_GPU else "Triton's interpreter, conversions corrected"
     print(f"AITER's Triton kernels on {where}")
     failed = 0
-    for part in (through_the_provider, norms, products, routing, attention):
+    for part in (through_the_provider, norms, products, routing, attention, attention_of_the_bridge, further_ops):
         for what, problem in part():
             failed += problem is not None and not problem.startswith("not run")
             print(f"{what}: {problem or 'ok'}", flush=True)

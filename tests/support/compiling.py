@@ -38,7 +38,15 @@ needs_triton = pytest.mark.skipif(
 
 def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
     """Triton's names for pointers to tensors; an eps on the CPU is given by value."""
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    names = {
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.bool: "*i1",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
     found = {name: names.get(tensor.dtype, f"*{fp8}") for name, tensor in tensors.items() if tensor is not None}
     return found | ({"eps_tensor": found["eps_tensor"][1:]} if "eps_tensor" in found else {})
 
@@ -48,9 +56,13 @@ def _is_multiple(value: object) -> bool:
 
 
 def spills(code: Mapping[str, str], folder: Path) -> int:
-    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's."""
+    """Registers that compiled code keeps in memory for want of room: bytes on NVIDIA's GPUs, registers on AMD's.
+
+    There only vector registers count: a scalar one goes to a lane of a vector register, and only if there is none to
+    memory, for which a vector register is then counted.
+    """
     if "ptx" not in code:
-        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count: *(\d+)", code["amdgcn"])))
+        return sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", code["amdgcn"])))
     ptxas = import_module("triton").knobs.nvidia.ptxas.path
     (target,) = re.findall(r"\.target (\w+)", code["ptx"])
     (folder / "kernel.ptx").write_text(code["ptx"])
@@ -83,34 +95,40 @@ def _process_of(target: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def compile_there(target: str, launch: launches.Launch, kinds: dict[str, str], aligned: bool, near: bool) -> None:
-    """Compile into Triton's cache."""
-    compiled_for(target, launch, kinds, aligned, near)
+def compile_there(*call: Any) -> None:
+    """Compile what ``compiled_for`` would, into Triton's cache."""
+    compiled_for(*call)
 
 
 def compile_for(
-    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False
+    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, number: str = "fp32"
 ) -> Mapping[str, str]:
     """The code by stage of compilation of what ``compiled_for`` compiles."""
-    return compiled_for(target, launch, kinds, aligned).asm
+    return compiled_for(target, launch, kinds, aligned, number=number).asm
 
 
 def compiled_for(
-    target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, near: bool = False
+    target: str,
+    launch: launches.Launch,
+    kinds: Mapping[str, str],
+    aligned: bool = False,
+    near: bool = False,
+    number: str = "fp32",
 ) -> Any:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
     types of its tensors. Returns Triton's compiled kernel.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
-    near: tell it that tensors have less than 2 GiB, as a call on an AMD GPU does of those that have; they are then
+    near:    tell it that tensors have less than 2 GiB, as a call on an AMD GPU does of those that have; they are then
         buffers, whose loads and stores need no branch for what is masked.
+    number:  the type of floating-point numbers; Inductor's calls give ``fp64``.
     """
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
     machine, _, _, shared = TARGETS[target]
     if machine[0] == "hip" and _first_of_amd(target) != target:  # there it is compiled, here it is read from the cache
-        _process_of(target).submit(compile_there, target, launch, dict(kinds), aligned, near).result()
+        _process_of(target).submit(compile_there, target, launch, dict(kinds), aligned, near, number).result()
     function = jit.kernel(launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
@@ -121,7 +139,7 @@ def compiled_for(
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = number if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
             if near and signature[parameter.name].startswith("*"):
@@ -134,3 +152,9 @@ def compiled_for(
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
     return made
+
+
+def in_float64(code: Mapping[str, str]) -> list[str]:
+    """What compiled code does in float64, apart from taking such arguments and rounding them to float32."""
+    lines = [line for line in code["ttgir"].splitlines() if re.search(r"\bf64\b|xf64", line)]
+    return [line for line in lines if "tt.func" not in line and not ("arith.truncf" in line and "f64 to f32" in line)]

@@ -8,8 +8,10 @@ call, and keeps results in the current directory.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import re
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +61,23 @@ CANNOT = (
     "Per-row scaling is not supported for this hipBLASLt version",
     "hipblaslt version should be at least",
 )
+
+
+# What a product needs of the hipBLASLt that AITER was built with. Shuffled weights are taken for rows by
+# an older one, which prints a warning: no error, and wrong.
+SCALES_ROWS_FROM, READS_TILES_FROM = Version("1.0"), Version("0.15")
+
+
+@functools.cache
+def library_version() -> Version | None:
+    """The version of ROCm's hipBLASLt, from its headers, with which AITER builds; None if they are not there."""
+    header = Path(os.environ.get("ROCM_PATH") or "/opt/rocm") / "include" / "hipblaslt" / "hipblaslt-version.h"
+    if not header.is_file():
+        return None
+    found = dict(
+        re.findall(r"#define\s+(?:HIPBLASLT|hipblaslt)_VERSION_(MAJOR|MINOR|PATCH)\s+(\d+)", header.read_text())
+    )
+    return Version(".".join(found[part] for part in ("MAJOR", "MINOR", "PATCH") if part in found)) if found else None
 
 
 class Product(NamedTuple):

@@ -10,33 +10,30 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ... import scaled_product
 from ...op import FusedOp, width_of
 from ...stages.quantise import granularity
 from ..shapes import Int, hint, rows_of
 from . import programs, rules
-from .launch import Launch, Launches, Ref, flat
-from .linear import calls
-from .linear import launches as linear
+from .launch import Launch, Launches, Ref
+from .whole import WHOLE
 
 F32 = torch.float32
 
 
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
     """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
-    return op.family != scaled_product.FAMILY or isinstance(arguments["x"].shape[0], int)
+    return op.family not in WHOLE or WHOLE[op.family].is_known(arguments)
 
 
-def has_site(arguments: Mapping[str, Any]) -> bool:
-    """Whether nothing of a call is symbolic but how many rows its tensors have."""
-    tensors = [value for value in flat(arguments).values() if isinstance(value, Tensor)]
-    return all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape[1:], *tensor.stride()))
+def has_site(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
+    """Whether a compiled graph may call ``site`` where launches are not known, which the op's dispatch would cost."""
+    return WHOLE[op.family].has_site(arguments)
 
 
 def site(op: FusedOp) -> Callable[..., Any]:
-    """What a compiled graph calls where launches are not known: it takes the op's arguments and chooses at every call.
-    All of its calls come from one place, where only rows are symbolic."""
-    return calls.Site(op)
+    """What a compiled graph calls where launches are not known: it takes the op's arguments and chooses at every
+    call."""
+    return WHOLE[op.family].site(op)
 
 
 def number_or_pointer(eps: Tensor | None) -> float | Tensor | None:
@@ -56,8 +53,8 @@ def _segment(width: int) -> int:
 
 def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
-    if op.family == scaled_product.FAMILY:
-        return linear.of(arguments, linear.gpu_of(arguments["x"].device.index or 0))
+    if op.family in WHOLE:
+        return WHOLE[op.family].of(arguments)
     return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
 
 

@@ -112,8 +112,13 @@ def _dependent(wrapper: Any) -> Iterator[None]:
         del wrapper.define_kernel
 
 
-# The arguments that the kernels write to.
-WRITTEN = ("q", "scale_out", "value_out", "residual_out", "maxima_out", "y0", "y1", "y2", "y3", "partial_out")
+_QUANTISED = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
+# The arguments that each kernel writes to.
+WRITTEN: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("rms_norm_quant", "act_mul_quant"), _QUANTISED),
+    **dict.fromkeys(("fp8_gemv", "fp8_matmul", "fp8_combine"), ("y0", "y1", "y2", "y3", "partial_out")),
+    **dict.fromkeys(("decode_attention", "attention_combine", "prefill_attention"), ("y", "partial_out", "sums_out")),
+}
 
 
 @functools.cache
@@ -173,7 +178,7 @@ def _lower(op: FusedOp, given: Mapping[str, Any], fakes: Mapping[str, Any]) -> i
             name: known[value.name] if isinstance(value, Ref) else _expression(value)
             for name, value in launch.arguments.items()
         }
-        written = [name for name in WRITTEN if isinstance(arguments.get(name), ir.TensorBox)]
+        written = [name for name in WRITTEN[launch.kernel] if isinstance(arguments.get(name), ir.TensorBox)]
         index = kernel_side_table.add_kernel(_configured(launch.kernel, launch.warps))
         _Launch(index, [(_expression(launch.grid), 1, 1)], arguments, written, launch.dependent)
     return op.pack(outputs)  # type: ignore[return-value]
@@ -193,7 +198,7 @@ def _lowering(op: FusedOp) -> Any:
         values = fx.map_arg(node.args, lambda value: value.meta["val"])
         fakes = dict(zip(op.arguments, values, strict=False))
         if not launches.is_known(op, fakes):
-            return called_there(*args) if launches.has_site(fakes) else opaque(*args)
+            return called_there(*args) if launches.has_site(op, fakes) else opaque(*args)
         return _lower(op, dict(zip(op.arguments, args, strict=False)), fakes)
 
     return lower

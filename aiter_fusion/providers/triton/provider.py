@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ... import machine, scaled_product
+from ... import machine
 from ...op import FusedOp, Implementation, width_of
 from ...stages.quantise import granularity
 from ..shapes import hint, rows_of
 from . import eager, rules
 from .all_reduce import calls
 from .jit import native_fp8, nvidia
-from .linear import calls as linear
 from .terms import terms as terms
 from .tuned import state as state
+from .whole import WHOLE
 
 
 def missing() -> str | None:
@@ -34,8 +34,8 @@ def missing() -> str | None:
 
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot compute a call that their terms allow (tensors may be fakes), or None."""
-    if op.family == scaled_product.FAMILY:
-        return linear.refuse(arguments)
+    if op.family in WHOLE:
+        return WHOLE[op.family].refuse(arguments)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     if first.device.type != "cuda":
@@ -62,8 +62,8 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why Inductor's code is faster for a call, by recorded measurements, or None. A symbolic number of rows counts as
     the number that the graph was captured with."""
-    if op.family == scaled_product.FAMILY:
-        return linear.slower(arguments)
+    if op.family in WHOLE:
+        return WHOLE[op.family].slower(arguments)
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
         return None
@@ -79,13 +79,13 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
 
 def unmeasured(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why nothing is known about the speed of a call on its GPU, or None."""
-    return linear.unmeasured(arguments) if op.family == scaled_product.FAMILY else None
+    return WHOLE[op.family].unmeasured(arguments) if op.family in WHOLE else None
 
 
 def run(op: FusedOp) -> Implementation:
     """The implementation of calls outside a compiled graph; inside one, ``lowering.py`` replaces it."""
-    if op.family == scaled_product.FAMILY:
-        return functools.partial(linear.run, op)
+    if op.family in WHOLE:
+        return functools.partial(WHOLE[op.family].run, op)
     if op.is_collective:
         return functools.partial(calls.run, op, nvidia())
     return functools.partial(eager.run, op)

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ... import scaled_product
 from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
 from ...formats import FORMATS
 from ...op import FusedOp
 from ..terms import Terms
 from . import rules
-from .linear import calls as linear
+from .whole import WHOLE
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
@@ -77,8 +76,8 @@ CHAINS: Mapping[tuple[str, ...], Sizes] = {
 
 def terms(op: FusedOp) -> Terms | None:
     """The calls of an op that the kernels compute, or None: an op of any name whose stages form one of the chains."""
-    if op.family == scaled_product.FAMILY:
-        return linear.TERMS
+    if op.family in WHOLE:
+        return WHOLE[op.family].TERMS
     kinds = [stage.kind for stage in op.stages]
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))
     if rows is None:

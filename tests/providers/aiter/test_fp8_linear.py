@@ -311,7 +311,7 @@ def test_unfit_layers_stay_and_say_why(reason: str, double: Double, monkeypatch:
     assert model[2].weight is before[2]
     double.arch = "gfx1201"
     found = aiter_fusion.prepare(layers(), provider="aiter").refused
-    assert found["1"].startswith("the GPU is gfx1201, and hipBLASLt is called on MI300 and MI350 (gfx942, gfx950)")
+    assert found["1"].startswith("the GPU is gfx1201, and AITER's hipb_mm_fp8 is for gfx942, gfx950")
 
 
 @pytest.mark.parametrize("rows", [1, 512])

@@ -20,16 +20,17 @@ from aiter_fusion.bench.linear import ROWS, SIZES, Case, Size, exact, functions,
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, provider, tuned
+from aiter_fusion.providers.triton.gpu import Gpu
 from aiter_fusion.providers.triton.launch import Ref, flat
-from aiter_fusion.providers.triton.launches import has_site, is_known
+from aiter_fusion.providers.triton.launches import is_known
 from aiter_fusion.providers.triton.linear import calls, launches, rules
 from support.compiling import TARGETS, compile_for, kinds_of, needs_triton, spills
 
-H200 = launches.Gpu(True, True, 132, 232448)
+H200 = Gpu(True, True, 132, 232448)
 GPUS = {
     "sm_90": H200,
-    "gfx942": launches.Gpu(False, False, 304, 64 << 10),
-    "gfx950": launches.Gpu(False, False, 256, 160 << 10),
+    "gfx942": Gpu(False, False, 304, 64 << 10),
+    "gfx950": Gpu(False, False, 256, 160 << 10),
 }
 # Every configuration that the rules choose for the sizes that they were measured at.
 CHOSEN = [Case(Size.parse(size), rows) for size in SIZES for rows in (*ROWS, 32, 128)]
@@ -39,7 +40,7 @@ CHOSEN = [Case(Size.parse(size), rows) for size in SIZES for rows in (*ROWS, 32,
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is asked of a GPU, answered as an H200 does; tensors on it are fakes."""
     monkeypatch.setattr(calls, "native_fp8", lambda device: torch.float8_e4m3fn)
-    monkeypatch.setattr(launches, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(calls, "gpu_of", lambda device: H200)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
     monkeypatch.setattr(tuned, "_content", lambda: "")
     with FakeTensorMode():
@@ -164,7 +165,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """The launchers of calls that were made, none of which a CPU has."""
     known: dict[Any, Any] = {}
     monkeypatch.setattr(calls, "_prepared", known)
-    monkeypatch.setattr(launches, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(calls, "gpu_of", lambda device: H200)
     return known
 
 
@@ -323,5 +324,5 @@ def test_sites_are_for_symbolic_rows_alone() -> None:
     env = ShapeEnv()
     with FakeTensorMode(shape_env=env):
         rows, weight = env.create_unbacked_symint(), torch.empty(4, 8).t()
-        assert has_site({"x": torch.empty(rows, 8), "weights": [weight], "biases": [None]})
-        assert not has_site({"x": torch.empty(rows, 8), "weights": [weight, torch.empty(rows, 8).t()]})
+        assert calls.has_site({"x": torch.empty(rows, 8), "weights": [weight], "biases": [None]})
+        assert not calls.has_site({"x": torch.empty(rows, 8), "weights": [weight, torch.empty(rows, 8).t()]})

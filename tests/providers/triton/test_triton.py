@@ -32,7 +32,7 @@ from aiter_fusion.providers.triton.linear import calls as linear
 from aiter_fusion.providers.triton.terms import COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import WITH_NUMBER
-from support.compiling import MOST_THREADS, TARGETS, compile_for, kinds_of, needs_triton
+from support.compiling import MOST_THREADS, TARGETS, compile_for, in_float64, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
@@ -513,6 +513,16 @@ def test_an_eps_that_is_no_constant(target: str) -> None:
         assert "f64" not in code[len(before_the_loop) :]
 
 
+@needs_triton
+def test_the_number_one_in_float64() -> None:
+    """Inductor passes it in float64, which must not spread to the activation."""
+    op = REGISTRY.ops["act_mul_quant", frozenset()]
+    known = {name: next(op.samples())[name] for name in op.arguments} | {"act": "gelu_tanh"}
+    tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)} | op.allocate(**known)
+    for launch in launches.of(op, known, True).launches:
+        assert not in_float64(compile_for("sm_90", launch, kinds_of(tensors, "fp8e4nv"), number="fp64"))
+
+
 @pytest.mark.parametrize("op", REDUCING, ids=lambda op: op.name.split("::")[1])
 def test_constants_are_of_the_call(op: FusedOp) -> None:
     """They are kept, and a call that differs in any of what they depend on gets its own."""
@@ -574,3 +584,15 @@ def compile_all_reduce(op: FusedOp, rows: int, way: str, changes: Mapping[str, A
             signature[parameter.name] = {"limit": "i64", "eps": "fp32"}.get(parameter.name, "i32")
     source = compiler.ASTSource(kernel, signature=signature, constexprs=constants)
     triton.compile(source, target=machine_of("cuda", 90, 32), options=calls.launch(given, rows, group.cores))
+
+
+@needs_triton
+def test_inductor_is_told_what_every_kernel_writes() -> None:
+    """But of the one of collectives, which Inductor never launches."""
+    from aiter_fusion.providers.triton.lowering import WRITTEN
+
+    folder = Path(jit.__file__).parent / "kernels"
+    names = {path.stem for path in folder.glob("*.py") if f"def {path.stem}_kernel(" in path.read_text()}
+    assert set(WRITTEN) == names - {"all_reduce_rms_norm"}
+    for name, written in WRITTEN.items():
+        assert set(written) & set(jit.kernel(name).arg_names)

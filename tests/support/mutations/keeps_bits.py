@@ -157,6 +157,16 @@ def check_arguments(node: fx.Node) -> None:
     width = first.shape[-1] // 2 if "gate_up" in tensors else first.shape[-1]
     for name, x in tensors.items():
         match name:
+            case "k" | "v":
+                assert x.dtype is first.dtype, f"{node}: {name} {x.dtype}"
+                assert first.shape[1] % x.shape[1] == 0, f"{node}: {name} {tuple(x.shape)}"
+                assert same_shape((x.shape[0], x.shape[3]), (first.shape[0], width)), f"{node}: {name} {tuple(x.shape)}"
+            case "mask":
+                assert x.dtype in (torch.bool, *FLOATS), f"{node}: {name} {x.dtype}"
+                assert x.shape[-1] == tensors["k"].shape[2], f"{node}: {name} {tuple(x.shape)}"
+                assert all(a in (1, b) for a, b in zip(x.shape[:3], first.shape, strict=False)), f"{node}: {x.shape}"
+            case "position":
+                assert x.numel() == 1, f"{node}: {name} {tuple(x.shape)}"
             case "weight":
                 assert same_shape(x.shape, [width]), f"{node}: weight {tuple(x.shape)}"
             case "scale":

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .... import config, machine
+from .... import config
 from ....op import is_contiguous
-from ...architectures import SUPPORTED
 from .. import hipblaslt, releases
-from .adapter import F32, HALVES, Adapter, Arguments, Condition, contiguous, entry, of_dtype
+from .adapter import F32, HALVES, Adapter, Arguments, Condition, contiguous, entry, formats, of_dtype
 
 BLOCK = 128
 
 
-def _operands(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _operands(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     x, w = a["x"], a["w"]
     yield x.dtype == w.dtype, f"x is {x.dtype}, w {w.dtype}, but both must have one dtype"
-    yield x.dtype in (native, torch.int8), f"x is {x.dtype}, and this GPU's formats are {native} and torch.int8"
+    known = formats(native, torch.int8)
+    yield x.dtype in known, f"x is {x.dtype}, and this GPU's formats are {' and '.join(map(str, known))}"
     yield a["dtype"] in HALVES, f"the result is {a['dtype']}, and the kernel makes bfloat16 and float16"
     yield contiguous("x", x)
     yield contiguous("w", w)
@@ -31,7 +31,7 @@ def _bias(a: Arguments) -> Condition:
     return found in (None, dtype), f"the bias is {found}, and the kernel needs {dtype}, like the result"
 
 
-def _per_row(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _per_row(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     yield from _operands(a, native)
     for name, rows in (("x_scale", a["x"].shape[0]), ("w_scale", a["w"].shape[0])):
         yield of_dtype(name, a[name], F32)
@@ -40,7 +40,7 @@ def _per_row(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     yield _bias(a)
 
 
-def _per_block(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _per_block(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     yield from _operands(a, native)
     n, k = a["w"].shape
     yield a["x"].dtype != torch.int8, f"x is torch.int8, and the kernel with scales for blocks takes FP8, here {native}"
@@ -52,11 +52,9 @@ def _per_block(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
         yield statically_known_true(count), f"{name} is {list(a[name].shape)}, not {[rows, k // BLOCK]}"
 
 
-def _hipblaslt(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _hipblaslt(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     x, b = a["a"], a["b"]
     (m, k), n = x.shape, b.shape[1]
-    arch = machine.architecture(x.device.index or 0) or "unknown"
-    yield arch in SUPPORTED, f"the GPU is {arch}, and hipBLASLt is called on MI300 and MI350 ({', '.join(SUPPORTED)})"
     yield a["dtype"] is torch.bfloat16, f"the result is {a['dtype']}, and with scales for rows hipBLASLt makes bfloat16"
     yield x.dtype == b.dtype == native, f"a and b are {x.dtype} and {b.dtype}, and this GPU's format is {native}"
     for name, size, what in (("a", m, "rows"), ("b", n, "columns")):
@@ -70,6 +68,13 @@ def _hipblaslt(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
     yield _bias(a)
     yield contiguous("a", x)
     yield is_contiguous(b.t()), f"b is not the transpose of a contiguous weight (strides {tuple(b.stride())})"
+    library = hipblaslt.library_version()
+    for needed, first, what in (
+        (True, hipblaslt.SCALES_ROWS_FROM, "scales for rows"),
+        (a["b_is_shuffled"], hipblaslt.READS_TILES_FROM, "shuffled weights"),
+    ):
+        knows = not needed or library is None or library >= first
+        yield knows, f"hipBLASLt is {library}, and it has {what} from {first} on: upgrade ROCm"
     if config.tuning() is not None:
         version, first = releases.installed(), hipblaslt.TUNES_FROM
         tunes = version is None or version >= first

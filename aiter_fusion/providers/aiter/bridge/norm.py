@@ -12,7 +12,7 @@ from .adapter import HALVES, Adapter, Arguments, Condition, contiguous, entry, f
 WIDEST, PACK = 8192, 8
 
 
-def _conditions(a: Arguments, native: torch.dtype) -> Iterator[Condition]:
+def _conditions(a: Arguments, native: torch.dtype | None) -> Iterator[Condition]:
     x, weight, width = a["x"], a["weight"], a["x"].shape[-1]
     yield x.dtype in HALVES, f"x is {x.dtype}, and the kernel takes bfloat16 and float16"
     yield weight.dtype == x.dtype, f"the weight is {weight.dtype}, and the kernel needs {x.dtype}, like x"

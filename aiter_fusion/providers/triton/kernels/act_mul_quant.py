@@ -147,6 +147,7 @@ def act_mul_quant_kernel(
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
     float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
     """
+    one = tl.cast(one, tl.float32)  # Inductor gives numbers in float64
     ONE_SCALE: tl.constexpr = scale is not None or maxima is not None
     BY_ROW: tl.constexpr = not (ONE_SCALE or GROUPED or maxima_out is not None)
     IN_ROW: tl.constexpr = WIDTH // BLOCK

@@ -1,15 +1,11 @@
 """Calls of ``fp8_linear``: what the kernels take, where they pay, and calls outside of Inductor's launches.
 
-A compiled graph with a symbolic number of rows chooses here, at every call. So little may take time here: launches are
-prepared once for calls of the same shapes, and then only pointers are filled in.
+A compiled graph with a symbolic number of rows chooses here, at every call. So little may take time here.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +13,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ....domains import FLAG, Each, OneOf, Tensors
-from ....machine import is_capturing
 from ....op import FusedOp
 from ....scaled_product import BLOCKS, MOST, granularity, is_direct
 from ...terms import Terms
-from ..jit import compiling_nothing, kernel, native_fp8
-from ..launch import Launch, Ref, flat
+from ..gpu import gpu_of
+from ..jit import native_fp8
+from ..launch import Launches, flat
+from ..launcher import Launcher, alignment, prepare
 from . import launches, rules
 
 F32 = torch.float32
@@ -39,7 +36,7 @@ TERMS = Terms(
         "fast_accum": FLAG,
     }
 )
-# Pointers and strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
+# Strides of 16 bytes, which ``torch._scaled_mm`` demands of operands, are what kernels load at a time.
 ALIGNMENT = 16
 
 
@@ -102,6 +99,27 @@ def unmeasured(arguments: Mapping[str, Any]) -> str | None:
     return f"{size} was not measured on {name}: run 'aiter-fusion tune --linear {size}' there, or name the provider"
 
 
+def is_known(arguments: Mapping[str, Any]) -> bool:
+    """Whether the number of rows is known; else every call chooses its launches."""
+    return isinstance(arguments["x"].shape[0], int)
+
+
+def has_site(arguments: Mapping[str, Any]) -> bool:
+    """Whether nothing of a call is symbolic but how many rows its tensors have."""
+    tensors = [value for value in flat(arguments).values() if isinstance(value, Tensor)]
+    return all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape[1:], *tensor.stride()))
+
+
+def site(op: FusedOp) -> Site:
+    """All calls of a site come from one place, where only rows are symbolic."""
+    return Site(op)
+
+
+def of(arguments: Mapping[str, Any]) -> Launches:
+    """The launches of a call with a known number of rows, on its GPU."""
+    return launches.of(arguments, gpu_of(arguments["x"].device.index or 0))
+
+
 def slower(arguments: Mapping[str, Any]) -> str | None:
     """Why separate calls of ``torch._scaled_mm`` are as fast as a call, by recorded measurements, or None. A symbolic
     number of rows is decided at every call."""
@@ -115,7 +133,7 @@ def slower(arguments: Mapping[str, Any]) -> str | None:
 def _pays(arguments: Mapping[str, Any], rows: int, device: int) -> bool:
     """Whether the kernels are faster than separate calls. Of an unmeasured GPU it is what the tables say."""
     k, ns = arguments["x"].shape[1], [weight.shape[1] for weight in arguments["weights"]]
-    gpu = launches.gpu_of(device)
+    gpu = gpu_of(device)
     return rules.pays(k, ns, rows, arguments["fast_accum"], gpu.multiprocessors)
 
 
@@ -138,7 +156,7 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
         tuple([bias is None for bias in arguments["biases"]]),
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.stride() for tensor in tensors]),
-        _alignment(pointers),
+        alignment(pointers),
     )
     prepared = _prepared.get(key)
     if prepared is None:
@@ -146,15 +164,6 @@ def run(op: FusedOp, **arguments: Any) -> dict[str, Tensor]:
     return prepared(pointers) if prepared is not None else op.reference(**arguments)
 
 
-def _alignment(pointers: Sequence[int]) -> tuple[bool, ...]:
-    """What kernels are compiled for: whether each pointer is aligned. Empty if all are, as nearly always."""
-    if functools.reduce(operator.or_, pointers) % ALIGNMENT == 0:
-        return ()
-    return tuple([pointer % ALIGNMENT == 0 for pointer in pointers])
-
-
-# From the pointers of a call's tensors to its outputs.
-Launcher = Callable[[list[int]], dict[str, Tensor]]
 # The launchers of calls by what they depend on; None where PyTorch's products are called.
 _prepared: dict[tuple[Any, ...], Launcher | None] = {}
 
@@ -188,7 +197,7 @@ class Site:
         if 0 < rows <= rules.MOST_ROWS:
             tensors = [x, x_scale, *weights, *weight_scales, *[bias for bias in biases if bias is not None]]
             pointers = [tensor.data_ptr() for tensor in tensors]
-            key = rows, _alignment(pointers)
+            key = rows, alignment(pointers)
             if key not in self._launchers:
                 self._launchers[key] = _prepare(self._op, dict(zip(self._op.arguments, values, strict=True)))
             launch = self._launchers[key]
@@ -216,36 +225,7 @@ def _prepare(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher | None:
 
 def launcher(op: FusedOp, arguments: Mapping[str, Any]) -> Launcher:
     """Compile the kernels of a call, for all calls with tensors of the same shapes (``pointers``)."""
-    x: Tensor = arguments["x"]
-    device, dtype, index = x.device, arguments["dtype"], x.device.index or 0
-    named = flat(arguments)
-    plan = launches.of(arguments, launches.gpu_of(index))
-    outputs = op.allocate(**arguments)
-    scratch = {name: x.new_empty(sizes, dtype=kind) for name, (sizes, kind) in plan.scratch.items()}
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    known = tensors | outputs | scratch
-    places = {name: place for place, name in enumerate(_ordered(arguments) + [*outputs, *scratch])}
-    with torch.cuda.device(device), compiling_nothing() if is_capturing() else nullcontext():
-        steps = [_step(launch, known, places) for launch in plan.launches]
-    made = {name: (tuple(output.shape), tuple(output.stride()), dtype) for name, output in outputs.items()}
-    partial = [(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype) for tensor in scratch.values()]
-    torch_c: Any = torch._C
-    empty = torch_c._dynamo.guards._empty_strided_cuda  # Inductor's, on the current device
-
-    def launch(pointers: list[int]) -> dict[str, Tensor]:
-        with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(device):
-            results = {name: empty(*like) for name, like in made.items()}
-            between = [empty(*like) for like in partial]
-            every = pointers + [tensor.data_ptr() for tensor in (*results.values(), *between)]
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            for start, template, slots in steps:
-                values = template.copy()
-                for slot, place in slots:
-                    values[slot] = every[place]
-                start(*values, stream=stream)
-        return results
-
-    return launch
+    return prepare(op, arguments, of(arguments), _ordered(arguments))
 
 
 def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
@@ -263,17 +243,3 @@ def _ordered(arguments: Mapping[str, Any]) -> list[str]:
     count = range(len(arguments["weights"]))
     given = [f"biases.{i}" for i in count if arguments["biases"][i] is not None]
     return ["x", "x_scale", *(f"weights.{i}" for i in count), *(f"weight_scales.{i}" for i in count), *given]
-
-
-def _step(
-    launch: Launch, known: Mapping[str, Tensor], places: Mapping[str, int]
-) -> tuple[Callable[..., None], list[Any], list[tuple[int, int]]]:
-    """(what launches a compiled kernel, its arguments in order, which of them are which pointers)."""
-    function = kernel(launch.kernel)
-    values = [launch.arguments[name] for name in function.arg_names]
-    slots = [(slot, places[value.name]) for slot, value in enumerate(values) if isinstance(value, Ref)]
-    options: dict[str, Any] = {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.dependent else {})
-    given = [known[value.name] if isinstance(value, Ref) else value for value in values]
-    compiled = function.warmup(*given, grid=(launch.grid,), **options)
-    template = [None if isinstance(value, Ref) else value for value in values]
-    return compiled[launch.grid, 1, 1], template, slots

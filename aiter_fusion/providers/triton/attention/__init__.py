@@ -1,0 +1,1 @@
+"""Attention of a decode step: rules (``rules.py``), launches (``launches.py``), calls (``calls.py``)."""
