@@ -104,7 +104,7 @@ def compile_for(
     target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, number: str = "fp32"
 ) -> Mapping[str, str]:
     """The code by stage of compilation of what ``compiled_for`` compiles."""
-    return compiled_for(target, launch, kinds, aligned, number=number).asm
+    return compiled_for(target, launch, kinds, aligned, near=aligned, number=number).asm
 
 
 def compiled_for(
@@ -142,7 +142,7 @@ def compiled_for(
             signature[parameter.name] = number if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
-            if near and signature[parameter.name].startswith("*"):
+            if near and machine[0] == "hip" and signature[parameter.name].startswith("*"):
                 attributes[(index,)].append(["tt.pointer_range", 32])
     source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})

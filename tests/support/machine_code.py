@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +18,15 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from aiter_fusion.bench import attention, linear
 from aiter_fusion.bench.ops import ROWS, VARIANTS, Case
+from aiter_fusion.ops.attention import ATTENTION
+from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers.triton import launches, rules
-from aiter_fusion.providers.triton.launch import Launch, flat
+from aiter_fusion.providers.triton.attention import launches as of_attention
+from aiter_fusion.providers.triton.gpu import Gpu
+from aiter_fusion.providers.triton.launch import Launch, Launches, flat
+from aiter_fusion.providers.triton.linear import launches as of_linear
 from support.compiling import TARGETS, compiled_for, kinds_of
 
 FILE = Path(rules.__file__).parent / "machine_code.json"
@@ -42,8 +48,10 @@ class MachineCode:
     loads:       instructions that load from global memory; wide: those of them that load 16 bytes a lane.
     stores:      instructions that store to it.
     conversions: instructions that convert to FP8.
-    valu:        vector instructions other than of memory, for an element of what a program holds at a time. (Each is
-                 counted once, so code that runs before the rows is in it, and several tiles are not.)
+    matrix:      instructions that multiply matrices.
+    valu:        vector instructions other than of memory and of matrices, for an element of what a program holds at a
+                 time; of products and attention, of a thread. (Each is counted once, so code that runs before the rows
+                 is in it, and several tiles are not.)
     """
 
     threads: int
@@ -56,6 +64,7 @@ class MachineCode:
     wide: int
     stores: int
     conversions: int
+    matrix: int
     valu: float
 
     def worse(self, than: MachineCode) -> dict[str, tuple[float, float]]:
@@ -64,12 +73,12 @@ class MachineCode:
         rising = {
             name: (getattr(than, name), getattr(self, name)) for name in ("lds", "vgprs", "spilled", "parked", "valu")
         }
-        software = {"conversions": (-than.conversions, -self.conversions)} if not self.conversions else {}
+        software = {name: (-getattr(than, name), 0) for name in ("conversions", "matrix") if not getattr(self, name)}
         return {name: pair for name, pair in (narrow | rising | software).items() if pair[1] > pair[0]}
 
 
-def read(compiled: Any, elements: int) -> MachineCode:
-    """From a kernel that Triton has compiled. ``elements``: that a program holds at a time."""
+def read(compiled: Any, elements: int | None) -> MachineCode:
+    """From a kernel that Triton has compiled. ``elements``: that a program holds at a time; None: not counted by."""
     assembly = compiled.asm["amdgcn"]
     names = re.findall(r"^\t([a-z]+_[a-z0-9_]+)", assembly, re.MULTILINE)
 
@@ -80,6 +89,7 @@ def read(compiled: Any, elements: int) -> MachineCode:
         return sum(re.match(pattern, name) is not None for name in names)
 
     threads = compiled.metadata.num_warps * LANES
+    vector = count("v_(?!mfma|smfma)")
     spilled = sum(metadata(name) for name in ("vgpr_spill_count", "private_segment_fixed_size"))
     return MachineCode(
         threads=threads,
@@ -92,18 +102,41 @@ def read(compiled: Any, elements: int) -> MachineCode:
         wide=count("(global|buffer)_load_dwordx4"),
         stores=count("(global|buffer)_store"),
         conversions=count("v_cvt_(scalef32_)?pk_fp8"),
-        valu=round(count("v_") * threads / max(elements, threads), 2),
+        matrix=count("v_s?mfma"),
+        valu=vector if elements is None else round(vector * threads / max(elements, threads), 2),
     )
 
 
-def elements_of(launch: Launch) -> int:
-    """That a program of a norm or an activation holds at a time."""
+def elements_of(launch: Launch) -> int | None:
+    """That a program of a norm or an activation holds at a time; None for other kernels."""
     of = launch.arguments
-    return of.get("ROWS", 1) * of["SEGMENTS"] * of["SEGMENT"]
+    return of.get("ROWS", 1) * of["SEGMENTS"] * of["SEGMENT"] if "SEGMENTS" in of else None
+
+
+# Products of every kernel and granularity; attention of few and of many queries, in parts and whole, of every kind of
+# mask, and heads of 64 to 256.
+PRODUCTS = (
+    *(linear.Case(linear.Size.parse("4096x4096,1024,1024"), rows) for rows in linear.ROWS),
+    linear.Case(linear.Size.parse("14336x4096"), 64, fast=False),
+    linear.Case(linear.Size.parse("8192x28672,28672"), 16, scales="block"),
+    linear.Case(linear.Size.parse("4096x4096"), 1, scales="block"),
+    linear.Case(linear.Size.parse("4096x4096"), 16, scales="tensor"),
+)
+ATTENTIONS = (
+    attention.Case(8, 4096),
+    attention.Case(1, 16384),
+    attention.Case(128, 1024, group=8, size=64),
+    attention.Case(8, 4096, size=256, tokens=16, mask="rows", window=512, softcap=50.0),
+    attention.Case(8, 1024, group=1, mask="added"),
+    attention.Case(1, 4096, tokens=2048),
+    attention.Case(4, 4096, tokens=1024, mask="bool", window=512),
+    attention.Case(1, 4096, size=256, tokens=200),
+)
+AnyCase = Case | linear.Case | attention.Case
 
 
 def cases() -> list[Case]:
-    """Every variant at both widths, if a group divides it, of few and of many rows."""
+    """Every variant of norms and activations at both widths, if a group divides it, of few and of many rows."""
     return [
         Case(family, variant, hidden, rows)
         for family, variant in VARIANTS
@@ -113,22 +146,35 @@ def cases() -> list[Case]:
     ]
 
 
-def measured(case: Case, target: str) -> Iterator[tuple[str, MachineCode]]:
+def every() -> Sequence[AnyCase]:
+    """All that is recorded."""
+    return (*cases(), *PRODUCTS, *ATTENTIONS)
+
+
+def measured(case: AnyCase, target: str) -> Iterator[tuple[str, MachineCode]]:
     """(its name in the file, its code) for every launch of a case."""
     with FakeTensorMode():
-        known = case.arguments("cpu", TARGETS[target][1])
-        outputs = case.op.allocate(**known)
-        plan = launches.of(case.op, known, False)
-    yield from _of(target, str(case), plan.launches, {**flat(known), **outputs})
-
-
-def _of(
-    target: str, name: str, made: tuple[Launch, ...], tensors: Mapping[str, Any]
-) -> Iterator[tuple[str, MachineCode]]:
+        name, made, tensors = _planned(case, target)
     kinds = kinds_of({n: v for n, v in tensors.items() if isinstance(v, Tensor)}, TARGETS[target][2])
-    for index, launch in enumerate(made):
-        which = f" launch {index + 1}" if len(made) > 1 else ""
+    for index, launch in enumerate(made.launches):
+        which = f" launch {index + 1}" if len(made.launches) > 1 else ""
         yield f"{name}{which}", read(compiled_for(target, launch, kinds, aligned=True, near=True), elements_of(launch))
+
+
+def _planned(case: AnyCase, target: str) -> tuple[str, Launches, Mapping[str, Any]]:
+    """Its name, its launches, and the tensors that these name."""
+    fp8 = TARGETS[target][1]
+    if isinstance(case, Case):
+        known = case.arguments("cpu", fp8)
+        return str(case), launches.of(case.op, known, False), {**flat(known), **case.op.allocate(**known)}
+    units = next(machine.units for of, machine in MACHINES.values() if of == target)
+    gpu = Gpu(nvidia=False, dependent=False, multiprocessors=units, shared_memory=TARGETS[target][3])
+    if isinstance(case, linear.Case):
+        known = case.arguments("cpu", fp8=fp8)
+        name = f"fp8_linear {case} {case.scales}"
+        return name, of_linear.of(known, gpu), {**flat(known), **LINEAR.allocate(**known)}
+    known = case.arguments("cpu")
+    return f"decode_attention {case}", of_attention.of(known, gpu), {**flat(known), **ATTENTION.allocate(**known)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +214,7 @@ def recorded() -> dict[str, dict[str, dict[str, Any]]]:
 def main() -> None:
     made: dict[str, dict[str, Any]] = {target: {} for target in AMD}
     for target in AMD:
-        for case in cases():
+        for case in every():
             for name, code in measured(case, target):
                 made[target][name] = asdict(code)
                 print(target, name, code, flush=True)

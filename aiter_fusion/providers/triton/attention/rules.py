@@ -64,7 +64,8 @@ SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, S
 # Of ``prefill_attention``, by elements of a head; and with a mask that is added.
 MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
 MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
-# On AMD's GPUs (not measured), what fits the registers with every mask.
+# On AMD's GPUs (not measured), what fits the registers with every mask, whose addresses take more of them there.
+SOME_WIDE_AMD = Tile(64, 16, 2, 8)
 MANY_AMD = {**MANY, 128: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 4)}
 
 
@@ -83,7 +84,7 @@ def plan(
     padded = max(LEAST_SIZE, power_of_two(size))
     rows = min(MOST_ROWS, max(LEAST_ROWS, power_of_two(group * tokens)))
     programs = heads * -(-group * tokens // rows)
-    tile, splits = _split(rows, group * tokens <= rows, programs, keys, size, gpu.multiprocessors)
+    tile, splits = _split(rows, group * tokens <= rows, programs, keys, size, gpu)
     if splits == 1 and tokens > FEW_TOKENS:
         many = MANY_AMD if not gpu.nvidia else MANY_ADDED if added else MANY
         return Plan("prefill_attention", _fitting(many[padded], padded, itemsize, gpu), 1)
@@ -101,25 +102,26 @@ def compared(mask: str, window: int, gpu: Gpu) -> str:
     return "edges" if mask != "added" and gpu.nvidia else "all"
 
 
-def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, multiprocessors: int) -> tuple[Tile, int]:
+def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, gpu: Gpu) -> tuple[Tile, int]:
     """The tile of so many rows, and a number of parts for so many programs of a part.
 
     is_one: whether one tile has all rows of a head of keys.
     """
 
     def parts(waves: int, least: int) -> int:
-        return max(1, min(waves * multiprocessors // programs, keys // least, MOST_SPLITS))
+        return max(1, min(waves * gpu.multiprocessors // programs, keys // least, MOST_SPLITS))
 
     if rows > LEAST_ROWS:
         splits = parts(WAVES if size <= 128 else 1, SOME_KEYS)
         by_parts = next(tile for least, tile in SOME_SPLIT if splits >= least)
-        tile = SOME_WIDE if size > 128 else SOME if is_one else by_parts
+        wide = SOME_WIDE if gpu.nvidia else SOME_WIDE_AMD
+        tile = wide if size > 128 else SOME if is_one else by_parts
         return tile._replace(rows=rows), splits
     if size == 128 and keys >= LONG and parts(1, FEW_LONG.block) > 1:
         return FEW_LONG, parts(1, FEW_LONG.block)
     tile, least = FEW[max(LEAST_SIZE, power_of_two(size))]
     splits = parts(WAVES, least)
-    if 64 < size <= 128 and 2 * programs * splits <= multiprocessors:
+    if 64 < size <= 128 and 2 * programs * splits <= gpu.multiprocessors:
         return FEW_SHORT, parts(1, FEW_SHORT.block)
     return tile, splits
 
