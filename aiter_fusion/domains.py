@@ -152,10 +152,11 @@ TENSOR, TOKEN, GROUP = "tensor", "token", "group"
 
 class Blocks(NamedTuple):
     """How many elements share a scale: 0 (granularity ``tensor``), the row's (``token``), or a divisor of these of at
-    most ``largest`` (``group``; None: of any size)."""
+    most ``largest`` (``group``; None: of any size); if ``spanning``, also those of several rows, so many at most."""
 
     granularities: tuple[str, ...] = (TENSOR, TOKEN, GROUP)
     largest: int | None = None
+    spanning: bool = False
 
     def why_not(self, name: str, value: Any, width: Any) -> str | None:
         if value < 0:
@@ -165,7 +166,8 @@ class Blocks(NamedTuple):
             return _none_of(f"granularity {granularity!r}", self.granularities)
         if granularity != GROUP:
             return None
-        if not _known(width % value == 0):
+        spans = self.spanning and isinstance(width, int) and value % max(1, width) == 0
+        if not spans and not _known(width % value == 0):
             return f"group size {value} does not divide the hidden size {width}"
         if self.largest is not None and value > self.largest:
             return f"group size {value} exceeds {self.largest}"

@@ -6,16 +6,26 @@ from .op import define
 from .providers.choice import implementation
 from .registry import REGISTRY
 from .stage import Family, maybe
-from .stages.activation import ACT_MUL, PACKED_ACT_MUL
-from .stages.norm import RMS_NORM
+from .stages.activation import ACT, ACT_MUL, PACKED_ACT_MUL
+from .stages.cat import CAT
+from .stages.gate import GATE
+from .stages.modulate import MODULATE
+from .stages.norm import LAYER_NORM, RMS_NORM
 from .stages.quantise import QUANTISE
 from .stages.reduce import ALL_REDUCE
-from .stages.residual import INPUT, RESIDUAL
+from .stages.residual import GATED_RESIDUAL, INPUT, RESIDUAL
+
+# What a norm reads is maybe a sum with the residual stream.
+SUMMED = maybe(GATED_RESIDUAL, RESIDUAL)
 
 # Longer chains are tried first, and of equal ones the earlier.
 FAMILIES = (
-    Family("rms_norm_quant", (INPUT, maybe(RESIDUAL), RMS_NORM, QUANTISE)),
+    Family("rms_norm_quant", (INPUT, SUMMED, RMS_NORM, maybe(MODULATE, GATE), QUANTISE)),
+    Family("layer_norm_quant", (INPUT, SUMMED, LAYER_NORM, maybe(MODULATE), QUANTISE)),
     Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
+    Family("act_quant", (ACT, QUANTISE)),
+    Family("cat_quant", (CAT, QUANTISE)),
+    Family("add_quant", (INPUT, (GATED_RESIDUAL, RESIDUAL), QUANTISE)),
     Family(
         "all_reduce_rms_norm",
         (ALL_REDUCE, maybe(RESIDUAL), RMS_NORM, QUANTISE),

@@ -67,9 +67,13 @@ class FusedOp:
     domains:    argument -> the values that the op is defined for. One of type ``str``, which could be anything, must be
                 named; of others that are not, all values of their type are.
     stages:     what it computes, one after another; empty for an op that is not made of stages.
+    once:       arguments of which a row stands for several consecutive rows: whoever gives the op its rows in another
+                order would tear these apart.
     each:       an argument, a list: the op computes as many tensors as this has entries, and returns them as one list,
                 the one of ``outputs``. ``reference`` and ``shape`` then give them by names of their own, in order.
     products:   whether it computes sums of products, whose order is a library's own.
+    cancels:    whether a sum follows a rounding that may be another where rows are summed in another order. Where its
+                summands nearly cancel, the last bit of one is many codes of the result.
     by_rows:    whether it computes each row of its inputs for itself, so that rows may be given in any order.
     greatest:   arguments of integers -> the greatest that a call may have, from its other arguments; the least is 0.
     """
@@ -86,8 +90,10 @@ class FusedOp:
     order_free: frozenset[str] = frozenset()
     domains: Mapping[str, Domain] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    once: frozenset[str] = frozenset()
     each: str = ""
     products: bool = False
+    cancels: bool = False
     by_rows: bool = True
     greatest: Mapping[str, Callable[[Mapping[str, Any]], int]] = field(default_factory=dict)
     table: ClassVar[str] = "ops"
@@ -167,9 +173,19 @@ class BridgeOp(FusedOp):
     table: ClassVar[str] = "bridge"
 
 
-def width_of(op: FusedOp, first: Tensor) -> int:
-    """The length of the rows that a call works on, from its first tensor."""
-    return first.shape[-1] // (op.stages[0].columns if op.stages else 1)
+def width_of(op: FusedOp, arguments: Mapping[str, Any]) -> Any:
+    """The length of the rows that a call works on."""
+    return op.stages[0].width(arguments) if op.stages else first_width(arguments)
+
+
+def first_width(arguments: Mapping[str, Any]) -> Any:
+    """The length of the rows of the first tensor."""
+    return columns(next((value for value in arguments.values() if isinstance(value, Tensor)), None))
+
+
+def columns(x: Any) -> Any:
+    """The length of a tensor's rows; 1 for a number and for what is no tensor, which terms refuse."""
+    return x.shape[-1] if isinstance(x, Tensor) and x.dim() else 1
 
 
 def dense(spec: Spec, empty: Callable[..., Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ class Reason(Enum):
         "the value comes from outside the graph: its producer is an input or in the graph before a break",
     )
     UNQUANTISED = "unquantised", "the value is not quantised to FP8"
+    GROUPED = "grouped", "a grouped product, of experts, reads the value or made it: none is fused with a quantiser yet"
     UNNORMALISED = "unnormalised", "no RMSNorm reads the all-reduced value"
     UNKNOWN = "unknown", "a cast to FP8 whose arithmetic no form describes"
     ATTENTION = "attention", "the attention is none that a fused op computes"

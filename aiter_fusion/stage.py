@@ -7,7 +7,7 @@ chains of records that the op replaces, and the names of its variants in reports
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, combinations, product
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .domains import Domain
-from .op import FusedOp, Spec, Tolerance
+from .op import FusedOp, Spec, Tolerance, first_width
 from .registry import Registry
 
 
@@ -63,7 +63,8 @@ SAMPLES = tuple(
 class Setting(NamedTuple):
     """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
 
-    granularity: of the scales, as a site's variant names it, e.g. ``group128``; fp8: what the values are quantised to.
+    granularity: of the scales, as a site's variant names it, e.g. ``group128``; fp8: what the values are quantised to;
+    words: what else the benchmark calls the variant, such as the name of an activation.
     """
 
     rows: int
@@ -71,6 +72,11 @@ class Setting(NamedTuple):
     device: str
     granularity: str
     fp8: torch.dtype
+    words: frozenset[str] = frozenset()
+
+    def said(self, known: Iterable[str], unless: str) -> str:
+        """The one of these words that the variant has, or another."""
+        return next((word for word in known if word in self.words), unless)
 
     def random(self, *sizes: int) -> Tensor:
         """Normal values, by default a row each of ``rows``."""
@@ -94,7 +100,8 @@ def hostile_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor
 class Stage:
     """One step of a fused op.
 
-    kind:       the kind of record that it computes; empty for a stage that only brings a tensor in.
+    kind:       the kind of record that it computes; empty for a stage that only brings a tensor in, or that is part of
+                the record of the stage before it.
     follows:    whether it takes the value of a stage before it; else it begins a family, with tensors of its own.
     arguments:  name -> schema type, in order.
     compute:    plain PyTorch: ``compute(value, **arguments) -> (value after it, outputs by name)``. The value is None
@@ -106,7 +113,8 @@ class Stage:
                 of a site's variant. Empty where nothing need be said.
     traits:     further features of its records, which a site's variant names too.
     outputs:    what it returns in any case.
-    returns:    the name under which the value after it can be returned as well, where something else reads it.
+    returns:    the name under which the value after it can be returned as well, where something else reads it. Of two
+                stages with one name, that of the later one is.
     levels:     the optimisation level from which one of these features or outputs is taken; others need 1.
     label:      names a site's variant from the record's attributes and the sizes of the value that the stage reads;
                 None: the feature does.
@@ -114,8 +122,11 @@ class Stage:
     layouts:    arguments that say how outputs lie in memory, in the order in which the planner tries them.
     one:        attributes that must be the same at all sites of a graph that are taken.
     domains:    argument -> the values that it is defined for; one that is text must be named.
-    columns:    columns of its first tensor for each of the value's, where it begins a family.
+    once:       tensors of which a row stands for several consecutive rows of the value.
+    width:      the length of the value's rows from the arguments of a call, where it begins a family; by default that
+                of the first tensor's.
     collective: every rank of a group must compute it, or none.
+    cancels:    as in ``FusedOp``.
     order_free: tensors that are summed over ranks, in an order that is a library's own.
     """
 
@@ -136,8 +147,10 @@ class Stage:
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     one: tuple[str, ...] = ()
     domains: Mapping[str, Domain] = field(default_factory=dict)
-    columns: int = 1
+    once: tuple[str, ...] = ()
+    width: Callable[[Mapping[str, Any]], Any] = first_width
     collective: bool = False
+    cancels: bool = False
     order_free: frozenset[str] = frozenset()
 
 
@@ -200,6 +213,12 @@ class Family:
         for stages in product(*places):
             yield tuple(stage for stage in stages if stage is not None)
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What the records of its sites may have: its ops compute it, whether or not they are distinguished by it."""
+        stages = [stage for row in self.rows() for stage in row]
+        return frozenset().union(*({stage.feature, *stage.traits} for stage in stages)) - {""}
+
     def chains(self) -> tuple[tuple[str, ...], ...]:
         """The kinds of records that its ops compute, each chain once, the fullest first."""
         return tuple(dict.fromkeys(tuple(stage.kind for stage in row if stage.kind) for row in self.rows()))
@@ -207,7 +226,7 @@ class Family:
     def ops(self) -> Iterator[FusedOp]:
         """The declaration of every overload: every row, with every choice of values that are returned as well."""
         for row in self.rows():
-            extra = [stage.returns for stage in row[:-1] if stage.returns]
+            extra = list(dict.fromkeys(stage.returns for stage in row[:-1] if stage.returns))
             for returned in chain.from_iterable(combinations(extra, count) for count in range(len(extra) + 1)):
                 yield self._declare(row, frozenset(returned))
 
@@ -222,7 +241,7 @@ class Family:
             family=self.op,
             features=_features(row) | returned,
             arguments={name: kind for stage in row for name, kind in stage.arguments.items()},
-            outputs=tuple(outputs),
+            outputs=tuple(dict.fromkeys(outputs)),
             reference=partial(compute, row),
             shape=partial(spec, row),
             samples=partial(samples, row),
@@ -231,6 +250,8 @@ class Family:
             order_free=frozenset().union(*(stage.order_free for stage in row)),
             domains={name: domain for stage in row for name, domain in stage.domains.items()},
             stages=row,
+            once=frozenset(name for stage in row for name in stage.once),
+            cancels=any(stage.cancels for stage in row),
         )
 
     def variant(self, features: frozenset[str], attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str:
@@ -246,7 +267,8 @@ class Family:
             words += [trait for trait in stage.traits if trait in features]
             words += [stage.label(attributes, sizes)] if stage.label is not None else []
         words += [self.ending] if self.ending else []
-        return "+".join(words + [s.returns for s in reversed(row[:-1]) if s.returns in features])
+        returned = dict.fromkeys(stage.returns for stage in reversed(row[:-1]) if stage.returns in features)
+        return "+".join([*words, *returned])
 
 
 def _features(row: Sequence[Stage]) -> frozenset[str]:

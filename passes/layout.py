@@ -76,7 +76,8 @@ def laid_out(
             return laid
     first = next(value for value in known.values() if isinstance(value, Tensor))
     rows = first.shape[:-1]
-    orders = [_order(node.meta["val"], rows) for node in replaced]
+    apart = any(known[name] is not None for name in op.once)
+    orders = [] if apart else [_order(node.meta["val"], rows) for node in replaced]
     refusals: list[Refusal] = []
     for order in dict.fromkeys([None, *orders]):
         permuted = {}

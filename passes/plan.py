@@ -14,7 +14,7 @@ from ..config import Options
 from ..graph_text import where
 from ..op import FusedOp
 from ..patterns.form import Fusion
-from ..patterns.fx_facts import VIEWS, behind
+from ..patterns.fx_facts import GROUPED, VIEWS, behind, called, origin, reading
 from ..reasons import Reason, Refusal, Refused
 from ..registry import REGISTRY
 from ..report import BARE, REPLACED, SKIPPED, Site
@@ -108,12 +108,12 @@ def plan(
                 draft.records.append(record)
                 accounted[record] = draft
     for record in recognised.records:
-        if record not in accounted and record.serves is None:
-            account(_Draft([record], record.kind, record.variant, BARE, str(record.alone), record.root))
-    for record in recognised.records:
-        if record not in accounted:  # it serves a record that is not fused with it
+        if record not in accounted and not record.serves:
+            account(_Draft([record], record.kind, record.variant, BARE, str(_alone(record)), record.root))
+    for record in reversed(recognised.records):
+        if record not in accounted:  # it serves a record after it that is not fused with it
             served = next(
-                r for r in recognised.records if r.kind == record.serves and behind(r.inputs["x"]) is record.root
+                r for r in recognised.records if r.kind in record.serves and behind(r.inputs["x"]) is record.root
             )
             accounted[served].records.append(record)
     for node, kind, reason in recognised.unknown:
@@ -128,6 +128,12 @@ def plan(
             planned.plans.append(draft.plan)
             planned.taken.append(site)
     return planned
+
+
+def _alone(record: Record) -> Refusal:
+    """Why a record that begins and ends no fusion is left alone."""
+    grouped = next((reader for reader in reading(record.root) if called(reader) == GROUPED), None)
+    return record.alone if grouped is None else Refusal(Reason.GROUPED, f"{grouped.target} reads it")
 
 
 class _Planner:
@@ -305,5 +311,12 @@ class _Planner:
                 "torch.compile(..., fullgraph=True) says where and why",
             )
         said = f"its input is {source.target if source.op == 'call_function' else source.op}"
+        made = origin(source)
+        words = called(made)
+        said += f", from {made.target}" if made is not source and made.op == "call_function" else ""
+        said += f", {words}" if words is not None else ""
         near = self._near_miss(source)
-        return Refusal(Reason.PRODUCER, said if near is None else f"{said}, almost one of the forms, but {near}")
+        return Refusal(
+            Reason.GROUPED if words == GROUPED else Reason.PRODUCER,
+            said if near is None else f"{said}, almost one of the forms, but {near}",
+        )

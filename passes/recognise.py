@@ -31,7 +31,7 @@ class Record:
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
     rows, shared: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, None if one might.
-    serves: the kind of record that this one was looked for as an input of; its site accounts for it.
+    serves: the kinds of records that this one was looked for as an input of; the site of such a one accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
     """
@@ -48,7 +48,7 @@ class Record:
     alone: Refusal
     rows: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    serves: str | None = None
+    serves: tuple[str, ...] = ()
     listed: bool = True
     refusal: Refusal | None = None
     rooted: Record | None = None
@@ -80,20 +80,29 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     An exception concerns the value at which it was raised, and is reported there; with ``strict`` it is raised.
     """
     by_target: dict[Any, list[Form]] = defaultdict(list)
+    anywhere: dict[Any, list[Form]] = defaultdict(list)
     serving: dict[str, list[Form]] = defaultdict(list)
     for form in forms:
-        if form.serves is not None:
-            serving[form.serves].append(form)
-            continue
         targets = heads(form.pattern)
-        if targets is None:
+        if targets is None and not form.serves:
             raise TypeError(f"form {form.name} can end in any call: the matcher would try it on every node")
-        for target in filter(None, map(operator, targets)):
+        for target in filter(None, map(operator, targets or ())):
             by_target[target].append(form)
+            if not form.serves:
+                anywhere[target].append(form)
+        for kind in form.serves:
+            serving[kind].append(form)
 
     matcher = Matcher()
     found = Recognised(by_target=by_target)
+    records: dict[fx.Node, Record] = {}
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
+    tried: set[tuple[fx.Node, str]] = set()
+
+    def candidates(node: fx.Node) -> list[Form]:
+        forms_here = anywhere.get(node.target, ())
+        read = readers(node) if forms_here else []
+        return [form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)]
 
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:
@@ -110,27 +119,29 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             found.unknown.append((node, candidates[0].kind, refusal))
             return None
 
-    for node in reversed(graph.nodes):
-        forms_here = by_target.get(node.target, ())
-        read = readers(node) if forms_here else []
-        candidates = [
-            form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)
-        ]
-        record = first(candidates, node) if candidates else None
-        if record is not None:
-            found.records.append(record)
-            inside[record.kind] |= record.nodes
-    served = {}
-    roots = {record.root for record in found.records}
-    for record in found.records:
+    def keep(record: Record) -> None:
+        """Keep a record, and look at once for one that serves it: what lies inside that is found later."""
+        records[record.root] = record
+        inside[record.kind] |= record.nodes
         helpers = serving.get(record.kind, ())
         root = behind(record.inputs["x"]) if helpers else None
-        if root is not None and root not in served and root not in roots:
-            served[root] = first(helpers, root)
-            if served[root] is None and (failed := _failed(Matcher(), helpers, root)) is not None:
-                found.unserved[root] = f"{next(iter(helpers)).kind}: {failed[0]}"
-    found.records += [helper for helper in served.values() if helper is not None]
-    found.records.sort(key=lambda record: record.root)
+        if root is None or root in records or is_fp8_cast(root) or (root, record.kind) in tried:
+            return
+        tried.add((root, record.kind))
+        if (others := candidates(root)) and first(others, root) is not None:
+            return  # a record of its own, which is kept in its turn
+        helper = first(helpers, root)
+        if helper is not None:
+            keep(helper)
+        elif (failed := _failed(Matcher(), helpers, root)) is not None:
+            found.unserved[root] = f"{failed[0].kind}: {failed[1]}"
+
+    for node in reversed(graph.nodes):
+        if node not in records and (forms_here := candidates(node)):
+            record = first(forms_here, node)
+            if record is not None:
+                keep(record)
+    found.records = sorted(records.values(), key=lambda record: record.root)
     return found
 
 
@@ -183,16 +194,17 @@ def _why(node: fx.Node, forms: Iterable[Form]) -> tuple[str, int]:
     matcher = Matcher(trace=True)
     failed = _failed(matcher, forms, node)
     if failed is not None:
-        return failed
+        return failed[1:]
     culprit = matcher.misfit if matcher.misfit is not None else node
     return f"{culprit.name} ({culprit.target}) fits none", matcher.depth
 
 
-def _failed(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> tuple[str, int] | None:
-    """The condition that a complete match failed, and its number of nodes; None if no pattern matches."""
+def _failed(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> tuple[Form, str, int] | None:
+    """The form of which a complete match failed a condition, that condition, and its number of nodes; None if no
+    pattern matches."""
     for form in forms:
         for found in matcher.match(form.pattern, node):
             completion = form.complete(node, found)
             if isinstance(completion, str):
-                return completion, len(found.nodes)
+                return form, completion, len(found.nodes)
     return None

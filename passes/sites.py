@@ -96,6 +96,8 @@ def attempt(
 ) -> tuple[Plan, frozenset[str]]:
     """The plan for one site and its features, with the outputs that it needs besides the base overload's."""
     records = [*chain, *group]
+    if fusion.features is not None and (unknown := features - fusion.features):
+        raise Refused(Reason.OVERLOAD, f"{fusion.op} has none with {', '.join(sorted(unknown))}")
     ways = [way_of(record) for record in [*chain, group[0]][1:]]
     selections = selections_of(chain, ways)
     nodes = frozenset().union(*(record.nodes for record in records), *ways)
@@ -114,7 +116,7 @@ def attempt(
                 Reason.ROWS, f"{way[-1].name} takes some of {record.root.name}, which {record.kind} gives whole"
             )
         left = next((node for node in record.outputs.values() if node not in dead), None)
-        if left is not None:
+        if left is not None and record is not chain[-1]:  # it can be read there; the last is computed again for them
             raise Refused(Reason.ROWS, f"{left.name}, of which {way[-1].name} takes some, is read elsewhere too")
     extra = frozenset(name for node, name in outputs.items() if node not in dead)
     features = features | extra

@@ -1,20 +1,18 @@
-"""Gated activations: ``act(gate) * up``, from two tensors, or from the halves or every other column of one.
-
-Each activation is written as Inductor decomposes it, since its rounding is part of the contract; the names are the
-values of the ops' argument ``act``.
-"""
+"""Gated activations: ``act(gate) * up``, from two tensors, or from the halves or every other column of one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
 
+from .act import IN_FLOAT32, IN_STEPS, call
 from .form import Completion, Form
-from .fx_facts import FLOATS, HALVES, Target, aten, dtype, is_last_dim, same_shape, same_size, shape
+from .fx_facts import FLOATS, HALVES, aten, dtype, is_last_dim, same_shape, same_size, shape
 from .language import Attr, Call, Const, Found, OneOf, Pattern, Var, With, add, convert_to, in_float32, mul, number
 
 F32 = torch.float32
@@ -74,42 +72,6 @@ def _part(half: int, interleaved: bool) -> Pattern:
     return OneOf((Call((getitem,), (split, Const(half))), cut))
 
 
-def _call(target: Target, *args: Pattern) -> Call:
-    return Call((target,), args, dtype=F32)
-
-
-def _mul(a: Pattern, b: Pattern) -> Call:
-    return mul(a, b, dtype=F32)
-
-
-def _add(a: Pattern, b: Pattern) -> Call:
-    return add(a, b, dtype=F32)
-
-
-# Every step is in float32: an activation computed in half precision rounds at each of them, and is another function.
-ACTIVATIONS: dict[str, Callable[[Pattern], Pattern]] = {
-    # x / (1 + exp(-x)): torch's decomposition of silu
-    "silu": lambda x: _call(aten.div.Tensor, x, _add(_call(aten.exp.default, _call(aten.neg.default, x)), Const(1))),
-    # x * sigmoid(x): written by hand
-    "swish": lambda x: _mul(x, _call(aten.sigmoid.default, x)),
-    # 0.5 x * (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))
-    "gelu_tanh": lambda x: _mul(
-        _mul(x, Const(0.5)),
-        _add(
-            _call(
-                aten.tanh.default,
-                _mul(_add(x, _mul(_mul(_mul(x, x), x), Const(0.044715))), Const(0.7978845608028654)),
-            ),
-            Const(1),
-        ),
-    ),
-    # 0.5 x * (1 + erf(x / sqrt(2)))
-    "gelu": lambda x: _mul(
-        _mul(x, Const(0.5)), _add(_call(aten.erf.default, _mul(x, Const(0.7071067811865476))), Const(1))
-    ),
-}
-
-
 def _operand(name: str, first: bool) -> Pattern:
     """gate and up are parts of one tensor, in either order, or two tensors: With lets no other pair match."""
     parts = [
@@ -133,16 +95,20 @@ def _either(early: Pattern, product: Pattern) -> Pattern:
 
 def _pattern(act: str) -> Pattern:
     """The activation rounded before the product, or the product rounded."""
-    activated = ACTIVATIONS[act](in_float32(GATE))
-    either = _either(mul(convert_to(activated, "dtype", HALVES), UP), _mul(activated, in_float32(UP)))
-    return With(either, {"act": act})
+    activated = IN_FLOAT32[act](in_float32(GATE))
+    product = mul(activated, in_float32(UP), dtype=F32)
+    return With(_either(mul(convert_to(activated, "dtype", HALVES), UP), product), {"act": act})
+
+
+def _pattern_in_steps(act: str) -> Pattern:
+    return With(mul(IN_STEPS[act](GATE), UP), {"act": act, "cast_first": True})
 
 
 # GPT-OSS: (clamp(up, -limit, limit) + 1) * (g * sigmoid(g * alpha)) with g = clamp(gate, max=limit). Half precision is
 # clamped in float32; every step rounds.
-CLAMPED_GATE = _call(aten.clamp_max.default, in_float32(GATE), number("limit"))
-CLAMPED_UP = _call(
-    aten.clamp_max.default, _call(aten.clamp_min.default, in_float32(UP), number("lower")), number("limit")
+CLAMPED_GATE = call(aten.clamp_max.default, in_float32(GATE), number("limit"))
+CLAMPED_UP = call(
+    aten.clamp_max.default, call(aten.clamp_min.default, in_float32(UP), number("lower")), number("limit")
 )
 
 
@@ -157,7 +123,8 @@ def _complete(root: fx.Node, found: Found) -> Completion | str:
         return "gate and up are not of bfloat16, float16 or float32"
     if not packed and not all(same_shape(shape(t), shape(root)) for t in tensors):
         return "gate and up are broadcast"
-    return Completion(found.attributes, frozenset({"packed"}) if packed else frozenset())
+    gate = found.inputs["gate_up" if packed else "gate"]
+    return Completion({"dtype": dtype(gate)} | dict(found.attributes), frozenset({"packed"} if packed else ()))
 
 
 def _complete_clamped(root: fx.Node, found: Found) -> Completion | str:
@@ -170,12 +137,15 @@ def _complete_clamped(root: fx.Node, found: Found) -> Completion | str:
     return replace(completed, attributes={**completed.attributes, "act": f"clamped_swiglu={alpha!r},{limit!r}"})
 
 
-def _form(name: str, pattern: Pattern, complete: Callable[[fx.Node, Found], Completion | str]) -> Form:
-    return Form("act_mul", name, pattern, output="value", complete=complete, rows=("gate_up", "gate", "up"))
+def _form(
+    name: str, pattern: Pattern, complete: Callable[[fx.Node, Found], Completion | str] = _complete, **more: Any
+) -> Form:
+    return Form("act_mul", name, pattern, output="value", complete=complete, rows=("gate_up", "gate", "up"), **more)
 
 
 FORMS = (
-    *(_form(act, _pattern(act), _complete) for act in ACTIVATIONS),
+    *(_form(act, _pattern(act)) for act in IN_FLOAT32),
+    _form("gelu_new", _pattern_in_steps("gelu_new")),  # T5
     _form(
         "clamped_swiglu",
         _either(
@@ -185,3 +155,5 @@ FORMS = (
         _complete_clamped,
     ),
 )
+# Any product with a sigmoid, of which there are many that nobody quantises: Qwen3-Next's attention.
+SERVING_FORMS = (_form("sigmoid", _pattern_in_steps("sigmoid"), serves=("fp8_quant",)),)

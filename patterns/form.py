@@ -70,7 +70,8 @@ class Form:
                all of the other inputs); none where the rows cannot be computed apart.
     shared:    the inputs that must be the same in all records of the kind that read one value: of several, a fused op
                could take only one, and the others would read the value from memory.
-    serves:    a kind: the form is looked for only where its value is the input ``x`` of a record of that kind.
+    serves:    kinds: the form is looked for only where its value is the input ``x`` of a record of one of these; none:
+               anywhere.
     alone:     why a record that begins no fusion is left alone.
     listed:    whether there is a record of it; if not, the form only says that its values are of no other form.
     reads:     calls of which at least one is an input of any such value (None: it can read anything). Most nodes are
@@ -85,7 +86,7 @@ class Form:
     branches: tuple[Branch, ...] = ()
     rows: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    serves: str | None = None
+    serves: tuple[str, ...] = ()
     alone: Refusal = UNQUANTISED
     listed: bool = True
     reads: frozenset[Target] | None = field(init=False, repr=False, compare=False)
@@ -101,7 +102,7 @@ class Form:
 
     def admit(self, registry: Registry) -> None:
         """Raise a ValueError if its pattern can end in any call: then it would be tried on every node."""
-        if self.serves is None and heads(self.pattern) is None:
+        if not self.serves and heads(self.pattern) is None:
             raise ValueError(f"form {self.name} can end in any call: let its pattern be a Call, or OneOf of them")
 
 
@@ -135,6 +136,7 @@ class Fusion:
     one:     attributes that must be the same at all sites of a graph that are taken; the first site decides.
     jointly: all processes must take it or none: it is taken only if all of them compile alike.
     op:      the name in ``torch.ops.aiter_fusion``; empty: the family's.
+    features: what its records may have that its op computes; None: whatever they have.
     join:    how the op computes several records (of a chain of one kind); None: it computes one.
     exact:   whether the op's reference computes what the records do bit by bit; not where a library's own kernel does.
     """
@@ -150,6 +152,7 @@ class Fusion:
     op: str = ""
     against: Callable[[], list[str]] = list
     only: frozenset[str] | None = None
+    features: frozenset[str] | None = None
     join: Join | None = None
     exact: bool = True
     table: ClassVar[str] = "fusions"

@@ -137,15 +137,17 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
     if block is None:
         return f"{found.named['combined'].name} does not give each element the scale of its own block"
     factor_steps = " ".join([*_start(found), *found.attributes["factor_steps"]])
+    width = _width(found)
     return Completion(
         {
             "block": block,
+            "row": width,
             "scale_steps": factor_steps,  # unless a branch says otherwise
             "factor_steps": factor_steps,
             "value_steps": _value_steps(found),
             "quant_dtype": found.attributes["quant_dtype"],
         },
-        variant=str(Granularity.of(block, _width(found))),
+        variant=str(Granularity.of(block, width)),
     )
 
 

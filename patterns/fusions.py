@@ -13,7 +13,7 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act_mul, all_reduce, attention, fp8_linear, fp8_quant, rms_norm
+from . import act, act_mul, all_reduce, attention, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, rms_norm
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -86,12 +86,19 @@ def rows(family: Family) -> Iterator[Fusion]:
             one=tuple(name for stage in row for name in stage.one),
             jointly=any(stage.collective for stage in row),
             op=family.op,
+            features=family.features,
         )
 
 
 for _form in (  # earlier ones win where two explain the same node
+    *gate.gated(rms_norm.FORMS),
     *rms_norm.FORMS,
+    *layer_norm.FORMS,
+    *modulate.modulated((*rms_norm.FORMS, *layer_norm.FORMS)),
     *act_mul.FORMS,
+    *act.FORMS,
+    *act_mul.SERVING_FORMS,
+    *cat.FORMS,
     *fp8_quant.FORMS,
     *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from functools import cache
+from operator import getitem
 from typing import Any
 
 import torch
@@ -41,6 +42,32 @@ VIEWS: frozenset[Target] = frozenset(
 
 # Views of some of the rows, unless their argument ``dim`` is the last. (What takes rows by an index copies them.)
 SELECTIONS: frozenset[Target] = frozenset({aten.slice.Tensor, aten.select.int})
+
+# Calls that give elements of their first argument as they are, or converted, in another place, order or number.
+MOVING: frozenset[Target] = (
+    VIEWS
+    | SELECTIONS
+    | {
+        getitem,
+        CONVERT,
+        aten.permute.default,
+        aten.expand.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+    }
+)
+
+# What computes a value, in words, by a part of the call's name; the first that fits.
+GROUPED = "a grouped product"
+PRODUCERS = {
+    "grouped_mm": GROUPED,
+    "scaled_dot_product": "attention",
+    "flash_attention": "attention",
+    "embedding": "an embedding",
+    "mm": "a matrix product",
+    "convolution": "a convolution",
+}
 
 # Calls that assert a tensor's dtype, device, layout, sizes or strides and return nothing. They held when the graph was
 # traced, and are no reason to compute a value. ``torch.export`` leaves one before each conversion; Inductor removes all
@@ -166,6 +193,38 @@ def behind(node: fx.Node) -> fx.Node:
 
 def _keeps_rows(node: fx.Node) -> bool:
     return node.target in VIEWS and same_shape(shape(node.args[0])[-1:], shape(node)[-1:])  # type: ignore[arg-type]
+
+
+def is_promoted(result: fx.Node, left: fx.Node, right: fx.Node) -> bool:
+    """Whether a result has the promoted dtype of two tensors. An op that reads them as they are, and not as a graph
+    converts them before, computes in that dtype; so a conversion is left out only where it changes nothing."""
+    return dtype(result) is torch.promote_types(dtype(left), dtype(right))
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """What computed the elements of a node."""
+    while node.target in MOVING and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def called(node: fx.Node) -> str | None:
+    """What a call computes, in words; None if there is no word for it."""
+    if node.op != "call_function":
+        return None
+    return next((words for part, words in PRODUCERS.items() if part in str(node.target)), None)
+
+
+def reading(node: fx.Node) -> list[fx.Node]:
+    """The calls that compute something from a node's elements, as they are."""
+    found, pending = [], readers(node)
+    while pending:
+        reader = pending.pop()
+        if reader.target in MOVING:
+            pending += readers(reader)
+        else:
+            found.append(reader)
+    return found
 
 
 def selects_rows(node: fx.Node) -> bool:

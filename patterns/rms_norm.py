@@ -5,6 +5,8 @@ README.md has a code for each form: R1 rounds before the weight, R2 after it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -28,6 +30,7 @@ from .language import (
     mul,
     number,
 )
+from .modulate import is_once
 
 F32 = torch.float32
 
@@ -100,7 +103,39 @@ def _complete_residual(root: fx.Node, found: Found) -> Completion | str:
     return Completion({"sum_dtype": dtype(root), "residual_dtype": dtype(root)}, frozenset({"add"}))
 
 
+def _complete_gated(root: fx.Node, found: Found) -> Completion | str:
+    x, residual, gate = (found.inputs[name] for name in ("x", "residual", "gate"))
+    for node in (x, residual):
+        if not same_shape(shape(node), shape(root)):
+            return f"{node.name}, which is added, is broadcast"
+    if not is_once(gate, shape(root)):
+        return f"the gate {gate.name} has no row for equally many rows of {root.name}"
+    for node in (x, residual, gate):
+        if dtype(node) not in FLOATS:
+            return f"{node.name}, which is added, is {dtype(node)}"
+    dtypes = {"product_dtype": dtype(found.named["product"]), "sum_dtype": dtype(root), "residual_dtype": dtype(root)}
+    return Completion(dtypes, frozenset({"gated_add"}))
+
+
+GATED_SUM = Call(
+    (aten.add.Tensor,),
+    (
+        in_float32(Var("residual")),
+        in_float32(Named("product", mul(in_float32(Var("gate")), in_float32(Var("x"))))),
+    ),
+    commute=True,
+)
+SERVED = ("rms_norm", "layer_norm", "fp8_quant")
+
 RESIDUAL_FORMS = (
+    Form(
+        "residual_add",
+        "gated",
+        OneOf((GATED_SUM, convert_to(replace(GATED_SUM, dtype=F32), "residual_dtype", HALVES))),
+        output="residual_out",
+        complete=_complete_gated,
+        serves=SERVED,
+    ),
     Form(
         "residual_add",
         "residual_add",
@@ -118,6 +153,6 @@ RESIDUAL_FORMS = (
             ),
         ),
         rows=("x", "residual"),
-        serves="rms_norm",
+        serves=SERVED,
     ),
 )

@@ -37,6 +37,18 @@ SETS = 3
 THREADS = (32, 64, 128, 256, 512, 1024)
 RUNS = (8, 16)
 FLAT_ELEMENTS = (512, 1024, 2048, 4096)
+# The rules for a scale for each row, and what their answers launch: a family and its variants.
+NORMS = {
+    "norm": ("rms_norm_quant", "add+token", "token"),
+    "gated_norm": ("rms_norm_quant", "gated+token"),
+    "layer_norm": ("layer_norm_quant", "add+token", "modulate+token"),
+    "sum": ("add_quant", "gated_add+token"),
+}
+ROWS = {
+    "row": ("act_mul_quant", "token", "packed+token"),
+    "act_row": ("act_quant", "gelu_tanh+token"),
+    "cat_row": ("cat_quant", "gelu_tanh+token"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,10 @@ def questions(hidden: Sequence[int], nvidia: bool) -> Iterator[Question]:
             return tuple(Case(family, variant, width, n) for variant in variants for n in rows)
 
         whole = _choices(threads, RUNS if not few else (8,), rules.power_of_two(width))
-        yield Question("norm", (width, width, few), cases("rms_norm_quant", "add+token", "token"), whole)
-        yield Question("row", (width, few), cases("act_mul_quant", "token", "packed+token"), whole)
+        for rule, (family, *variants) in NORMS.items():
+            yield Question(rule, (width, width, few), cases(family, *variants), whole)
+        for rule, (family, *variants) in ROWS.items():
+            yield Question(rule, (width, few), cases(family, *variants), whole)
         if width % GROUP == 0:
             grouped = cases("rms_norm_quant", f"add+group{GROUP}", f"group{GROUP}")
             yield Question("norm", (width, GROUP, few), grouped, whole)
@@ -155,7 +169,8 @@ def command(args: Any) -> None:
             asked = tune_linear.questions(args.linear or tune_linear.SIZES, nvidia())
             answers = [tune_linear.measure(question) for question in progress(list(asked), "tune --linear")]
         else:
-            answers = [measure(question) for question in progress(list(questions(args.hidden, nvidia())), "tune")]
+            asked = [q for q in questions(args.hidden, nvidia()) if not args.rules or q.rule in args.rules]
+            answers = [measure(question) for question in progress(asked, "tune")]
     rows = [[a.question.key, str(dict(a.choice) or "the rule's"), f"{a.ratio:.3f}"] for a in answers]
     headers = ("rule and arguments", "best", "time / rule's" if args.linear is None else "time / _scaled_mm's")
     print(plain(table(headers, rows, left=headers[:2])))

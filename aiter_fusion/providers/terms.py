@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ..domains import ANYTHING, Domain, Sizes
 from ..op import FusedOp, width_of
 
@@ -27,8 +25,7 @@ class Terms(NamedTuple):
         """Why a call (tensors may be fakes) is not among them, with the value and its limit, or None."""
         if unknown := op.features - self.features:
             return f"it declares no kernel for {op.family} with {', '.join(sorted(unknown))}"
-        first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
-        width = width_of(op, first) if first is not None and first.dim() else 1
+        width = width_of(op, arguments)
         for name, value in arguments.items():
             if name not in self.arguments:
                 return f"it declares no values of {name}, and this call has {value!r}"

@@ -1,4 +1,4 @@
-"""Gated activations, ``act(gate) * up``, of two tensors, or of the halves or every other column of one."""
+"""Activations, and gated ones, ``act(gate) * up``, of two tensors, or of the halves or every other column of one."""
 
 from __future__ import annotations
 
@@ -10,28 +10,57 @@ import torch
 from torch import Tensor
 
 from ..domains import Activations
-from ..op import Spec
+from ..op import Spec, columns
 from ..stage import Sample, Setting, Stage, Value
 
 F32 = torch.float32
 
-# By the names in patterns/act_mul.py, in the arithmetic of torch's decompositions (not of its eager kernels).
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+# By the names in patterns/act.py, in the arithmetic of torch's decompositions (not of its eager kernels). The first are
+# computed in float32, and only their result is rounded ...
+IN_FLOAT32: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (torch.exp(-x) + 1),
     "swish": lambda x: x * torch.sigmoid(x),
     "gelu_tanh": lambda x: (x * 0.5) * (torch.tanh((x + (x * x * x) * 0.044715) * 0.7978845608028654) + 1),
     "gelu": lambda x: (x * 0.5) * (torch.erf(x * 0.7071067811865476) + 1),
 }
+# ... and of these every operation's result is rounded to the dtype of the values.
+IN_STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "squared_relu": lambda x: torch.relu(x).pow(2),
+    "sigmoid": torch.sigmoid,
+    "quick_gelu": lambda x: x * torch.sigmoid(x * 1.702),
+    "gelu_new": lambda x: (x * 0.5) * (torch.tanh((x + x.pow(3.0) * 0.044715) * 0.7978845608028654) + 1.0),
+}
+ACTIVATIONS = IN_FLOAT32 | IN_STEPS
 CLAMPED = "clamped_swiglu="  # alpha and limit follow, so that any are possible: "clamped_swiglu=1.702,7.0"
-KNOWN = Activations({**dict.fromkeys(ACTIVATIONS, ()), CLAMPED.removesuffix("="): ("alpha", "limit")})
-ACT = {"act": "str", "cast_first": "bool", "dtype": "ScalarType"}
+ALONE = Activations(dict.fromkeys(ACTIVATIONS, ()))
+KNOWN = Activations({**ALONE.numbers, CLAMPED.removesuffix("="): ("alpha", "limit")})
+PRODUCT = {"act": "str", "cast_first": "bool", "dtype": "ScalarType"}
+
+
+def activate(x: Tensor, act: str, dtype: torch.dtype) -> Tensor:
+    """``act(x)`` of ``dtype``, x ``[..., H]`` of any floating dtype.
+
+    act: a key of ``IN_FLOAT32``, rounded once, or of ``IN_STEPS``, of which every operation's result is rounded.
+
+    Raises:
+        ValueError: there is no such activation.
+
+    Sources: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; So et al., "Primer", 2021 (squared ReLU).
+    """
+    if act in IN_STEPS:
+        return IN_STEPS[act](x.to(dtype))
+    if act not in IN_FLOAT32:
+        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN.written())}")
+    return IN_FLOAT32[act](x.to(F32)).to(dtype)
 
 
 def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.dtype) -> Tensor:
-    """``act(gate) * up`` with the activation in float32.
+    """``act(gate) * up``.
 
-    gate, up ``[..., H]``; act: a key of ``ACTIVATIONS`` or a clamped swiglu, else a ValueError names them.
-    cast_first: ``act(gate32).to(dtype) * up`` (of the promoted dtype), else ``(act(gate32) * up32).to(dtype)``.
+    gate, up ``[..., H]``; act: as in ``activate``, or a clamped swiglu.
+    cast_first: ``activate(gate, act, dtype) * up`` (of the promoted dtype), else the activation and the product are in
+    float32, and the product is rounded to dtype.
 
     ``clamped_swiglu=<alpha>,<limit>`` is ``(clamp(up, -limit, limit) + 1) * (g * sigmoid(g * alpha))`` with
     ``g = clamp(gate, max=limit)``. cast_first: the result of every operation (the two clamps of up are one) is rounded
@@ -42,10 +71,8 @@ def act_mul(gate: Tensor, up: Tensor, act: str, cast_first: bool, dtype: torch.d
     if act.startswith(CLAMPED):
         alpha, limit = map(float, act.removeprefix(CLAMPED).split(","))
         return clamped_swiglu(gate, up, alpha, limit, dtype if cast_first else F32).to(dtype)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known are {', '.join(KNOWN.written())}")
-    activated = ACTIVATIONS[act](gate.to(F32))
-    return activated.to(dtype) * up if cast_first else (activated * up.to(F32)).to(dtype)
+    activated = activate(gate, act, dtype if cast_first else F32)
+    return activated * up if cast_first else (activated * up.to(F32)).to(dtype)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float, dtype: torch.dtype) -> Tensor:
@@ -87,7 +114,7 @@ def _spec_packed(
 
 
 def _acts(dtype: torch.dtype) -> list[dict[str, Any]]:
-    every = [*ACTIVATIONS, f"{CLAMPED}1.702,7.0"]
+    every = [*IN_FLOAT32, "sigmoid", "gelu_new", f"{CLAMPED}1.702,7.0"]
     return [{"act": act, "cast_first": index % 2 == 0, "dtype": dtype} for index, act in enumerate(every)]
 
 
@@ -105,21 +132,48 @@ def _samples_packed(sample: Sample) -> Sequence[dict[str, Any]]:
     ]
 
 
-_TYPICAL = {"act": "silu", "cast_first": True, "dtype": torch.bfloat16}
+def _typical_act(setting: Setting) -> Mapping[str, Any]:
+    return {"act": setting.said(ACTIVATIONS, "silu"), "cast_first": True, "dtype": torch.bfloat16}
 
 
 def _typical_packed(setting: Setting) -> Mapping[str, Any]:
-    columns = setting.random(setting.rows, 2 * setting.hidden)
-    return {"gate_up": columns, "gate_first": True, "interleaved": False} | _TYPICAL
+    gate_up = setting.random(setting.rows, 2 * setting.hidden)
+    return {"gate_up": gate_up, "gate_first": True, "interleaved": False, **_typical_act(setting)}
 
 
+def _compute_alone(value: None, x: Tensor, act: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    return activate(x, act, dtype).contiguous(), {}
+
+
+def _spec_alone(value: None, x: Tensor, act: str, dtype: torch.dtype) -> tuple[Value, dict[str, Spec]]:
+    return Value(x.shape, dtype), {}
+
+
+def _samples_alone(sample: Sample) -> Sequence[dict[str, Any]]:
+    """A third of the activations: the samples take turns."""
+    acts = list(ACTIVATIONS)[sample.seed % 3 :: 3]
+    return [{"x": sample.rows(), "act": act, "dtype": sample.dtype} for act in acts]
+
+
+ACT = Stage(
+    "act",
+    {"x": "Tensor", "act": "str", "dtype": "ScalarType"},
+    _compute_alone,
+    _spec_alone,
+    _samples_alone,
+    lambda setting: {"x": setting.random(), "act": setting.said(ACTIVATIONS, "gelu_tanh"), "dtype": torch.bfloat16},
+    domains={"act": ALONE},
+    returns="value",
+    levels={"value": 2},
+    follows=False,
+)
 ACT_MUL = Stage(
     "act_mul",
-    {"gate": "Tensor", "up": "Tensor"} | ACT,
+    {"gate": "Tensor", "up": "Tensor"} | PRODUCT,
     _compute,
     _spec,
     _samples,
-    lambda setting: {"gate": setting.random(), "up": setting.random()} | _TYPICAL,
+    lambda setting: {"gate": setting.random(), "up": setting.random(), **_typical_act(setting)},
     domains={"act": KNOWN},
     returns="value",
     levels={"value": 2},
@@ -127,11 +181,11 @@ ACT_MUL = Stage(
 )
 PACKED_ACT_MUL = replace(
     ACT_MUL,
-    arguments={"gate_up": "Tensor", "gate_first": "bool", "interleaved": "bool"} | ACT,
+    arguments={"gate_up": "Tensor", "gate_first": "bool", "interleaved": "bool"} | PRODUCT,
     compute=_compute_packed,
     spec=_spec_packed,
     samples=_samples_packed,
     typical=_typical_packed,
     feature="packed",
-    columns=2,
+    width=lambda arguments: columns(arguments["gate_up"]) // 2,
 )

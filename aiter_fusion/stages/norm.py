@@ -43,6 +43,29 @@ def rms_norm(
     return y if cast_first else y.to(dtype)
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
+    eps_tensor: Tensor | None = None,
+) -> Tensor:
+    """``((x32 - mean) * rsqrt(var + eps) * weight + bias).to(dtype)`` with mean and (biased) variance of each row.
+
+    x ``[..., H]`` of any floating dtype, x32 its float32; weight and bias ``[H]`` or None; eps, eps_tensor: as in
+    ``rms_norm``, added to the variance.
+
+    Source: Ba et al., "Layer Normalization", 2016.
+    """
+    x32 = x.to(F32)
+    added: Any = eps if eps_tensor is None else eps_tensor.to(F32)
+    variance, mean = torch.var_mean(x32, [-1], correction=0, keepdim=True)
+    y = (x32 - mean) * torch.rsqrt(variance + added)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(dtype)
+
+
 def _check(eps: float | None, eps_tensor: Tensor | None) -> None:
     """Raise a ValueError unless eps is given once, and its tensor, if it is one, has no dimensions."""
     if (eps is None) == (eps_tensor is None):
@@ -87,6 +110,36 @@ def _typical(setting: Setting) -> Mapping[str, Any]:
     return {"weight": weight, **eps, "offset": None, "cast_first": True, "dtype": torch.bfloat16}
 
 
+def _compute_layer(value: Tensor, **norm: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    _check(norm["eps"], norm["eps_tensor"])
+    return layer_norm(value, **norm).contiguous(), {}
+
+
+def _spec_layer(
+    value: Value, eps: float | None, eps_tensor: Tensor | None, dtype: torch.dtype, **_: Any
+) -> tuple[Value, dict[str, Spec]]:
+    _check(eps, eps_tensor)
+    return Value(value.sizes, dtype), {}
+
+
+def _samples_layer(sample: Sample) -> Sequence[dict[str, Any]]:
+    weight, bias, dtype = sample.weight(), sample.weight().flip(0), sample.dtype
+    number = {"eps": 1e-6, "eps_tensor": None}
+    tensor = {"eps": None, "eps_tensor": torch.tensor(1e-5, dtype=torch.float64)}
+    return [
+        {"weight": weight, "bias": bias, **number, "dtype": dtype},
+        {"weight": None, "bias": None, **number, "dtype": dtype},
+        {"weight": weight.to(F32), "bias": None, **tensor, "dtype": dtype},
+        {"weight": None, "bias": bias.to(F32), **number, "dtype": F32},
+    ]
+
+
+def _typical_layer(setting: Setting) -> Mapping[str, Any]:
+    """With both, as most models have them."""
+    weight, bias = setting.random(setting.hidden), setting.random(setting.hidden)
+    return {"weight": weight, "bias": bias, "eps": 1e-6, "eps_tensor": None, "dtype": torch.bfloat16}
+
+
 # eps is a number or, in its place, a tensor of one: Dynamo makes a module's float an input of the graph, in float64 on
 # the CPU, once it has seen two values of it, or under dynamic=True.
 RMS_NORM = Stage(
@@ -106,4 +159,20 @@ RMS_NORM = Stage(
     traits=("offset",),
     returns="value",
     levels={"offset": 2, "value": 2},
+)
+LAYER_NORM = Stage(
+    "layer_norm",
+    {
+        "weight": "Tensor?",
+        "bias": "Tensor?",
+        "eps": "float?",
+        "eps_tensor": "Tensor?",
+        "dtype": "ScalarType",
+    },
+    _compute_layer,
+    _spec_layer,
+    _samples_layer,
+    _typical_layer,
+    returns="value",
+    levels={"value": 2},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,17 @@ def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granul
     """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
     if STATIC in op.stages:
         return Granularity("static", 0)
-    return Granularity.of(arguments["block"], width) if DYNAMIC in op.stages else None
+    if DYNAMIC not in op.stages:
+        return None
+    block = arguments["block"]
+    return Granularity.of(block, max(width, block) if isinstance(width, int) else width)
+
+
+def _rows(sizes: Sequence[Any], block: int) -> Sequence[Any]:
+    """The sizes of a value whose rows are divided into blocks: its own, or a row for each block of several of them."""
+    if block == 0 or not isinstance(sizes[-1], int) or sizes[-1] % block == 0:
+        return sizes
+    return math.prod(sizes) // block, block
 
 
 def _compute(
@@ -64,8 +75,10 @@ def _compute(
     ``scale = scale_steps(m)``, where m is the maximum of ``|value|`` over the block in the dtype of ``value``.
 
     Returns q ``[..., H]`` of ``quant_dtype`` and scale ``[..., H / block]``, or ``[]`` for block 0. column_major: in
-    memory its columns follow each other, strides ``(..., 1, rows)``, as some matrix products want it.
+    memory its columns follow each other, strides ``(..., 1, rows)``, as some matrix products want it. A block that H
+    does not divide into is of several whole rows, such as heads, and then q is ``[N, block]`` and scale ``[N, 1]``.
     """
+    whole, value = value, value.reshape(_rows(value.shape, block))
     if block == 0:
         # the maximum of nothing is 0: a graph without rows quantises nothing
         maximum = value.abs().amax() if value.numel() else value.new_zeros(())
@@ -78,7 +91,7 @@ def _compute(
     scale = scale.reshape(scale.shape[: value.dim() if block else 0])
     if column_major and block:
         scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
-    return value, {"q": q, "scale": scale}
+    return whole, {"q": q, "scale": scale}
 
 
 def _spec(
@@ -90,7 +103,7 @@ def _spec(
     value_steps: str,
     quant_dtype: torch.dtype,
 ) -> tuple[Value, dict[str, Spec]]:
-    sizes = value.sizes
+    sizes = _rows(value.sizes, block)
     scales = [] if block == 0 else [*sizes[:-1], sizes[-1] // block]
     kind = result_dtype(scale_steps, value.dtype)
     columns_first = (len(scales) - 1, *range(len(scales) - 1))
@@ -114,11 +127,11 @@ def _spec_static(
 
 
 def _fits(attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str | None:
-    """A block of the quantiser must not span several rows of the value that it reads."""
+    """Rows of the value that the quantiser reads must consist of blocks, or blocks of rows."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     block, width = attributes["block"], sizes[-1]
-    if block == 0 or statically_known_true(width % block == 0):
+    if block == 0 or statically_known_true(width % block == 0) or (isinstance(width, int) and block % width == 0):
         return None
     return f"scales are for blocks of {block}, which its rows of {width} do not divide into"
 
@@ -186,10 +199,10 @@ DYNAMIC = Stage(
     _samples,
     _typical,
     outputs=("q", "scale"),
-    label=lambda attributes, sizes: str(Granularity.of(attributes["block"], sizes[-1])),
+    label=lambda attributes, sizes: str(Granularity.of(attributes["block"], attributes.get("row", sizes[-1]))),
     fits=_fits,
     layouts=({"column_major": True}, {"column_major": False}),
-    domains={"block": Blocks(), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},
+    domains={"block": Blocks(spanning=True), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},
 )
 STATIC = Stage(
     "fp8_quant",

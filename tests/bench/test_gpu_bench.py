@@ -68,6 +68,10 @@ def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert content["conditions"]["device"] == torch.cuda.get_device_name()
     assert tuned.choices() == content["launches"]
     assert f"written to {path}" in capsys.readouterr().out
+    assert cli.main(["tune", "--hidden", "256", "--rules", "gated_norm", "cat_row"]) == 0
+    out = capsys.readouterr().out
+    assert "gated_norm 256 256 0" in out
+    assert "layer_norm" not in out
     tuned._content.cache_clear()
     tuned.choices.cache_clear()
 

@@ -13,7 +13,6 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 
 import aiter_fusion
 from aiter_fusion import report
@@ -118,23 +117,6 @@ def test_the_activation_of_gpt_oss_itself() -> None:
             result.call(*cases.tensors(("x2",), (6,), torch.bfloat16, rows))
     assert result.oracle.identical
     assert result.variants == ["act_mul_quant:packed+token"]
-
-
-def test_what_is_left_alone_of_t5() -> None:
-    """Of four norms and two activations the norms are taken. ``gelu_new`` is no form: it computes in bf16, and with
-    ``pow``, what the forms of tanh-GELU compute in float32."""
-    model = models.build("T5")
-    assert type(model) is transformers.T5EncoderModel
-    models.QUANTISATIONS["group128"](model)
-    result = checked(model)
-    with torch.no_grad():
-        result.call(models.tokens(2))
-    made = result.report
-    assert made.replaced == {"rms_norm_quant": 2 * models.LAYERS, "decode_attention": models.LAYERS}
-    assert result.oracle.identical
-    left = [site for site in made.bare if site.where.endswith("DenseReluDense.wo")]
-    assert [site.reason for site in left] == ["producer: its input is aten.mul.Tensor"] * models.LAYERS
-    assert "aten.pow.Tensor_Scalar" in result.targets
 
 
 def test_a_draft_and_a_target_model() -> None:

@@ -18,6 +18,7 @@ from support.checked import checked
 from support.rows import Row, Rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTS = ("Q1r", "Q2", "Q3_tensor", "Q7_64")
 RANKS = ((6,), (2, 3), (2, 2, 3))
 
 
@@ -54,6 +55,26 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm) -> None:
 @pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128"), ids=lambda q: q.name)
 def test_every_activation(quant: cases.QuantForm) -> None:
     run([(cases.FUSION["act"], act, quant) for act in cases.ACTS])
+
+
+@pytest.mark.parametrize("quant", quants(*QUANTS), ids=lambda q: q.name)
+def test_every_producer(quant: cases.QuantForm) -> None:
+    """And half of them with the value read elsewhere too; a sum with the residual stream always is."""
+    rows = [(cases.PRODUCED, producer, quant) for producer in cases.PRODUCERS]
+    returned = [producer for producer in cases.PRODUCERS if producer.family != "add_quant"][
+        QUANTS.index(quant.name) % 2 :: 2
+    ]
+    run(
+        [*rows, *((cases.PRODUCED_VALUE, producer, quant) for producer in returned)],
+        kinds=("normal", "tiny", "nonfinite"),
+    )
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), [((6,), torch.float32), ((2, 2, 3), torch.float16)], ids=str)
+def test_every_producer_of_other_ranks(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of float32 some spellings are the same."""
+    rows = [(cases.PRODUCED, producer, cases.QUANT["Q1r"]) for producer in cases.PRODUCERS]
+    run(rows, sizes, dtype, ("normal", "nonfinite"))
 
 
 @pytest.mark.parametrize("quant", quants("Q1r", "Q1t", "Q1b", "Q2", "Q5"), ids=lambda q: q.name)

@@ -75,9 +75,9 @@ def two_kinds(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (*cases.q3(y), *cases.q7(128)(y))
 
 
-def last_row_and_all(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    y = cases.llama(x, w)
-    return (*cases.q3(y[-1:]), y + 1)
+def last_row_modulated(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Which row of a modulation a row meets depends on those before it."""
+    return cases.q3(cases.modulated(x, w, w)[-1:])
 
 
 def unknown(x: Tensor) -> tuple[Tensor, ...]:
@@ -98,6 +98,12 @@ def attended(x: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(heads, cache, cache, is_causal=True)
 
 
+def grouped(x: Tensor) -> Tensor:
+    """One expert's rows."""
+    weights = x.new_ones(1, x.shape[-1], x.shape[-1])
+    return torch.nn.functional.grouped_mm(x, weights, offs=torch.tensor([len(x)], dtype=torch.int32))
+
+
 def reducing(fn: Callable[[Tensor], Tensor]) -> Iterator[report.Site]:
     """In a group of one process."""
     store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
@@ -116,11 +122,12 @@ PROVOKE: dict[str, Callable[[pytest.MonkeyPatch], Iterator[report.Site]]] = {
     "producer": lambda patch: sites(lambda x: cases.q3(x * 2), ("x",)),
     "boundary": lambda patch: sites(lambda x: cases.q3(x.view(2, 2, -1)), ("x",)),
     "unquantised": lambda patch: sites(cases.llama),
+    "grouped": lambda patch: sites(lambda x: cases.q3(grouped(x)), ("x",)),
     "unnormalised": lambda patch: reducing(lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD)),  # type: ignore[arg-type]
     "collective": lambda patch: reducing(largest),
     "unknown": lambda patch: sites(unknown, ("x",)),
     "attention": lambda patch: sites(attended, ("x",)),
-    "rows": lambda patch: sites(last_row_and_all),
+    "rows": lambda patch: sites(last_row_modulated),
     "starved": lambda patch: sites(two_kinds),
     "level": lambda patch: sites(level=1, fn=cases.FUSION["norm"].call(cases.gemma, cases.q3)),
     "disabled": lambda patch: sites(disable="rms_norm_quant"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aiter_fusion.op import FusedOp
-from aiter_fusion.passes.verify import differing_codes, same_bits
+from aiter_fusion.passes.verify import difference, differing_codes, same_bits
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import is_inverse, parse, run
@@ -45,7 +47,22 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-ops = pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
+def chosen(every: list[FusedOp]) -> list[Any]:
+    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow."""
+    made = []
+    for op in every:
+        many = REGISTRY.overloads(op.family)
+        fullest = max(many, key=len)
+        slow = len(many) > 8 and len(op.features) > 1 and op.features != fullest
+        made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
+    return made
+
+
+def _named(op: FusedOp) -> str:
+    return op.name.split("::")[1]
+
+
+ops = pytest.mark.parametrize("op", chosen(EVERY_OP), ids=_named)
 providers = pytest.mark.parametrize("provider", EVERY_PROVIDER)
 
 
@@ -67,21 +84,27 @@ def test_strided_rows_give_the_same_bits(op: FusedOp, provider: str) -> None:
     strided_rows_give_the_same_bits(op, provider)
 
 
-@pytest.mark.parametrize("op", QUANTISING, ids=lambda op: op.name.split("::")[1])
+@pytest.mark.parametrize("op", chosen(QUANTISING), ids=_named)
 @providers
 def test_scale_contract(op: FusedOp, provider: str) -> None:
-    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to."""
+    """On finite, non-zero rows q * scale is the value within half an FP8 step, and no input is written to.
+
+    Not of rows whose scale is subnormal in the dtype of the value: the graph divides their maximum in that dtype, so
+    the scale has lost bits in the graph as well (or the sum has, where it is returned in that dtype).
+    """
     for given in sampled(op, provider):
         if "static" in op.features:
             continue
         before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
         outputs = call(op, provider, given)
-        value = op.reference(**given)["value"].float()
+        computed = op.reference(**given)
+        rounded = computed["value" if "value" in computed else "residual_out"]  # where there is no norm, the sum
+        value, normal = rounded.float(), max(1e-30, torch.finfo(rounded.dtype).tiny)
         q, scale, block = outputs["q"].float(), outputs["scale"], given["block"]
         assert scale.dtype is torch.float32
         assert scale.shape == (() if block == 0 else (*value.shape[:-1], value.shape[-1] // block))
         spread = scale if block == 0 else scale.repeat_interleave(block, -1)
-        usable = value.isfinite() & (spread > 1e-30) & spread.isfinite()
+        usable = value.isfinite() & (spread >= normal) & spread.isfinite()
         # half a step of e4m3 is 2**-4 of the value (subnormals: 2**-10 scales); a scale in bf16 adds 2**-8
         error = (q * spread - value).abs()[usable]
         bound = (value.abs() * (2**-4 + 2**-8) + spread * 2**-10).expand_as(value)[usable]
@@ -94,6 +117,17 @@ def test_scale_contract(op: FusedOp, provider: str) -> None:
 @pytest.mark.parametrize("provider", [p for p in EVERY_PROVIDER if p.values != ("reference",)])
 def test_agrees_with_the_reference(op: FusedOp, provider: str) -> None:
     agrees_with_the_reference(op, provider)
+
+
+def test_codes_where_summands_cancel() -> None:
+    """A sum after a rounding may be many codes apart, if that is little beside the largest of its row; no other may."""
+    largest = torch.tensor([[1.0, 448.0]])
+    want, near, far = ((largest * torch.tensor([[v, 1.0]])).to(torch.float8_e4m3fn) for v in (0.0, 3.0, 5.0))
+    shifted, triton = REGISTRY.ops["layer_norm_quant", frozenset({"modulate"})], PROVIDERS["triton"]
+    assert difference(shifted, triton, "q", want, near) is None
+    assert "codes apart" in str(difference(shifted, triton, "q", want, far))
+    assert "codes apart" in str(difference(shifted, triton, "q", want, torch.full_like(want, math.nan)))
+    assert "codes apart" in str(difference(REGISTRY.ops["layer_norm_quant", frozenset()], triton, "q", want, near))
 
 
 @ops
@@ -122,8 +156,8 @@ def test_unknown_provider_and_activation() -> None:
     arguments = next(sampled(op, "reference"))
     with pytest.raises(ValueError, match="unknown provider 'cutlass'; known are aiter, triton, reference"):
         op.target(*arguments.values(), "cutlass")
-    with pytest.raises(ValueError, match="unknown activation 'relu'; known are silu"):
-        op.target(*(arguments | {"act": "relu"}).values(), "reference")
+    with pytest.raises(ValueError, match="unknown activation 'sine'; known are silu"):
+        op.target(*(arguments | {"act": "sine"}).values(), "reference")
 
 
 def test_differing_codes() -> None:

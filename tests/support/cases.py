@@ -5,8 +5,10 @@ A form is a function of tensors that spells one piece of a model. To cover a new
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -163,6 +165,16 @@ def gpt_oss_rounded_late(x: Tensor) -> Tensor:
     return clamped_swiglu(x[..., 1::2].float(), x[..., ::2].float()).to(x.dtype)
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    """transformers' NewGELUActivation, in whatever dtype x has."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gated_by_sigmoid(x: Tensor) -> Tensor:
+    value, gate = x[..., ::2] * 2, x[..., 1::2] * 2
+    return value * torch.sigmoid(gate)
+
+
 @dataclass(frozen=True)
 class ActForm:
     name: str
@@ -190,6 +202,159 @@ ACTS = (
     ActForm("S6_other_numbers", gpt_oss_other_numbers, True),
     ActForm("S6_separate", gpt_oss_separate, False),
     ActForm("S6_rounded_late", gpt_oss_rounded_late, True),
+    ActForm("S8", separate(gelu_new), False),
+    ActForm("S8_packed", chunked(gelu_new), True),
+    ActForm("S9", gated_by_sigmoid, False),
+    ActForm("S9_packed", chunked(torch.sigmoid, up_first=True), True),
+)
+
+
+# ---- producers with inputs of their own: (...) -> value, or the value and what else is returned ---------------
+
+
+def layer(x: Tensor, w: Tensor | None = None, b: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), w, b, eps)
+
+
+def layer_in_float32(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """diffusers' FP32LayerNorm."""
+    return layer(x.float(), w.float(), b.float()).to(x.dtype)
+
+
+def add_layer(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    summed = r + x
+    return layer(summed, w, b), summed
+
+
+def modulated(x: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    return layer(x) * (1 + g) + s
+
+
+def modulated_in_float32(x: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """Wan's."""
+    return (layer(x.float()) * (1 + g.float()) + s.float()).to(x.dtype)
+
+
+def chunked_modulation(x: Tensor, gs: Tensor) -> Tensor:
+    """Both of one projection, so with gaps between their rows."""
+    gain, shift = gs.chunk(2, -1)
+    return layer(x) * (1 + gain) + shift
+
+
+def prepared_gain(x: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """1 is added before the gain has its dimension of tokens."""
+    gain = (1 + g.flatten(0, -2)).reshape(g.shape)
+    return layer(x) * gain + s
+
+
+def scaled_rms(x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+    return llama(x, w) * (1 + g)
+
+
+def modulated_rms(x: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """LTX's."""
+    return no_weight(x, x) * (1 + g) + s
+
+
+def gated_modulated(x: Tensor, r: Tensor, e: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    """FLUX's: what a gate lets through is added, and the sum is read again."""
+    summed = r + e * x
+    return layer(summed) * (1 + g) + s, summed
+
+
+def gated_in_float32(x: Tensor, r: Tensor, e: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Wan's: the sum of float32 is rounded before it is normalised."""
+    summed = (r.float() + x * e.float()).to(x.dtype)
+    return layer_in_float32(summed, w, b), summed
+
+
+def gated_rms(x: Tensor, r: Tensor, e: Tensor, w: Tensor) -> Tensor:
+    return llama(x * e + r, w)
+
+
+def gated_norm(x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+    """Qwen3-Next's linear attention."""
+    return (llama(x, w) * F.silu(z.float())).to(x.dtype)
+
+
+def gated_heads(x: Tensor, z: Tensor) -> Tensor:
+    """The same, of heads."""
+    x, z = (t.unflatten(-1, (4, -1)) for t in (x, z))
+    return (F.silu(z.float()) * no_weight(x, x)).to(x.dtype).flatten(-2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return torch.square(F.relu(x))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def beside(x: Tensor, x2: Tensor) -> Tensor:
+    """FLUX's single blocks: attention beside an activation."""
+    return torch.cat([x, gelu_tanh(x2)], -1)
+
+
+def activated_first(x: Tensor, x2: Tensor) -> Tensor:
+    return torch.cat([squared_relu(x), x2], -1)
+
+
+def added(x: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    summed = r + x
+    return summed, summed * 2
+
+
+def gated(x: Tensor, r: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """LTX's and PixArt's: a residual stream that is quantised as it is."""
+    summed = r + x * e
+    return summed, summed
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A producer that reads ``inputs``; ``words``: what the variant has before the granularity."""
+
+    name: str
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    family: str
+    words: str
+    inputs: tuple[str, ...]
+
+
+PRODUCERS = (
+    Producer("L1", layer, "layer_norm_quant", "", ("x", "w", "b")),
+    Producer("L1_other_eps", lambda x, w, b: layer(x, w, b, 3e-4), "layer_norm_quant", "", ("x", "w", "b")),
+    Producer("L1_float32", layer_in_float32, "layer_norm_quant", "", ("x", "w", "b")),
+    Producer("L1_add", add_layer, "layer_norm_quant", "add", ("x", "r", "w", "b")),
+    Producer("L2", lambda x: layer(x), "layer_norm_quant", "", ("x",)),
+    Producer("L3", lambda x, w: layer(x, w), "layer_norm_quant", "", ("x", "w")),
+    Producer("L3_plus_one", lambda x, w: layer(x, w + 1), "layer_norm_quant", "", ("x", "w")),
+    Producer("L4", lambda x, b: layer(x, None, b), "layer_norm_quant", "", ("x", "b")),
+    Producer("M1", modulated, "layer_norm_quant", "modulate", ("x", "g", "s")),
+    Producer("M1_float32", modulated_in_float32, "layer_norm_quant", "modulate", ("x", "g", "s")),
+    Producer("M1_chunked", chunked_modulation, "layer_norm_quant", "modulate", ("x", "gs")),
+    Producer("M1_prepared", prepared_gain, "layer_norm_quant", "modulate", ("x", "g", "s")),
+    Producer("M2", scaled_rms, "rms_norm_quant", "modulate", ("x", "w", "g")),
+    Producer("M2_shifted", modulated_rms, "rms_norm_quant", "modulate", ("x", "g", "s")),
+    Producer("G1", gated_modulated, "layer_norm_quant", "gated_add+modulate", ("x", "r", "e", "g", "s")),
+    Producer("G1_float32", gated_in_float32, "layer_norm_quant", "gated_add", ("x", "r", "e", "w", "b")),
+    Producer("G2", gated_rms, "rms_norm_quant", "gated_add", ("x", "r", "e", "w")),
+    Producer("N1", gated_norm, "rms_norm_quant", "gated", ("x", "w", "r")),
+    Producer("N1_heads", gated_heads, "rms_norm_quant", "gated", ("x", "r")),
+    Producer("N1_sigmoid", lambda x, r: no_weight(x, x) * torch.sigmoid(r), "rms_norm_quant", "gated", ("x", "r")),
+    Producer("A1", lambda x: F.gelu(x), "act_quant", "", ("x",)),
+    Producer("A1_tanh", gelu_tanh, "act_quant", "", ("x",)),
+    Producer("A1_new", gelu_new, "act_quant", "", ("x",)),
+    Producer("A1_quick", quick_gelu, "act_quant", "", ("x",)),
+    Producer("A2", lambda x: F.silu(x), "act_quant", "", ("x",)),
+    Producer("A3", lambda x: F.relu(x), "act_quant", "", ("x",)),
+    Producer("A3_squared", squared_relu, "act_quant", "", ("x",)),
+    Producer("C1", beside, "cat_quant", "", ("x", "x2")),
+    Producer("C1_first", activated_first, "cat_quant", "", ("x", "x2")),
+    Producer("C2", lambda x, r: torch.cat([x, r], -1), "cat_quant", "", ("x", "r")),
+    Producer("X1", added, "add_quant", "add", ("x", "r")),
+    Producer("X2", gated, "add_quant", "gated_add", ("x", "r", "e")),
 )
 
 
@@ -463,6 +628,30 @@ NORM_FUSIONS = (
     FusionCase("add_norm_float32_sum", "rms_norm_quant", "add", "", _add_float32_sum, ("x", "r", "w")),
     FusionCase("add_norm_float32_residual", "rms_norm_quant", "add", "", _add_float32_residual, ("x", "r32", "w")),
 )
+
+
+def _produced(produce: Callable[..., Tensor | tuple[Tensor, ...]], quantise: Callable[..., tuple[Tensor, ...]]):
+    count = len([p for p in signature(produce).parameters.values() if p.default is p.empty or p.name in "wb"])
+
+    def call(*given: Tensor) -> tuple[Tensor, ...]:
+        made = produce(*given[:count])
+        value, *others = made if isinstance(made, tuple) else (made,)
+        return (*quantise(value, *given[count:]), *others)
+
+    return call
+
+
+def _produced_value(produce: Callable[..., Tensor], quantise: Callable[..., tuple[Tensor, ...]]):
+    def both(*given: Tensor) -> tuple[Tensor, ...]:
+        made = produce(*given)
+        return (*made, made[0]) if isinstance(made, tuple) else (made, made)
+
+    both.__signature__ = signature(produce)  # type: ignore[attr-defined]
+    return _produced(both, quantise)
+
+
+PRODUCED = FusionCase("produced", "", "", "", _produced, ())
+PRODUCED_VALUE = FusionCase("produced_value", "", "", "value", _produced_value, ())
 ACT_FUSIONS = (
     FusionCase("act", "act_mul_quant", "", "", _act, ("x2",)),
     FusionCase("act_value", "act_mul_quant", "", "value", _act_value, ("x2",)),
@@ -472,12 +661,23 @@ ACT_FUSIONS = (
 # By name.
 NORM = {norm.name: norm for norm in NORMS}
 ACT = {act.name: act for act in ACTS}
+PRODUCER = {producer.name: producer for producer in PRODUCERS}
 QUANT = {quant.name: quant for quant in QUANTS}
-FUSION = {fusion.name: fusion for fusion in NORM_FUSIONS + ACT_FUSIONS}
+FUSION = {fusion.name: fusion for fusion in (*NORM_FUSIONS, *ACT_FUSIONS, PRODUCED, PRODUCED_VALUE)}
+
+AnyForm = NormForm | ActForm | Producer
 
 
-def variant(case: FusionCase, producer: NormForm | ActForm, quant: QuantForm) -> str:
+def built(case: FusionCase, producer: AnyForm, quant: QuantForm) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
+    """What a fusion makes of a producer and a quantiser, and its inputs."""
+    own = producer.inputs if isinstance(producer, Producer) else ()
+    return case.call(producer.call, quant.call), [*case.inputs, *own, *(["scale"] if quant.static else [])]
+
+
+def variant(case: FusionCase, producer: AnyForm, quant: QuantForm) -> str:
     """Family and variant of the one site that these make."""
+    if isinstance(producer, Producer):
+        return f"{producer.family}:{'+'.join(filter(None, [producer.words, quant.granularity, case.after]))}"
     offset = producer.name == "R3"
     packed = isinstance(producer, ActForm) and producer.packed
     parts = [case.before, "offset" * offset, "packed" * packed, quant.granularity, case.after]
@@ -500,12 +700,18 @@ def tensors(names: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, 
         return x.to(dtype)
 
     weight = torch.randn(H, generator=generator).to(dtype)
+    entries = (sizes[0], *[1] * (len(sizes) - 1)) if len(sizes) > 1 else (1,)
     known = {
         "x": lambda: make(*sizes, H),
         "r": lambda: make(*sizes, H),
         "r32": lambda: make(*sizes, H).float(),
         "x2": lambda: make(*sizes, 2 * H),
         "w": lambda: weight,
+        "b": lambda: weight.flip(0),
+        "e": lambda: make(*entries, H),
+        "g": lambda: make(*entries, H),
+        "s": lambda: make(*entries, H),
+        "gs": lambda: make(*entries, 2 * H),
         "w2": lambda: weight * 3,
         "w32": lambda: weight.float(),
         "scale": lambda: torch.full((1,) * (len(sizes) + 1), 0.02),

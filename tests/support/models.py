@@ -380,15 +380,29 @@ def quantises(module: nn.Module) -> bool:
     return by_torchao or isinstance(module, (GroupLinear, StaticLinear, CompressedTensorsFP8Linear))
 
 
+def unwatched(model: nn.Module, name: str) -> str:
+    """The producer of a linear layer's input that no module of its own computes, or nothing."""
+    parent, _, layer = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    kind = type(owner).__name__
+    if isinstance(owner, TorchBlock) and owner.modulated and layer == "qkv":
+        return f"rms_norm_quant {parent}"
+    if kind == "Qwen3NextAttention" and layer == "o_proj":  # times the sigmoid of a gate
+        return f"act_mul_quant {parent}"
+    embedded = ".layers.0.self_attn" in name
+    if kind.startswith("Olmo2") and layer in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and not embedded:
+        return f"add_quant {parent}"  # it norms what a layer returns, and adds that
+    return ""
+
+
 def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Counter[str], int]:
     """What the eager model says: replaced sites by family, and quantisers whose input no fusion computes.
 
     Watched: which storage every norm returns, which modules call an activation, and what enters every quantised linear
-    layer. A norm that such a layer reads is one site; so is the product that enters one beside an activation; every
-    other such layer quantises for itself. A gated norm (Qwen3-Next) ends in ``norm * silu(gate)`` over heads, which its
-    reader sees joined to rows: only scales for the whole tensor fit both. T5's activation, ``act``, is not watched: it
-    is no form (``test_what_is_left_alone_of_t5``). Layers that read one tensor are one FP8 product, or as many as it
-    takes where an op computes eight. PyTorch's attention is one site a call; without its call see ``BY_HAND``.
+    layer. A norm that such a layer reads is one site, gated (Qwen3-Next) or not; so is the product that enters one
+    beside an activation, and what ``unwatched`` knows; every other such layer quantises for itself. Layers that read
+    one tensor are one FP8 product, or as many as it takes where an op computes eight. PyTorch's attention is one site a
+    call; without its call see ``BY_HAND``.
     """
     read_from: dict[int, str] = {}  # storage -> the norm, activation or (empty) neither that its tensor comes from
     activated: set[str] = set()
@@ -404,14 +418,6 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
         attended += q.dim() == 4
         return attention(q, *args, **kwargs)
 
-    def gated_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            keep.append(output)
-            if quantisation in ("PerTensor", "static"):
-                read_from[output.untyped_storage().data_ptr()] = f"act_mul_quant {name}"
-
-        return hook
-
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             first = output[0] if isinstance(output, tuple) else output
@@ -423,25 +429,25 @@ def expected(model: nn.Module, quantisation: str, *inputs: Tensor) -> tuple[Coun
     def act_hook(parent: str) -> Callable[..., None]:
         return lambda module, args, output: activated.add(parent)
 
-    def linear_hook(parent: str) -> Callable[..., None]:
+    def linear_hook(name: str) -> Callable[..., None]:
+        parent = name.rpartition(".")[0]
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             keep.append(args[0])
             readers[args[0].data_ptr(), args[0].shape] += 1
-            product = f"act_mul_quant {parent}" if parent in activated else ""
+            product = f"act_mul_quant {parent}" if parent in activated else unwatched(model, name)
             read[read_from.setdefault(args[0].untyped_storage().data_ptr(), product)] += 1
 
         return hook
 
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
-        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+        if type(module).__name__.endswith(("RMSNorm", "RMSNormGated", "T5LayerNorm")):
             hooks.append(module.register_forward_hook(norm_hook(name)))
-        elif type(module).__name__.endswith("RMSNormGated"):
-            hooks.append(module.register_forward_hook(gated_hook(name)))
-        elif name.endswith(("act_fn", "activation_fn")):
+        elif name.endswith(("act_fn", "activation_fn", ".act")):
             hooks.append(module.register_forward_hook(act_hook(parent)))
         elif quantises(module):
-            hooks.append(module.register_forward_pre_hook(linear_hook(parent)))
+            hooks.append(module.register_forward_pre_hook(linear_hook(name)))
     with torch.no_grad(), mock.patch.object(nn.functional, "scaled_dot_product_attention", attend):
         model(*inputs, use_cache=False)
     for hook in hooks:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from support import cases
 
-Row = tuple[cases.FusionCase, cases.NormForm | cases.ActForm, cases.QuantForm]
+Row = tuple[cases.FusionCase, cases.AnyForm, cases.QuantForm]
 
 
 class Rows(nn.Module):
@@ -21,8 +21,8 @@ class Rows(nn.Module):
 
     def __init__(self, rows: Sequence[Row], *, w32: bool = False) -> None:
         super().__init__()
-        self.calls = [case.call(producer.call, quant.call) for case, producer, quant in rows]
-        self.names = [(*case.inputs, *(["scale"] if quant.static else [])) for case, _, quant in rows]
+        made = [cases.built(*row) for row in rows]
+        self.calls, self.names = [call for call, _ in made], [tuple(names) for _, names in made]
         if w32:
             self.names = [tuple("w32" if name == "w" else name for name in names) for names in self.names]
         self.variants = sorted(cases.variant(*row) for row in rows)

@@ -99,7 +99,7 @@ def describe(op: FusedOp, arguments: Mapping[str, Any]) -> KernelCall | str:
             gaps.append(name)
     if (why := _why_other_arithmetic(op, arguments, x)) is not None:
         return why
-    width = width_of(op, x)
+    width = width_of(op, arguments)
     if width < 8:
         return f"the hidden size is {width}, and its kernels load 8 elements at once"
     return KernelCall(op, arguments, x, tuple(gaps), width, arguments.get("block", 0))

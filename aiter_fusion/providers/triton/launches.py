@@ -19,6 +19,13 @@ from .whole import WHOLE
 
 F32 = torch.float32
 
+# Kinds of stages: norms, by the kernel's name of them, and those that begin what the kernel of activations computes.
+NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
+ACTIVATING = ("act_mul", "act", "cat")
+# What rules of launches are called, by the name of the norm, and by the kind of the stage that activates.
+NORM_RULES = {"rms": "norm", "layer": "layer_norm", "": "sum"}
+ROW_RULES = {"act_mul": "row", "act": "act_row", "cat": "cat_row"}
+
 
 def is_known(op: FusedOp, arguments: Mapping[str, Any]) -> bool:
     """Whether the launches of a call are the same whatever its symbolic sizes are; else every call chooses its own."""
@@ -55,7 +62,7 @@ def of(op: FusedOp, arguments: Mapping[str, Any], nvidia: bool) -> Launches:
     """The kernels of a call that ``refuse`` accepts."""
     if op.family in WHOLE:
         return WHOLE[op.family].of(arguments)
-    return (_act_mul_quant if op.stage("act_mul") else _rms_norm_quant)(op, dict(arguments), nvidia)
+    return (_act_quant if op.stages[0].kind in ACTIVATING else _norm_quant)(op, dict(arguments), nvidia)
 
 
 def quantiser_arguments(
@@ -118,59 +125,112 @@ def _programs(rows: Int, together: int) -> Int:
     return programs
 
 
-def _rms_norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
-    x, residual, weight = arguments["x"], arguments.get("residual"), arguments["weight"]
-    width = width_of(op, x)
+def spans(arguments: Mapping[str, Any], width: int) -> int:
+    """How many rows share a scale where several do, else 1."""
+    block = arguments.get("block", 0)
+    return block // width if block > width else 1
+
+
+# The constant that is true of a norm's kernel where a call has no such argument.
+_UNNORMED: Mapping[str, Any] = {"offset": None, "cast_first": False, "eps": None, "plus_one": False}
+
+
+def _summand(op: FusedOp, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What is added to x before a norm, and what that is multiplied by."""
+    residual = arguments.get("residual")
+    apart = rows_of(residual) if residual is not None else None
+    dtypes = {name: arguments.get(name, arguments["x"].dtype) for name in ("product_dtype", "sum_dtype")}
+    return {
+        "residual": Ref("residual") if residual is not None else None,
+        "residual_out": Ref("residual_out") if residual is not None else None,
+        "residual_stride": apart[1] if apart is not None else 0,
+        "PRODUCT": dtype_name(dtypes["product_dtype"]),
+        "SUM": dtype_name(dtypes["sum_dtype"]),
+    }
+
+
+def _once(arguments: Mapping[str, Any], name: str, rows: Int) -> dict[str, Any]:
+    """A tensor of which each row stands for equally many consecutive ones of ``rows``."""
+    found = rows_of(arguments[name]) if arguments.get(name) is not None else None
+    period: Int = rows // torch.sym_max(1, found[0]) if found is not None else 1  # type: ignore[operator]
+    return {
+        name: Ref(name) if found is not None else None,
+        f"{name}_stride": found[1] if found is not None else 0,
+        f"{name}_period": torch.sym_max(1, period),
+    }
+
+
+def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
+    x, residual = arguments["x"], arguments.get("residual")
+    width = width_of(op, arguments)
     found = rows_of(x)
     assert found is not None
     rows, stride = found
-    apart = rows_of(residual) if residual is not None else None
-    value = op.shape(**arguments)["value"][1]
-    quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
-    sum_dtype = arguments.get("sum_dtype", x.dtype)
-    common = quantiser | {
+    returned = op.shape(**arguments)
+    value = returned["value"][1] if "value" in returned else arguments.get("sum_dtype", x.dtype)
+    known = {**_UNNORMED, **arguments}
+    z = rows_of(arguments["z"]) if "z" in arguments else None
+    joined = spans(arguments, width)
+    normed, width = width, width * joined
+    common = {
+        **quantiser_arguments(op, arguments, width, value, nvidia),
+        **_summand(op, arguments),
         "x": Ref("x"),
-        "residual": Ref("residual") if residual is not None else None,
-        "weight": Ref("weight") if weight is not None else None,
-        "residual_out": Ref("residual_out") if residual is not None else None,
-        "rows": rows,
+        **{name: Ref(name) if known.get(name) is not None else None for name in ("weight", "bias")},
+        **{key: entry for name in ("gate", "gain", "shift") for key, entry in _once(arguments, name, rows).items()},
+        "z": Ref("z") if z is not None else None,
+        "rows": rows // joined,
         "x_stride": stride,
-        "residual_stride": apart[1] if apart is not None else 0,
-        "eps": Ref("eps_tensor") if arguments["eps_tensor"] is not None else None,
-        "EPS": arguments["eps"],
-        "OFFSET": arguments["offset"],
-        "CAST_FIRST": arguments["cast_first"],
-        "SUM": dtype_name(sum_dtype),
-        "DTYPE": dtype_name(arguments["dtype"]),
+        "z_stride": z[1] if z is not None else 0,
+        "eps": Ref("eps_tensor") if known.get("eps_tensor") is not None else None,
+        "one": 1.0,
+        "NORM": next((NORMS[stage.kind] for stage in op.stages if stage.kind in NORMS), ""),
+        "EPS": known["eps"],
+        "OFFSET": known["offset"],
+        "CAST_FIRST": known["cast_first"],
+        "DTYPE": dtype_name(known.get("dtype", value)),
+        "PLUS_ONE": known["plus_one"],
+        "ACT": known.get("act", ""),
+        "ACT_DTYPE": dtype_name(known.get("act_dtype", value)),
+        "BY_SEGMENT": joined > 1,
     }
-    shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW))
+    rows = common["rows"]
+    if joined > 1:
+        common["BLOCK"] = normed
+    rule = "gated_norm" if z is not None else NORM_RULES[common["NORM"]]
+    shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW), rule)
     common |= _tiling(shape) | {"ROWS": shape.rows}
     grid = _programs(rows, shape.rows)
     if not _is_of_tensor(op, arguments, width):
-        return Launches((Launch("rms_norm_quant", grid, common, shape.warps(nvidia)),))
+        return Launches((Launch("norm_quant", grid, common, shape.warps(nvidia)),))
     finding, using = _finding(common), _using(common)
     if residual is not None:
         using["residual_out"] = None
-        if arguments.get("residual_dtype", x.dtype) == sum_dtype:
-            using |= {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
+        if arguments["residual_dtype"] == arguments["sum_dtype"]:
+            read = {"x": Ref("residual_out"), "residual": None, "x_stride": width, "residual_stride": 0}
+            using |= read | {"gate": None}
     return Launches(
         (
-            Launch("rms_norm_quant", rules.PARTS, finding, shape.warps(nvidia)),
-            Launch("rms_norm_quant", grid, using, shape.warps(nvidia)),
+            Launch("norm_quant", rules.PARTS, finding, shape.warps(nvidia)),
+            Launch("norm_quant", grid, using, shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )
 
 
-def _activation(arguments: Mapping[str, Any], value: torch.dtype) -> dict[str, Any]:
-    """The activation and its numbers. SiLU from bfloat16 to bfloat16 has a faster kernel that gives the same bits."""
-    name, _, numbers = arguments["act"].partition("=")
-    first = arguments["gate_up" if "gate_up" in arguments else "gate"]
-    short = first.dtype == arguments["dtype"] == value == torch.bfloat16 and arguments["cast_first"]
+def _activation(arguments: Mapping[str, Any], first: torch.dtype, value: torch.dtype) -> dict[str, Any]:
+    """The activation of values of the dtype ``first``, and its numbers. SiLU from bfloat16 to bfloat16 has a faster
+    kernel that gives the same bits."""
+    name, _, numbers = arguments["second_act" if "second" in arguments else "act"].partition("=")
+    short = first == arguments["dtype"] == value == torch.bfloat16 and arguments.get("cast_first", True)
     if short and name in ("silu", "swish"):
         name = "silu_of_bfloat16"
     alpha, limit = map(float, numbers.split(",")) if numbers else (0.0, 0.0)
     return {"ACT": name, "ALPHA": alpha, "LIMIT": limit}
+
+
+def _is_dense(stride: Int, width: int) -> bool:
+    return statically_known_true(stride == width)
 
 
 def _gate_and_up(arguments: Mapping[str, Any], packed: bool, width: int) -> dict[str, Any]:
@@ -190,27 +250,71 @@ def _gate_and_up(arguments: Mapping[str, Any], packed: bool, width: int) -> dict
         "GATE_FROM": 0 if gate_first else second,
         "UP_FROM": second if gate_first else 0,
         "INTERLEAVED": interleaved,
-        "DENSE": not packed and all(statically_known_true(stride == width) for stride in (found[1], apart[1])),
+        "DENSE": not packed and all(_is_dense(stride, width) for stride in (found[1], apart[1])),
     }
 
 
-def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
+# Where a kernel of activations finds its values if there is one tensor.
+_ALONE: Mapping[str, Any] = {
+    "up": None,
+    "up_stride": 0,
+    "before": None,
+    "before_stride": 0,
+    "GATE_FROM": 0,
+    "UP_FROM": 0,
+    "INTERLEAVED": False,
+    "BEFORE": 0,
+    "BEFORE_ACT": "",
+}
+
+
+def _beside(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Two tensors, the columns of the second after those of the first."""
+    before, after = rows_of(arguments["first"]), rows_of(arguments["second"])
+    assert before is not None
+    assert after is not None
+    return {
+        "gate": Ref("second"),
+        "rows": after[0],
+        "gate_stride": after[1],
+        "before": Ref("first"),
+        "before_stride": before[1],
+        "BEFORE": arguments["first"].shape[-1],
+        "BEFORE_ACT": arguments["first_act"],
+        "DENSE": False,
+    }
+
+
+def _activated(op: FusedOp, arguments: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The tensors of activations, and how rows lie in them."""
+    if op.stage("act_mul"):
+        return {**_ALONE, **_gate_and_up(arguments, "packed" in op.features, width)}
+    if op.stage("cat"):
+        return {**_ALONE, **_beside(arguments)}
+    found = rows_of(arguments["x"])
+    assert found is not None
+    placed = {"gate": Ref("x"), "rows": found[0], "gate_stride": found[1], "DENSE": _is_dense(found[1], width)}
+    return {**_ALONE, **placed}
+
+
+def _act_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launches:
     packed = "packed" in op.features
-    width = width_of(op, arguments["gate_up" if packed else "gate"])
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    width = width_of(op, arguments)
     value = op.shape(**arguments)["value"][1]
     quantiser = quantiser_arguments(op, arguments, width, value, nvidia)
     scales = granularity(op, arguments, width)
     by_row = scales is not None and scales.name == "token"
     common = quantiser | {
-        **_gate_and_up(arguments, packed, width),
+        **_activated(op, arguments, width),
         "one": 1.0,
-        **_activation(arguments, value),
-        "CAST_FIRST": arguments["cast_first"],
+        **_activation(arguments, first.dtype, value),
+        "CAST_FIRST": arguments.get("cast_first", True),
         "DTYPE": dtype_name(arguments["dtype"]),
     }
     rows = common["rows"]
     if by_row:
-        shape = rules.row(width, hint(rows, rules.FEW))
+        shape = rules.row(width, hint(rows, rules.FEW), ROW_RULES[op.stages[0].kind])
         grid = _programs(rows, 1)
     else:
         if not common["GROUPED"]:
@@ -220,11 +324,11 @@ def _act_mul_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Laun
         grid = _programs(segments, shape.segments)
     common |= _tiling(shape)
     if not _is_of_tensor(op, arguments, width):
-        return Launches((Launch("act_mul_quant", grid, common, shape.warps(nvidia)),))
+        return Launches((Launch("act_quant", grid, common, shape.warps(nvidia)),))
     return Launches(
         (
-            Launch("act_mul_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
-            Launch("act_mul_quant", grid, _using(common), shape.warps(nvidia)),
+            Launch("act_quant", rules.PARTS, _finding(common), shape.warps(nvidia)),
+            Launch("act_quant", grid, _using(common), shape.warps(nvidia)),
         ),
         {"maxima": ((rules.PARTS,), F32)},
     )

@@ -115,7 +115,7 @@ def _dependent(wrapper: Any) -> Iterator[None]:
 _QUANTISED = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
 # The arguments that each kernel writes to.
 WRITTEN: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("rms_norm_quant", "act_mul_quant"), _QUANTISED),
+    **dict.fromkeys(("norm_quant", "act_quant"), _QUANTISED),
     **dict.fromkeys(("fp8_gemv", "fp8_matmul", "fp8_combine"), ("y0", "y1", "y2", "y3", "partial_out")),
     **dict.fromkeys(("decode_attention", "attention_combine", "prefill_attention"), ("y", "partial_out", "sums_out")),
 }

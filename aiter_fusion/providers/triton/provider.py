@@ -15,7 +15,7 @@ from ... import machine
 from ...op import FusedOp, Implementation, width_of
 from ...stages.quantise import granularity
 from ..shapes import hint, rows_of
-from . import eager, rules
+from . import eager, launches, rules
 from .all_reduce import calls
 from .jit import native_fp8, nvidia
 from .terms import terms as terms
@@ -56,6 +56,9 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             return f"the columns of {name} are {tensor.stride(-1)} elements apart, and its kernels need 1"
         if rows_of(tensor) is None:
             return f"the rows of {name} are not evenly spaced (strides {tuple(tensor.stride())})"
+    joined = launches.spans(arguments, width_of(op, arguments))
+    if joined > 1 and (op.once or op.is_collective or op.stages[0].kind in launches.ACTIVATING):
+        return f"a scale is for {joined} rows, and its kernels compute that for norms that nothing modulates"
     return calls.refuse(op, arguments) if op.is_collective else None
 
 
@@ -67,7 +70,7 @@ def slower(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if op.is_collective:
         return None
-    width = width_of(op, first)
+    width = width_of(op, arguments)
     rows = hint((rows_of(first) or (1, width))[0], rules.FEW)
     scales = granularity(op, arguments, width)
     version = machine.release(torch.__version__)

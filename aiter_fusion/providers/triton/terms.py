@@ -27,36 +27,56 @@ STEPS = (
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
-# The activations of ``kernels/act_mul_quant.py``.
-ACTIVATIONS = Activations(
-    {**dict.fromkeys(("silu", "swish", "gelu_tanh", "gelu"), ()), "clamped_swiglu": ("alpha", "limit")}
+# The activations of ``kernels/act_quant.py``.
+ALONE = (
+    *("silu", "swish", "gelu_tanh", "gelu"),
+    *("relu", "squared_relu", "sigmoid", "quick_gelu", "gelu_new"),
 )
+ACTIVATIONS = Activations(dict.fromkeys(ALONE, ()))
+GATED_ACTIVATIONS = Activations({**ACTIVATIONS.numbers, "clamped_swiglu": ("alpha", "limit")})
 
+NORM: Mapping[str, Domain] = {
+    "weight": Tensors(FLOATS, optional=True),
+    "eps": Number(optional=True),
+    "eps_tensor": Tensors((*FLOATS, torch.float64), optional=True, elements=1),
+    "dtype": OneOf(FLOATS),
+}
 # The values that the arguments of each stage can have, by the kind of stage. All others are refused.
 STAGES: Mapping[str, Mapping[str, Domain]] = {
-    "": {"x": Tensors(FLOATS)},
+    "": {
+        "x": Tensors(FLOATS),
+        "gain": Tensors(FLOATS),
+        "shift": Tensors(FLOATS, optional=True),
+        "plus_one": FLAG,
+        "z": Tensors(FLOATS),
+        "act": ACTIVATIONS,
+        **dict.fromkeys(("modulated_dtype", "act_dtype", "gated_dtype"), OneOf(FLOATS)),
+    },
     "all_reduce": {
         "x": Tensors(HALVES),
         "other": Tensors(HALVES, optional=True),
         "group": ANYTHING,  # ``refuse`` looks at its ranks
     },
-    "residual_add": {"residual": Tensors(FLOATS), "sum_dtype": OneOf(FLOATS), "residual_dtype": OneOf(FLOATS)},
-    "rms_norm": {
-        "weight": Tensors(FLOATS, optional=True),
-        "eps": Number(optional=True),
-        "eps_tensor": Tensors((*FLOATS, torch.float64), optional=True, elements=1),
-        "offset": Number(optional=True),
-        "cast_first": FLAG,
-        "dtype": OneOf(FLOATS),
+    "residual_add": {
+        **dict.fromkeys(("residual", "gate"), Tensors(FLOATS)),
+        **dict.fromkeys(("product_dtype", "sum_dtype", "residual_dtype"), OneOf(FLOATS)),
     },
+    "rms_norm": {**NORM, "offset": Number(optional=True), "cast_first": FLAG},
+    "layer_norm": {**NORM, "bias": Tensors(FLOATS, optional=True)},
     "act_mul": {
         **dict.fromkeys(("gate", "up", "gate_up"), Tensors(FLOATS)),
         **dict.fromkeys(("gate_first", "interleaved", "cast_first"), FLAG),
-        "act": ACTIVATIONS,
+        "act": GATED_ACTIVATIONS,
+        "dtype": OneOf(FLOATS),
+    },
+    "act": {"x": Tensors(FLOATS), "act": ACTIVATIONS, "dtype": OneOf(FLOATS)},
+    "cat": {
+        **dict.fromkeys(("first", "second"), Tensors(FLOATS)),
+        **dict.fromkeys(("first_act", "second_act"), Activations(dict.fromkeys(("", *ALONE), ()))),
         "dtype": OneOf(FLOATS),
     },
     "fp8_quant": {
-        "block": Blocks(largest=rules.TILE),
+        "block": Blocks(largest=rules.TILE, spanning=True),  # ``refuse`` looks at what else the call has
         "column_major": FLAG,
         "scale": Tensors((torch.float32,), elements=1),
         "scale_steps": Steps(STEPS),
@@ -68,7 +88,11 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
 # The chains of stages that a kernel computes, each with or without a residual addition, and the hidden sizes.
 CHAINS: Mapping[tuple[str, ...], Sizes] = {
     ("rms_norm", "fp8_quant"): ROWS,
+    ("layer_norm", "fp8_quant"): ROWS,
     ("act_mul", "fp8_quant"): ROWS,
+    ("act", "fp8_quant"): ROWS,
+    ("cat", "fp8_quant"): ROWS,
+    ("fp8_quant",): ROWS,
     ("all_reduce", "rms_norm"): REDUCED_ROWS,
     ("all_reduce", "rms_norm", "fp8_quant"): REDUCED_ROWS,
 }

@@ -25,6 +25,7 @@ from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
 from support import cases, models
 from support.checked import checked
+from support.rows import Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -147,6 +148,15 @@ def norm_arguments(width: int, rows: int, dtype: torch.dtype = torch.bfloat16, *
         "cast_first": True,
         "dtype": dtype,
         "scale": torch.tensor(0.02, device="cuda"),
+        # a gate of 1 and -1, so that sums stay exact
+        "gate": whole_numbers(1, width, seed=3, dtype=dtype).ge(0).to(dtype) * 2 - 1,
+        "product_dtype": dtype,
+        **dict.fromkeys(("gain", "shift"), whole_numbers(1, width, seed=4, dtype=dtype) / 16),
+        "plus_one": True,
+        "z": whole_numbers(rows, width, seed=5, dtype=dtype),
+        "act": "silu",
+        "act_dtype": torch.float32,
+        **dict.fromkeys(("modulated_dtype", "gated_dtype"), dtype),
         **QUANTISER,
         **changes,
     }
@@ -358,6 +368,34 @@ def test_more_elements_than_32_bits_can_count() -> None:
         assert same_bits(want["scale"], scale[-7:])
 
 
+@pytest.mark.parametrize(
+    "quant", [cases.QUANT[name] for name in ("Q1r", "Q3_tensor", "Q7_64", "Q2")], ids=lambda q: q.name
+)
+@pytest.mark.parametrize("producer", cases.PRODUCERS, ids=lambda p: p.name)
+def test_every_producer(producer: cases.Producer, quant: cases.QuantForm) -> None:
+    """Compiled; ``verify`` raises where a kernel differs from the graph by more than the order of a sum explains."""
+    model = Rows([(cases.PRODUCED, producer, quant)])
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        compiled = torch.compile(model, backend=aiter_fusion.Backend(provider="triton", verify=True, strict=True))
+        for sizes in ((3, 70), (1, 1)):
+            inputs = [tensor.cuda() for tensor in model.inputs(sizes)]
+            for have, want in zip(compiled(*inputs), original(model, *inputs), strict=True):
+                assert have.shape == want.shape
+                assert torch.allclose(have.float(), want.float(), rtol=0.13, atol=1e-3)  # a code is an eighth
+    replaced = {producer.family: 1}
+    assert aiter_fusion.reports()[0].replaced == replaced
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("features", [("gated",), ("gated", "value"), ()], ids="-".join)
+def test_a_scale_for_several_heads(features: tuple[str, ...], width: int) -> None:
+    """Each is normalised by itself: the sums are exact, and so are the bits."""
+    op = REGISTRY.ops["rms_norm_quant", frozenset(features)]
+    for heads in (2, 3, 32):
+        for tokens in (1, 7, 300):
+            same(op, **norm_arguments(width, heads * tokens, block=heads * width))
+
+
 # ---- Compiled graphs ------------------------------------------------------------------------------------------
 
 
@@ -413,8 +451,8 @@ def test_compiled(mode: str | None, dynamic: bool) -> None:
                 assert all(map(same_bits, want, have))
             if code:
                 text = "\n".join(line for line in "\n".join(code).split("\n") if not line.lstrip().startswith("#"))
-                assert "rms_norm_quant_kernel" in text
-                assert "act_mul_quant_kernel" in text
+                assert "norm_quant_kernel" in text
+                assert "act_quant_kernel" in text
                 assert "torch.ops.aiter_fusion" not in text
     made = aiter_fusion.reports()
     assert [r.replaced for r in made] == [{"rms_norm_quant": 3, "act_mul_quant": 2}] * (1 if dynamic else 2)

@@ -29,13 +29,13 @@ from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.providers.triton import jit, launches, programs, provider, rules, tuned
 from aiter_fusion.providers.triton.all_reduce import calls, symmetric
 from aiter_fusion.providers.triton.linear import calls as linear
-from aiter_fusion.providers.triton.terms import COMBINING, STEPS
+from aiter_fusion.providers.triton.terms import ALONE, COMBINING, STEPS
 from aiter_fusion.registry import REGISTRY
 from aiter_fusion.scale_program import WITH_NUMBER
 from support.compiling import MOST_THREADS, TARGETS, compile_for, in_float64, kinds_of, needs_triton
 
 KERNELS = Path(provider.__file__).parent / "kernels"
-EVERY_OP = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
+EVERY_OP = [op for op in REGISTRY.ops.values() if op.stages and not op.is_collective]
 REDUCING = [op for op in REGISTRY.ops.values() if op.is_collective]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
@@ -477,10 +477,10 @@ def test_every_declared_step_compiles() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("act", ["swish", "gelu_tanh", "gelu", "clamped_swiglu=1.702,7.0"])
+@pytest.mark.parametrize("act", [*ALONE[1:], "clamped_swiglu=1.702,7.0"])
 def test_every_declared_activation_compiles(act: str) -> None:
     """Those but for SiLU, which others compile."""
-    case = Case("act_mul_quant", "group128", 128, 1)
+    case = Case("act_quant" if act in ALONE else "act_mul_quant", "group128", 128, 1)
     compiled(case.op, case.arguments("meta") | {"act": act}, "sm_90")
 
 

@@ -13,12 +13,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten
 
 from aiter_fusion import config
-from aiter_fusion.op import NAMESPACE
+from aiter_fusion.op import NAMESPACE, width_of
 from aiter_fusion.passes.manager import PassManager
 from aiter_fusion.passes.oracle import copy_graph
 from aiter_fusion.passes.verify import same_bits
-from aiter_fusion.patterns.fx_facts import FLOATS, same_shape
+from aiter_fusion.patterns.fx_facts import FLOATS, same_shape, same_size
 from aiter_fusion.reasons import CODES
+from aiter_fusion.registry import REGISTRY
 from aiter_fusion.report import FusionReport
 from support.mutations.operators import Inexecutable, Mutation, calls, val
 from support.mutations.sources import Base
@@ -150,31 +151,37 @@ def check_report(report: FusionReport, graph: fx.Graph) -> None:
 
 def check_arguments(node: fx.Node) -> None:
     """A fused op gets what its docstrings say; the reference would also broadcast, a kernel reads past the end."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    op = next(op for op in REGISTRY.ops.values() if op.target is node.target)
+    given: dict[str, Any] = dict(zip(op.arguments, node.args, strict=False))
     tensors = {name: val(value) for name, value in given.items() if isinstance(value, fx.Node)}
-    first = next(iter(tensors.values()))
-    width = first.shape[-1] // 2 if "gate_up" in tensors else first.shape[-1]
+    known = {name: tensors.get(name, value) for name, value in given.items()}
+    first, width = next(iter(tensors.values())), width_of(op, known)
+    rows = first.numel() // max(1, first.shape[-1])
     for name, x in tensors.items():
-        match name:
-            case "k" | "v":
-                assert x.dtype is first.dtype, f"{node}: {name} {x.dtype}"
-                assert first.shape[1] % x.shape[1] == 0, f"{node}: {name} {tuple(x.shape)}"
-                assert same_shape((x.shape[0], x.shape[3]), (first.shape[0], width)), f"{node}: {name} {tuple(x.shape)}"
-            case "mask":
-                assert x.dtype in (torch.bool, *FLOATS), f"{node}: {name} {x.dtype}"
-                assert x.shape[-1] == tensors["k"].shape[2], f"{node}: {name} {tuple(x.shape)}"
-                assert all(a in (1, b) for a, b in zip(x.shape[:3], first.shape, strict=False)), f"{node}: {x.shape}"
-            case "position":
-                assert x.numel() == 1, f"{node}: {name} {tuple(x.shape)}"
-            case "weight":
-                assert same_shape(x.shape, [width]), f"{node}: weight {tuple(x.shape)}"
-            case "scale":
-                assert x.numel() == 1, f"{node}: scale {tuple(x.shape)}"
-            case _:
-                assert same_shape(x.shape, first.shape), f"{node}: {name} {tuple(x.shape)}"
-                assert x.dtype in FLOATS, f"{node}: {name} {x.dtype}"
-    assert not given.get("block") or width % given["block"] == 0, f"{node}: blocks of {given['block']} in {width}"
+        said = f"{node}: {name} {tuple(x.shape)}"
+        if name in ("k", "v"):
+            assert x.dtype is first.dtype, f"{said} {x.dtype}"
+            assert first.shape[1] % x.shape[1] == 0, said
+            assert same_size(x.shape[0], first.shape[0]), said
+            assert name == "v" or same_size(x.shape[3], width), said
+        elif name == "mask":
+            assert x.dtype in (torch.bool, *FLOATS), f"{said} {x.dtype}"
+            assert x.shape[-1] == tensors["k"].shape[2], said
+            assert all(a in (1, b) for a, b in zip(x.shape[:3], first.shape, strict=False)), said
+        elif name in ("weight", "bias"):
+            assert same_shape(x.shape, [width]), said
+        elif name in ("scale", "position"):
+            assert x.numel() == 1, said
+        elif name in op.once:
+            assert same_size(x.shape[-1], width), said
+            assert same_size(rows % (x.numel() // width), 0), said
+        else:
+            assert same_shape(x.shape[:-1], first.shape[:-1]), said
+            assert op.stage("cat") or same_size(x.shape[-1], first.shape[-1]), said
+            assert x.dtype in FLOATS, f"{node}: {name} {x.dtype}"
+    block = given.get("block") or width
+    whole = width % block == 0 or (block % width == 0 and same_size(rows * width % block, 0))
+    assert whole, f"{node}: blocks of {block} in {width}"
 
 
 def check(graph: fx.Graph, of: Base, known: ShapeEnv) -> FusionReport:

@@ -39,6 +39,11 @@ class Source:
     def __str__(self) -> str:
         return self.name + ("-dynamic" if self.dynamic else "")
 
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """The sizes before the last of what has one row for each batch entry."""
+        return (self.sizes[0], *[1] * (len(self.sizes) - 1)) if len(self.sizes) > 1 else (1,)
+
     def tensors(self, kind: str) -> list[Tensor]:
         """Inputs of a kind; their names are those that ``cases`` uses."""
         known = {
@@ -48,21 +53,25 @@ class Source:
             "x2": ((*self.sizes, 2 * self.width), self.dtype),
             "w": ((self.width,), self.dtype),
             "w32": ((self.width,), F32),
+            "b": ((self.width,), self.dtype),
+            **dict.fromkeys(("e", "g", "s"), ((*self.entries, self.width), self.dtype)),
+            "gs": ((*self.entries, 2 * self.width), self.dtype),
             "scale": ((1,) * (len(self.sizes) + 1), F32),
         }
         shapes = [known[name] for name in self.inputs]
         made = [tensor(kind, shape, dtype, seed) for seed, (shape, dtype) in enumerate(shapes)]
         for name, x in zip(self.inputs, made, strict=True):
-            if self.dynamic and name in ("x", "r", "x2"):
+            if self.dynamic and name in ("x", "r", "x2", *(("e", "g", "s", "gs") if len(self.sizes) > 1 else ())):
                 torch._dynamo.mark_dynamic(x, 0)
         return made
 
 
 def combined(fusion: str, producer: str, quant: str, weight: str = "w", **shape: Any) -> Source:
-    """A fusion, a norm or activation, and a quantiser of ``cases``, by their names."""
-    case, first, last = cases.FUSION[fusion], {**cases.NORM, **cases.ACT}[producer], cases.QUANT[quant]
-    names = tuple(weight if name == "w" else name for name in case.inputs) + (("scale",) if last.static else ())
-    return Source(f"{fusion}-{producer}-{quant}", case.call(first.call, last.call), names, **shape)
+    """A fusion, a norm, activation or other producer, and a quantiser of ``cases``, by their names."""
+    first = {**cases.NORM, **cases.ACT, **cases.PRODUCER}[producer]
+    call, inputs = cases.built(cases.FUSION[fusion], first, cases.QUANT[quant])
+    names = tuple(weight if name == "w" else name for name in inputs)
+    return Source(f"{fusion}-{producer}-{quant}", call, names, **shape)
 
 
 def two_weights(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -130,6 +139,21 @@ def one_for_zero(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return cases.q3_one_for_zero(cases.llama(x, w))
 
 
+def two_modulations(x: Tensor, g: Tensor, s: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """Of one normalised value, which two sites compute (Stable Diffusion 3.5)."""
+    value = cases.layer(x)
+    return (*cases.q1_row(value * (1 + g) + s), *cases.q3(value * (1 + e) + g))
+
+
+def layers(x: Tensor, r: Tensor, e: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    """Of a diffusion model: the second site reads every output of the first, and the third reads the sum again."""
+    summed = r + e * x
+    q, scale = cases.q1_row(cases.layer(summed) * (1 + g) + s)
+    y = (q.float() * scale).to(x.dtype).reshape(x.shape)
+    last = summed + g * torch.nn.functional.gelu(y)
+    return (*cases.q3(last), last)
+
+
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
@@ -162,6 +186,25 @@ SOURCES = (
     combined("act_value", "S7", "Q1r", dtype=F32),
     combined("act_value", "S1_swish", "Q3_fnuz"),
     combined("act_value", "S3_gelu_tanh", "Q7_64"),
+    combined("produced", "L1", "Q1r", **SQUARE),
+    combined("produced", "L1_add", "Q3", sizes=(2, 3)),
+    combined("produced", "L2", "Q7_128", dtype=F16),
+    combined("produced", "M1", "Q1r", sizes=(2, 3)),
+    combined("produced_value", "M1_float32", "Q2", sizes=(2, 3)),
+    combined("produced", "M1_chunked", "Q3", sizes=(2, 3)),
+    combined("produced", "M2", "Q4", sizes=(2, 3)),
+    combined("produced", "G1", "Q1r", sizes=(2, 3)),
+    combined("produced", "G1_float32", "Q3", sizes=(2, 3)),
+    combined("produced", "G2", "Q7_64"),
+    combined("produced", "N1_heads", "Q1r"),
+    combined("produced_value", "A1", "Q1r"),
+    combined("produced", "A1_new", "Q3", **SQUARE),
+    combined("act", "S8", "Q1r", **SQUARE),
+    combined("produced", "C1", "Q1r"),
+    combined("produced_value", "C1_first", "Q3_tensor"),
+    combined("produced", "X2", "Q3", sizes=(2, 3)),
+    Source("two_modulations", two_modulations, ("x", "g", "s", "e"), sizes=(2, 3), sites=2),
+    Source("layers", layers, ("x", "r", "e", "g", "s"), sizes=(2, 3), sites=2),
     Source("two_weights", two_weights, ("x", "r", "w", "w"), sites=2),
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2),
     Source("norm_and_activation", norm_and_activation, ("x", "w"), sites=2),
@@ -175,6 +218,8 @@ SOURCES = (
     combined("norm_value", "R2", "Q1t", sizes=(3, 2), dynamic=True),
     combined("norm_thrice", "R3", "Q1b", sizes=(3, 2), dynamic=True),
     combined("act", "S4", "Q7_128", dynamic=True),
+    combined("produced", "G1", "Q1r", sizes=(3, 2), dynamic=True),
+    combined("produced", "N1_heads", "Q1r", dynamic=True),
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2, dynamic=True),
     Source("in_groups", in_groups, ("x", "w"), dynamic=True),
     Source("flat", flat, ("x", "w"), sizes=(3, 2), dynamic=True),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from .rms_norm_quant import normalised, number_of, statistic_of
+from .norm_quant import normalised, number_of, statistic_of
 from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
 
 # One of so many polls also tells NaN in the data from missing data, and looks at the clock.

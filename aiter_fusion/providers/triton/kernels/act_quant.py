@@ -1,4 +1,4 @@
-"""Gated activation and FP8 quantisation, from two tensors or from the columns of one."""
+"""Activations and FP8 quantisation: alone, times a second tensor, or of columns beside those of a second tensor."""
 
 import triton
 import triton.language as tl
@@ -43,16 +43,61 @@ def activated(x, one, ACT: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as a number of ``DTYPE``, in float32."""
+    return x.to(dtype_called(DTYPE)).to(tl.float32)
+
+
+@triton.jit
+def activated_in_steps(x, one, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """The activation of float32 values that are numbers of ``DTYPE``, each operation's result rounded to it. ``one``:
+    as in ``activated``, for float32."""
+    if ACT == "relu":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "squared_relu":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y * y
+    elif ACT == "sigmoid":
+        y = tl.div_rn(1.0, libdevice.exp(-x) + 1.0)
+    elif ACT == "quick_gelu":
+        inner = rounded(x * 1.702, DTYPE)
+        y = x * rounded(tl.div_rn(1.0, libdevice.exp(-inner) + 1.0), DTYPE)
+    else:
+        tl.static_assert(ACT == "gelu_new", "unknown activation")
+        cube = rounded(rounded(x * x, DTYPE) * x, DTYPE)
+        inner = rounded(tl.fma(rounded(cube * 0.044715, DTYPE), one, x), DTYPE)
+        tanh = rounded(libdevice.tanh(rounded(inner * 0.7978845608028654, DTYPE)), DTYPE)
+        y = rounded(x * 0.5, DTYPE) * rounded(tanh + 1.0, DTYPE)
+    return y.to(dtype_called(DTYPE))
+
+
+@triton.constexpr_function
+def is_in_steps(act):
+    return act in ("relu", "squared_relu", "sigmoid", "quick_gelu", "gelu_new")
+
+
+@triton.jit
+def activation(x, one, ACT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The activation of x, rounded to ``DTYPE``; x itself where ``ACT`` is empty."""
+    if ACT == "":
+        y = x.to(dtype_called(DTYPE))
+    elif is_in_steps(ACT):
+        y = activated_in_steps(wide(x.to(dtype_called(DTYPE)), PTX), one, ACT, DTYPE)
+    else:
+        y = activated(wide(x, PTX), one, ACT).to(dtype_called(DTYPE))
+    return y
+
+
+@triton.jit
 def clamped_swiglu(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
     """``(clamp(u) + 1) * (g * sigmoid(g * ALPHA))`` of float32 values, each operation's result rounded to ``DTYPE``."""
-    dtype: tl.constexpr = dtype_called(DTYPE)
-    g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)
+    g = rounded(tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL), DTYPE)
     u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)
-    inner = (g * ALPHA).to(dtype).to(tl.float32)
-    sigmoid = tl.div_rn(1.0, libdevice.exp(-inner) + 1.0).to(dtype).to(tl.float32)
-    swish = (g * sigmoid).to(dtype).to(tl.float32)
-    return ((u + 1.0).to(dtype).to(tl.float32) * swish).to(dtype)
+    u = rounded(tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL), DTYPE)
+    inner = rounded(g * ALPHA, DTYPE)
+    sigmoid = rounded(tl.div_rn(1.0, libdevice.exp(-inner) + 1.0), DTYPE)
+    swish = rounded(g * sigmoid, DTYPE)
+    return (rounded(u + 1.0, DTYPE) * swish).to(dtype_called(DTYPE))
 
 
 @triton.jit
@@ -72,7 +117,7 @@ def product(
     DTYPE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """The value: activated gate times up, with the roundings of the graph."""
+    """Activated gate times up, with the roundings of the graph."""
     if INTERLEAVED:  # read as pairs: every other element alone would be read two bytes at a time
         pair = gate_at[:, :, None] + tl.arange(0, 2)[None, None, :]
         first, second = tl.split(tl.load(gate + pair, mask=mask[:, :, None], other=0.0))
@@ -83,26 +128,70 @@ def product(
     else:
         g = tl.load(gate + gate_at, mask=mask, other=0.0)
         u = tl.load(up + up_at, mask=mask, other=0.0)
+    STEPS: tl.constexpr = DTYPE if CAST_FIRST else "float32"
     if ACT == "clamped_swiglu":
-        STEPS: tl.constexpr = DTYPE if CAST_FIRST else "float32"
         y = clamped_swiglu(wide(g, PTX), wide(u, PTX), ALPHA, LIMIT, STEPS).to(dtype_called(DTYPE))
     else:
-        a = activated(wide(g, PTX), one, ACT)
-        if CAST_FIRST:
-            a = a.to(dtype_called(DTYPE))
-            if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
-                y = a * u
-            else:
-                y = wide(a, PTX) * wide(u, PTX)
+        a = activation(g, one, ACT, STEPS, PTX)
+        if a.dtype == u.dtype:  # of half precision too: the product of two is exact before it is rounded
+            y = a * u
         else:
-            y = (a * wide(u, PTX)).to(dtype_called(DTYPE))
+            y = wide(a, PTX) * wide(u, PTX)
+        if not CAST_FIRST:
+            y = y.to(dtype_called(DTYPE))
     return y
 
 
 @triton.jit
-def act_mul_quant_kernel(
+def produced(
     gate,
     up,
+    before,
+    row,
+    columns,
+    gate_stride,
+    up_stride,
+    before_stride,
+    mask,
+    one,
+    GATE_FROM: tl.constexpr,
+    UP_FROM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BEFORE_ACT: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The value at these columns of a row."""
+    START: tl.constexpr = 0 if INTERLEAVED else GATE_FROM
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    if before is not None:
+        is_before = columns < BEFORE
+        a = tl.load(before + row * before_stride + columns, mask=mask & is_before, other=0.0)
+        b = tl.load(gate + row * gate_stride + (columns - BEFORE), mask=mask & (columns >= BEFORE), other=0.0)
+        a, b = activation(a, one, BEFORE_ACT, DTYPE, PTX), activation(b, one, ACT, DTYPE, PTX)
+        y = tl.where(is_before, a, b)
+    elif up is not None:
+        gate_at = row * gate_stride + START + STEP * columns
+        up_at = row * up_stride + UP_FROM + STEP * columns
+        y = product(
+            gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE, PTX
+        )
+    else:
+        x = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0)
+        y = activation(x, one, ACT, DTYPE, PTX)
+    return y
+
+
+@triton.jit
+def act_quant_kernel(
+    gate,
+    up,
+    before,
     scale,
     maxima,
     q,
@@ -112,10 +201,13 @@ def act_mul_quant_kernel(
     rows,
     gate_stride,
     up_stride,
+    before_stride,
     one,
     GATE_FROM: tl.constexpr,
     UP_FROM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BEFORE_ACT: tl.constexpr,
     DENSE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,7 +230,8 @@ def act_mul_quant_kernel(
     PTX: tl.constexpr,
 ):
     """A row's gate begins at its column ``GATE_FROM``, up at ``UP_FROM``; ``INTERLEAVED``: they take turns. ``DENSE``:
-    both are contiguous.
+    both are contiguous. Without ``up`` the value is the activated gate; with ``before``, its ``BEFORE`` columns,
+    activated by ``BEFORE_ACT``, and then those of the gate.
 
     A scale for each row: a program takes a row, ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements (padded
     to ``SEGMENT``, a power of two). Otherwise rows do not matter: the tensor is one sequence of segments, and a program
@@ -151,8 +244,6 @@ def act_mul_quant_kernel(
     ONE_SCALE: tl.constexpr = scale is not None or maxima is not None
     BY_ROW: tl.constexpr = not (ONE_SCALE or GROUPED or maxima_out is not None)
     IN_ROW: tl.constexpr = WIDTH // BLOCK
-    GATE_START: tl.constexpr = 0 if INTERLEAVED else GATE_FROM
-    STEP: tl.constexpr = 2 if INTERLEAVED else 1
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     segment = tl.arange(0, SEGMENTS)[:, None]
     element = tl.arange(0, SEGMENT)[None, :]
@@ -173,17 +264,22 @@ def act_mul_quant_kernel(
             for tile in tl.static_range(TILES):
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
-                gate_at = row * gate_stride + GATE_START + STEP * columns
-                up_at = row * up_stride + UP_FROM + STEP * columns
-                y = product(
+                y = produced(
                     gate,
                     up,
-                    gate_at,
-                    up_at,
+                    before,
+                    row,
+                    columns,
+                    gate_stride,
+                    up_stride,
+                    before_stride,
                     mask,
                     one,
                     GATE_FROM,
+                    UP_FROM,
                     INTERLEAVED,
+                    BEFORE,
+                    BEFORE_ACT,
                     ACT,
                     ALPHA,
                     LIMIT,
@@ -200,17 +296,22 @@ def act_mul_quant_kernel(
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
                 if TILES > 1:
-                    gate_at = row * gate_stride + GATE_START + STEP * columns
-                    up_at = row * up_stride + UP_FROM + STEP * columns
-                    y = product(
+                    y = produced(
                         gate,
                         up,
-                        gate_at,
-                        up_at,
+                        before,
+                        row,
+                        columns,
+                        gate_stride,
+                        up_stride,
+                        before_stride,
                         mask,
                         one,
                         GATE_FROM,
+                        UP_FROM,
                         INTERLEAVED,
+                        BEFORE,
+                        BEFORE_ACT,
                         ACT,
                         ALPHA,
                         LIMIT,
@@ -236,14 +337,32 @@ def act_mul_quant_kernel(
             columns = (at - row * IN_ROW) * BLOCK + element
             mask = (at < total) & (element < BLOCK)
             at = at.to(tl.int64)
-            if DENSE:
-                gate_at = at * BLOCK + element
-                up_at = gate_at
+            if DENSE:  # one row of all segments
+                of_row, in_row = tl.zeros_like(at), at * BLOCK + element
             else:
-                gate_at = row.to(tl.int64) * gate_stride + GATE_START + STEP * columns
-                up_at = row.to(tl.int64) * up_stride + UP_FROM + STEP * columns
-            y = product(
-                gate, up, gate_at, up_at, mask, one, GATE_FROM, INTERLEAVED, ACT, ALPHA, LIMIT, CAST_FIRST, DTYPE, PTX
+                of_row, in_row = row.to(tl.int64), columns
+            y = produced(
+                gate,
+                up,
+                before,
+                of_row,
+                in_row,
+                gate_stride,
+                up_stride,
+                before_stride,
+                mask,
+                one,
+                GATE_FROM,
+                UP_FROM,
+                INTERLEAVED,
+                BEFORE,
+                BEFORE_ACT,
+                ACT,
+                ALPHA,
+                LIMIT,
+                CAST_FIRST,
+                DTYPE,
+                PTX,
             )
             size = tl.abs(y).to(tl.float32)
             if value_out is not None and maxima is None:
