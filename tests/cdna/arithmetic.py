@@ -368,6 +368,18 @@ def to_int(x: Array) -> Array:
     return np.trunc(clipped).astype(I32)
 
 
+def to_unsigned(x: Array) -> Array:
+    """float32 to uint32 towards zero, saturating; NaN becomes 0."""
+    with np.errstate(all="ignore"):
+        clipped = np.clip(np.nan_to_num(x.astype(F64), nan=0.0), 0.0, 2.0**32 - 1)
+    return np.trunc(clipped).astype(U32)
+
+
+def high_half(a: Array, b: Array) -> Array:
+    """The upper 32 bits of a product."""
+    return (a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32)
+
+
 def table_of_three(context_bits: int) -> Callable[..., Array]:
     """V_BITOP3_B32 with its truth table."""
 
@@ -444,6 +456,7 @@ VECTOR: dict[str, Operation] = {
     "V_FMAMK_F32": Operation("f32", ("f32", "literal", "f32"), fused),
     "V_FMAAK_F32": Operation("f32", ("f32", "f32", "literal"), fused),
     "V_RCP_F32": Operation("f32", ("f32",), approximate(lambda x: 1.0 / x), wants_context=True),
+    "V_RCP_IFLAG_F32": Operation("f32", ("f32",), approximate(lambda x: 1.0 / x), wants_context=True),
     "V_RSQ_F32": Operation("f32", ("f32",), approximate(lambda x: 1.0 / np.sqrt(x)), wants_context=True),
     "V_SQRT_F32": Operation("f32", ("f32",), approximate(np.sqrt), wants_context=True),
     "V_EXP_F32": Operation("f32", ("f32",), approximate(np.exp2), wants_context=True),
@@ -453,6 +466,8 @@ VECTOR: dict[str, Operation] = {
     "V_FLOOR_F32": Operation("f32", ("f32",), np.floor),
     "V_LDEXP_F32": Operation("f32", ("f32", "i32"), scaled),
     "V_CVT_I32_F32": Operation("i32", ("f32",), to_int),
+    "V_CVT_U32_F32": Operation("u32", ("f32",), to_unsigned),
+    "V_CVT_F32_U32": Operation("f32", ("u32",), lambda a: a.astype(F32)),
     "V_CVT_F32_F16": Operation("f32", ("f16",), lambda a: a.astype(F32)),
     "V_CVT_F32_F64": Operation("f32", ("f64",), quietly(lambda a: a.astype(F32))),
     "V_CVT_F16_F32": Operation("f16", ("f32",), lambda context, a: half_of(context, a, a), wants_context=True),
@@ -481,6 +496,7 @@ VECTOR: dict[str, Operation] = {
     "V_SUB_CO_U32": Operation("u32", ("u32", "u32"), subtract_carry, carries=True),
     "V_SUBB_CO_U32": Operation("u32", ("u32", "u32", "carry"), subtract_carry, carries=True),
     "V_MUL_LO_U32": _two("u32", np.multiply),
+    "V_MUL_HI_U32": _two("u32", high_half),
     "V_MUL_I32_I24": _two("i32", lambda a, b: (a << 8 >> 8) * (b << 8 >> 8)),
     "V_MAD_I64_I32": Operation("i64", ("i32", "i32", "i64"), multiply_add_64(I64), carries=True),
     "V_MAD_U64_U32": Operation("u64", ("u32", "u32", "u64"), multiply_add_64(U64), carries=True),
@@ -592,6 +608,7 @@ def _both(name: str, compute: Callable[[Array, Array], Array]) -> dict[str, Scal
 SCALAR: dict[str, Scalar] = {
     "S_MOV_B32": Scalar("u32", ("u32",), lambda a: a),
     "S_MOV_B64": Scalar("u64", ("u64",), lambda a: a),
+    "S_ABS_I32": Scalar("i32", ("i32",), quietly(np.abs), "nonzero"),
     "S_BREV_B32": Scalar("u32", ("u32",), reversed_bits),
     "S_NOT_B32": Scalar("u32", ("u32",), np.invert, "nonzero"),
     "S_NOT_B64": Scalar("u64", ("u64",), np.invert, "nonzero"),
@@ -603,7 +620,7 @@ SCALAR: dict[str, Scalar] = {
     "S_SUB_I32": Scalar("i32", ("i32", "i32"), _overflow(np.subtract, False), "given"),
     "S_MUL_I32": Scalar("i32", ("i32", "i32"), quietly(np.multiply)),
     "S_MUL_HI_I32": Scalar("i32", ("i32", "i32"), lambda a, b: (a.astype(I64) * b.astype(I64) >> 32).astype(I32)),
-    "S_MUL_HI_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32)),
+    "S_MUL_HI_U32": Scalar("u32", ("u32", "u32"), high_half),
     "S_MIN_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (np.minimum(a, b), a < b), "given"),
     "S_MIN_I32": Scalar("i32", ("i32", "i32"), lambda a, b: (np.minimum(a, b), a < b), "given"),
     "S_MAX_U32": Scalar("u32", ("u32", "u32"), lambda a, b: (np.maximum(a, b), a >= b), "given"),

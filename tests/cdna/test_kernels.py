@@ -20,14 +20,14 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton==3.6.0")
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.op import FusedOp
 from aiter_fusion.registry import REGISTRY
-from cdna.kernels import Call, Kernel, explained
+from cdna.kernels import HOW, Call, Kernel, explained
 from cdna.memory import FaultError
 from support.compiling import TARGETS
 
 pytestmark = pytest.mark.cdna
 
 AMD = ("gfx942", "gfx950")
-OPS = [op for family in ("rms_norm_quant", "act_mul_quant") for op in REGISTRY.overloads(family).values()]
+OPS = [op for op in REGISTRY.ops.values() if op.stages and not op.is_collective]
 WIDTHS = ((2880, 3), (4096, 2), (8192, 1))
 # What always runs of every other op: hostile rows of each dtype, each granularity.
 CHOSEN = [(op, (7 * index) % 45) for index, op in enumerate(OPS) if index % 2 == index // 8]
@@ -163,7 +163,7 @@ def main() -> None:
                 print(f"PROBLEM {op.name} sample {index}: {type(problem).__name__} {problem}", flush=True)
                 summary[op.name, "problem", ""] += 1
                 continue
-            worst = max(found.values(), key=("same bits", "reciprocal", "rsq", "order of sums", "function").index)
+            worst = max(found.values(), key=HOW.index)
             summary[op.family, worst, ""] += 1
             if worst not in ("same bits", "reciprocal"):
                 print(f"{op.name} sample {index}: {found}", flush=True)
