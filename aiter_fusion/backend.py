@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
-from . import config, dynamo, families, journal, machine, ops, report  # noqa: F401  (importing them registers ops)
+from . import config, dynamo, families, graph_text, journal, machine, ops, report  # noqa: F401  (importing them registers ops)
 from .passes.manager import PassManager, compose, in_group
 from .passes.oracle import Oracle, graphs_anew
 from .patterns import fusions  # noqa: F401  (importing it registers forms and fusions)
@@ -152,7 +152,7 @@ class Backend:
             check(self.options, journal.keep(report.FusionReport(note=LEVEL_0)))
             return compiled  # type: ignore[return-value]
         journal.begin(counters["inductor"])
-        with graphs_anew() if journal.is_recording() else nullcontext():
+        with _recorded(gm) if journal.is_recording() else nullcontext():
             compiled = compile_fx(gm, example_inputs, config_patches={**patches, SLOT: manager})
         made = journal.collect(counters["inductor"])
         jointly = frozenset(fusion.family for fusion in REGISTRY.fusions.values() if fusion.jointly)
@@ -169,6 +169,13 @@ class Backend:
         if made is not None:
             check(self.options, made)
         return compiled  # type: ignore[return-value]
+
+
+@contextmanager
+def _recorded(gm: fx.GraphModule) -> Iterator[None]:
+    """Within, the graph is compiled whatever is in the cache, and shown with the names of the model."""
+    with graphs_anew(), graph_text.compiling(gm):
+        yield
 
 
 class GraphPass(PassManager):
@@ -208,7 +215,7 @@ def check(options: config.Options, made: report.FusionReport) -> None:
 
 
 LEVEL_0 = "level 0: plain Inductor"
-SLOW = "on a CPU the fused ops run in plain PyTorch: for correctness and inspection, slower than Inductor's own code"
+SLOW = "on a CPU plain PyTorch computes the fused ops: good for checking, but slower than Inductor's own code"
 
 _warned: set[str] = set()
 

@@ -15,10 +15,10 @@ from .registry import REGISTRY
 
 NUMERICS = ("exact", "kernel")
 LEVELS = {
-    0: "nothing: plain Inductor",
-    1: "norm + quant and activation + quant that keep the graph's sequence of roundings",
-    2: "also kernels' own numerics, further outputs, Gemma's weight offset, static scales",
-    3: "also all-reduce fusions, FP8 linear layers, those that read one value as one op, and a decode step's attention",
+    0: "nothing, as plain Inductor",
+    1: "norms and activations before a quantiser, with the graph's own roundings",
+    2: "also with a kernel's roundings, with second outputs, Gemma's weight offset and given scales",
+    3: "also all-reduces, FP8 linear layers and the attention of decode steps",
 }
 DEFAULT_LEVEL = 3
 

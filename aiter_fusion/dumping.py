@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,8 +26,9 @@ def dump(folder: str | os.PathLike[str]) -> Iterator[None]:
         with aiter_fusion.dump("graphs"):
             torch.compile(model, backend="aiter_fusion")(x)
 
-    Written by depyf, so what it shows of other stages is there too. At the end come ``index.md``, which lists the files
-    of each compilation in order with its report, and ``report.html``.
+    Written by depyf, so what it shows of other stages is there too. At the end the calls of fused ops get the names of
+    their arguments, and ``index.md`` and ``report.html`` are written. The index lists the files of each compilation in
+    order with its report, and marks the two to compare: the graph before and after the fusions.
 
     What was compiled before is compiled again: Dynamo forgets it, and Inductor's caches are not used. Several processes
     need a folder each.
@@ -52,21 +55,92 @@ def dump(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
+FUNCTION = re.compile(r"__compiled_fn_\d+")
+
+
 def _write_index(path: Path, known: int) -> None:
-    """List depyf's files: those named after a compiled function belong to its compilation, in the order of writing."""
+    """Describe depyf's files: those named after a compiled function belong to its compilation, in the order of writing.
+
+    A compilation has one report, so the reports and the functions whose graphs the passes saw go together in order.
+    """
     made = journal.reports()[known:]
-    compilations: dict[str, list[str]] = {}
-    for file in sorted(path.iterdir(), key=lambda file: (file.stat().st_mtime_ns, file.name)):
-        function = file.name.partition(".")[0]
-        title = function if function.startswith("__compiled_fn_") else "Python code around the graphs"
-        compilations.setdefault(title, []).append(f"[{file.name}]({quote(file.name)})")
+    files = sorted(path.iterdir(), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    compiled: dict[str, list[Path]] = {}
+    around = []
+    for file in files:
+        found = FUNCTION.match(file.name)
+        if found:
+            compiled.setdefault(found[0], []).append(file)
+        else:
+            around.append(file)
+    for file in files:
+        _name_arguments(file)
+    seen = [name for name, theirs in compiled.items() if any(".AITER_FUSION_" in file.name for file in theirs)]
+    told = dict(zip(seen, made, strict=True)) if len(seen) == len(made) else {}
     lines = ["# Graphs before and after each pass", ""]
-    if not compilations:
+    if not files:
         lines += ["Nothing was compiled: what was called here was not the compiled model.", ""]
-    for title, files in compilations.items():
-        lines += [f"## {title}", "", *(f"{number}. {file}" for number, file in enumerate(files, 1)), ""]
-    lines += ["## Reports", "", "With the nodes of every site: [report.html](report.html)", ""]
-    for one in made:
-        lines += [*(f"Compilation {graph.name}:" for graph in one.recorded), "", "```", str(one), "```", ""]
+    lines += ["All sites with their nodes, and whole graphs side by side: [report.html](report.html)", ""]
+    for name, theirs in compiled.items():
+        lines += [f"## {name}{_called(name, around)}", ""]
+        lines += [f"{number}. {_entry(file)}" for number, file in enumerate(theirs, 1)] + [""]
+        lines += _shown(told[name]) if name in told else []
+    if around:
+        lines += ["## Python code around the graphs", "", *(f"- {_link(file)}" for file in around), ""]
+    for one in made if not told else ():
+        lines += _shown(one)
     report.write(path / "index.md", "\n".join(lines))
     report.merge(made).to_html(path / "report.html")
+
+
+def _link(file: Path) -> str:
+    return f"[{file.name}]({quote(file.name)})"
+
+
+def _entry(file: Path) -> str:
+    """A file's line in the index; the two that matter are marked."""
+    if ".AITER_FUSION_0_before." in file.name:
+        return f"**{_link(file)}: before the fusions**"
+    if "_after_fusions." in file.name:
+        return f"**{_link(file)}: after the fusions**"
+    return _link(file)
+
+
+def _called(name: str, around: Iterable[Path]) -> str:
+    """Which Python function calls a compiled one, by the code that Dynamo made of it."""
+    call = re.compile(rf"\b{name}(?:_\w+)?\(")
+    for file in around:
+        found = re.fullmatch(r"__transformed_code_\d+_for_(.+)\.py", file.name)
+        if found and call.search(file.read_text(encoding="utf-8")):
+            return f", called by `{found[1]}`"
+    return ""
+
+
+def _shown(made: report.FusionReport) -> list[str]:
+    names = dict.fromkeys(graph.name for graph in made.recorded if graph.name)
+    return [f"Compilation {', '.join(names)}:" if names else "Report:", "", "```", str(made), "```", ""]
+
+
+def _name_arguments(file: Path) -> None:
+    """Write ``eps=1e-05`` where a file of Python calls a fused op with ``1e-05``: the ops have a dozen arguments."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py" or "torch.ops.aiter_fusion." not in text:
+        return
+    lines = text.splitlines(keepends=True)
+    inserted = []
+    for call in ast.walk(ast.parse(text)):
+        if isinstance(call, ast.Call) and (
+            found := re.fullmatch(r"torch\.ops\.aiter_fusion\.(\w+)\.(\w+)", _code(call.func))
+        ):
+            schema = getattr(getattr(torch.ops.aiter_fusion, found[1]), found[2])._schema
+            given = zip(schema.arguments, call.args, strict=False)
+            inserted += [(value.lineno - 1, value.col_offset, argument.name) for argument, value in given]
+    for line, column, name in sorted(inserted, reverse=True):  # from the end, so that positions stay true
+        encoded = lines[line].encode()
+        lines[line] = (encoded[:column] + f"{name}=".encode() + encoded[column:]).decode()
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def _code(function: ast.expr) -> str:
+    """The dotted name that is called; empty where something else is."""
+    return ast.unparse(function) if isinstance(function, ast.Attribute) else ""

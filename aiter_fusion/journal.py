@@ -21,6 +21,7 @@ class _Store:
     # what the passes reported in this process: counter name -> one report for each run
     fresh: dict[str, list[FusionReport]] = field(default_factory=dict)
     recording: int = 0  # how many ask for graphs
+    advised: set[str] = field(default_factory=set)  # what has been said once
 
 
 _STORE = _Store()
@@ -37,6 +38,7 @@ def reset() -> None:
 
     begin(counters["inductor"])
     _STORE.reports.clear()
+    _STORE.advised.clear()
 
 
 @contextmanager
@@ -146,6 +148,10 @@ def log(report: FusionReport) -> None:
         logger.warning("%s; reasons: %s", line, "; ".join(f"{reason} ({count})" for reason, count in top))
     else:
         logger.info("%s", line)
+    # Once, and not of the small graphs around one in which something was fused.
+    if report.records and report.advice not in {"", *_STORE.advised} and not any(r.replaced for r in _STORE.reports):
+        _STORE.advised.add(report.advice)
+        logger.warning("aiter_fusion: nothing was fused: %s", report.advice)
     for site in report.sites:
         logger.debug(
             "aiter_fusion: %s %s %s at %s: %s",

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 
 import torch
 from packaging.version import Version
+
+from . import __version__
 
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 15)
@@ -67,3 +70,19 @@ def triton_version() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def software() -> str:
+    """What compiled, in one line: this package, PyTorch, Triton and Python, each with its version."""
+    triton = triton_version()
+    parts = [f"aiter_fusion {__version__}", f"torch {torch.__version__}", f"Triton {triton}" if triton else "no Triton"]
+    return ", ".join([*parts, f"Python {platform.python_version()}"])
+
+
+def device() -> str:
+    """What computes, in one line: the current GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return f"{platform.machine()} CPU: PyTorch sees no GPU"
+    index = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} ({architecture(index) or f'sm_{major}{minor}'})"

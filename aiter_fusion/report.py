@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .graph_text import Recorded
-from .reasons import OF_SPEED
+from .reasons import OF_SPEED, Reason
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 REPLACED, SKIPPED, BARE = "replaced", "skipped", "bare"
 # The colours of statuses on a terminal, in the order in which reports list them.
 STYLES = {REPLACED: "green", SKIPPED: "yellow", BARE: "dim"}
+
+# What to do where nothing was replaced, by why: ``FusionReport.advice``.
+TRAIN = "the graph is compiled for training, and fused ops have no gradient: call the model under torch.no_grad()"
+QUANTISE = (
+    "no activation is quantised to FP8 (weights alone do not count): before compiling, call torchao.quantization's "
+    "quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))"
+)
+ALLOW = "the level or 'disable' leaves out every fusion that applies: give level=3, or name the fusion in enable=[...]"
+INSTALL = "no provider on this machine has a kernel for it: the command aiter-fusion info says what each of them lacks"
+NAME = 'the graph\'s own code is thought to be as fast here: to use the kernels all the same, give provider="triton"'
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class Site:
     where: str
     records: int = 1
     products: int = 0
+
+    @property
+    def described(self) -> str:
+        """Its variant, and how many products its op computes, if several."""
+        return f"{self.variant}, {self.products} products" if self.products > 1 else self.variant
 
     @property
     def code(self) -> str:
@@ -97,6 +112,26 @@ class FusionReport:
         """Recognised forms that belong to no site: always 0, or the report is wrong."""
         return self.records - sum(site.records for site in self.sites)
 
+    @property
+    def advice(self) -> str:
+        """What to do, in one line, if nothing was replaced and the report shows why; else empty."""
+        codes = {site.code for site in self.sites}
+        refused = {site.code for site in self.skipped}
+        if self.replaced:
+            return ""
+        if Reason.TRAINING.code in codes or "training graph" in self.note:
+            return TRAIN
+        if self.note and not self.records:  # no graph, or one that was left alone: the note says why
+            return ""
+        if not refused:
+            return "" if any(site.family == "fp8_quant" for site in self.bare) else QUANTISE
+        causes = (
+            (ALLOW, {Reason.LEVEL, Reason.DISABLED}),
+            (INSTALL, {Reason.NO_KERNEL}),
+            (NAME, {Reason.SLOWER, Reason.UNMEASURED}),
+        )
+        return next((text for text, reasons in causes if refused <= {reason.code for reason in reasons}), "")
+
     def _with(self, status: str) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.status == status)
 
@@ -140,8 +175,7 @@ class FusionReport:
 
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
-            variant = f"{site.variant}, {site.products} products" if site.products > 1 else site.variant
-            key = (site.status, site.family, variant, site.provider, site.reason)
+            key = (site.status, site.family, site.described, site.provider, site.reason)
             groups.setdefault(key, []).append(site)
         order = list(STYLES)
         rows = [
@@ -152,12 +186,19 @@ class FusionReport:
         ]
         headers = ["status", "sites", "family", "variant", "provider", "where", "reason"]
         drawn = table(headers, rows, left={*headers} - {"sites"}, folds=folds)
-        last = f"{self.records} records, {self.unaccounted} unaccounted for"
-        return Group(Text(self.summary()), drawn, Text(last))
+        last = [f"{self.records} records, {self.unaccounted} unaccounted for"]
+        if self.advice:
+            last.append(f"nothing was fused: {self.advice}")
+        return Group(Text(self.summary()), drawn, *map(Text, last))
 
     def to_json(self) -> str:
-        """The report as a JSON object: this class's fields but ``recorded``, the sites as objects, ``replaced``."""
-        content = asdict(replace(self, recorded=())) | {"replaced": self.replaced, "unaccounted": self.unaccounted}
+        """The report as a JSON object: this class's fields but ``recorded``, the sites as objects, ``replaced``,
+        ``unaccounted`` and ``advice``."""
+        content = asdict(replace(self, recorded=())) | {
+            "replaced": self.replaced,
+            "unaccounted": self.unaccounted,
+            "advice": self.advice,
+        }
         del content["recorded"]
         return json.dumps(content)
 

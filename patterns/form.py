@@ -161,9 +161,9 @@ class Fusion:
         object.__setattr__(self, "op", self.op or self.family)
 
     @property
-    def key(self) -> tuple[str, tuple[str, ...], str, frozenset[str] | None]:
+    def key(self) -> tuple[str, tuple[str, ...], str, frozenset[str]]:
         """Its place in the registry."""
-        return self.family, self.chain, self.op, self.only
+        return self.family, self.chain, self.op, self.only or frozenset()
 
     def admit(self, registry: Registry) -> None:
         """Raise a ValueError if it has no op, or a kind of its chain no form."""

@@ -1,6 +1,7 @@
 """The command line: ``aiter-fusion <command>``, or ``python -m aiter_fusion <command>``.
 
-Results go to standard output, and everything else goes to standard error. The exit status is 0 on success; 1 if a
+Compiles models with fused FP8 kernels and reports what was fused, what was not, and why. Results go to standard output,
+and everything else goes to standard error. The exit status is 0 on success; 1 if a
 comparison was refused, if --expect named other counts, or if --strict found a skipped site; 2 on an error, which is
 reported in one line (--debug shows the traceback). The command 'run' leaves standard output to the script and exits
 with the script's status. Colours appear on terminals only, unless NO_COLOR is set.
@@ -27,6 +28,15 @@ COMMANDS = {
     "info": "show what this machine can run and what the environment variables prefer",
     "bench": "compare aiter_fusion with plain Inductor on this GPU",
     "tune": "measure how to launch the Triton kernels on this GPU, and keep the fastest launches in the user's cache",
+}
+
+EXAMPLES = {
+    "run": "aiter-fusion run -O3 --expect rms_norm_quant=9 --report report.html script.py its arguments",
+    "explain": "aiter-fusion explain my_models:tiny_llama --report report.html",
+    "info": "aiter-fusion info --json",
+    "doctor": "aiter-fusion doctor --output report.md",
+    "bench": "aiter-fusion bench model --decode 1 32 --json model.json",
+    "tune": "aiter-fusion tune --hidden 4096",
 }
 
 
@@ -82,10 +92,11 @@ def _readers_gone() -> bool:
 
 def _parser() -> Parser:
     parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition("\n\n")[2])
+    parser.example = EXAMPLES["run"]
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
     for name, summary in COMMANDS.items():
-        add_command(commands, name, summary, partial(_fill, name))
+        add_command(commands, name, summary, partial(_fill, name), EXAMPLES[name])
     return parser
 
 

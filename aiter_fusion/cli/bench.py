@@ -9,17 +9,19 @@ def fill(parser: Parser) -> None:
     """Add one command for each benchmark."""
     kinds = parser.add_subparsers(required=True, metavar="<what>")
     summary = "time every fused op, by the Triton kernels, against Inductor's code for the same arithmetic"
-    add_command(kinds, "ops", summary, _fill_ops)
+    add_command(kinds, "ops", summary, _fill_ops, "aiter-fusion bench ops --rows 1 64 --only token --json ops.json")
     summary = "time a Llama quantised by torchao, compiled by both backends (needs the extra 'bench')"
-    add_command(kinds, "model", summary, _fill_model)
+    add_command(kinds, "model", summary, _fill_model, "aiter-fusion bench model --decode 1 32 --context 1024")
     summary = "time FP8 products of few rows, by the Triton kernels, against torch._scaled_mm"
-    add_command(kinds, "linear", summary, _fill_linear)
+    add_command(kinds, "linear", summary, _fill_linear, "aiter-fusion bench linear --rows 1 16")
     summary = (
         "time attention of one token over a cache, by the Triton kernels, against Inductor's code for transformers"
     )
-    add_command(kinds, "attention", summary, _fill_attention)
+    add_command(
+        kinds, "attention", summary, _fill_attention, "aiter-fusion bench attention --batches 1 32 --contexts 1024"
+    )
     summary = "time all-reduce, norm and quantiser on this host's GPUs, against NCCL and symmetric memory"
-    add_command(kinds, "allreduce", summary, _fill_allreduce)
+    add_command(kinds, "allreduce", summary, _fill_allreduce, "aiter-fusion bench allreduce --world 2 --quick")
 
 
 def _fill_ops(parser: Parser) -> Run:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_options(parser: Parser) -> None:
     """Add the options of ``aiter_fusion.Backend``, ``--expect``, ``--report`` and ``--json``."""
     levels = "; ".join(f"{level}: {what}" for level, what in config.LEVELS.items())
-    text = f"the optimisation level. {levels} (default: AITER_FUSION_LEVEL, or {config.DEFAULT_LEVEL} if that is unset)"
+    text = f"what may be fused. {levels} (default: AITER_FUSION_LEVEL, or {config.DEFAULT_LEVEL} if that is unset)"
     parser.add_argument("-O", dest="level", type=int, choices=config.LEVELS, metavar="LEVEL", help=text)
     text = "the provider that computes the fused ops (default: AITER_FUSION_PROVIDER, or auto if that is unset)"
     parser.add_argument("--provider", choices=("auto", *REGISTRY.providers), help=text)
@@ -31,7 +31,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="fail if a site is skipped, except as slower or unmeasured, or if matching raises",
+        help="fail if a site is skipped for another reason than speed, or if matching raises an error",
     )
     text = "while compiling, compare every fused op with the nodes that it replaces, on random data"
     parser.add_argument("--verify", action="store_true", help=text)
@@ -41,7 +41,7 @@ def add_options(parser: Parser) -> None:
         parser.add_argument(f"--{name}", action="append", default=[], choices=choices, metavar="FAMILY", help=text)
     text = "exit with status 1 unless N sites of this family are replaced in all graphs together (repeatable)"
     parser.add_argument("--expect", type=_expected, action="append", default=[], metavar="FAMILY=N", help=text)
-    text = "write the report to a file; .html also shows the graphs, and compiles them anew instead of loading a cache"
+    text = "write the report to a file; an .html file also shows the graphs, which are then compiled anew"
     parser.add_argument("--report", type=_report_path, metavar="FILE.{json,html}", help=text)
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON instead of a table")
 

@@ -16,6 +16,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     fill: Callable[[Any], Run | None] | None = None
+    example = ""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **given})
@@ -29,11 +30,17 @@ class Parser(argparse.ArgumentParser):
                 self.set_defaults(run=run)
         return super().parse_known_args(*args, **given)
 
+    def format_help(self) -> str:
+        """What argparse writes, and the example, which is not folded."""
+        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def add_command(commands: Any, name: str, summary: str, fill: Callable[[Parser], Run | None]) -> None:
+def add_command(
+    commands: Any, name: str, summary: str, fill: Callable[[Parser], Run | None], example: str = ""
+) -> None:
     """Add a command to subparsers.
 
     Args:
@@ -41,9 +48,10 @@ def add_command(commands: Any, name: str, summary: str, fill: Callable[[Parser],
         name: the word that selects the command.
         summary: one line for ``--help``.
         fill: adds the arguments, and returns the function that runs the command; None if it added commands instead.
+        example: a command line, for ``--help``.
     """
     parser = commands.add_parser(name, help=summary, description=summary)
-    parser.fill = fill
+    parser.fill, parser.example = fill, example
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,11 @@ from .options import add_options, backend_options, tell, unexpected
 from .parser import Parser, Run
 from .streams import PROGRAM, show
 
+NOTHING = (
+    "nothing was fused: the script called nothing that torch.compile returned, or names another backend, or compiled "
+    'the model by another one before (torch._dynamo.reset() forgets that); TORCH_LOGS="graph_breaks" says more'
+)
+
 
 def fill(parser: Parser) -> Run:
     """Add the arguments."""
@@ -40,6 +45,6 @@ def command(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # torchrun's: by now the script may have left its process group
         show(f"\n{PROGRAM}: graphs compiled by aiter_fusion: {len(compiled)}", sys.stderr)
         if not compiled:
-            show("(nothing that torch.compile returned was called, or another backend was named)", sys.stderr)
+            show(NOTHING, sys.stderr)
         tell(made, args, sys.stderr)
     return status or unexpected(made, args)

@@ -160,7 +160,7 @@ def test_environment_is_preference(monkeypatch: pytest.MonkeyPatch) -> None:
 BAD = [
     ({"levle": 3}, "unknown option 'levle'; did you mean 'level'?"),
     ({"max_autotun": True}, "unknown option 'max_autotun'; did you mean 'max_autotune'?"),
-    ({"level": 7}, "level=7: levels are 0 (nothing: plain Inductor), 1 "),
+    ({"level": 7}, "level=7: levels are 0 (nothing, as plain Inductor), 1 "),
     ({"level": True}, "level=True: levels are"),
     ({"provider": "cuda"}, "provider='cuda': no such provider"),
     ({"numerics": "fast"}, "numerics='fast': no such numerics"),
@@ -405,7 +405,7 @@ def test_a_second_process_reports_the_same_from_the_cache(tmp_path: Path) -> Non
     line = "aiter_fusion: replaced 1 of 1 sites (rms_norm_quant 1); 0 skipped; 0 bare; provider reference; "
     assert line in first.stderr
     assert line + "from cache" in second.stderr
-    assert first.stderr.count("for correctness and inspection, slower") == 1
+    assert first.stderr.count("good for checking, but slower") == 1
     third = run_script(SCRIPT, tmp_path, AITER_FUSION_LEVEL="1")
     assert json.loads(third.stdout)["from_cache"] is False, "another option must not reuse the code"
     assert "WARNING" not in third.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,6 +60,24 @@ def saved(tmp_path: Path) -> str:
 # ---- info --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([name] for name in cli.COMMANDS),
+        *(["bench", kind] for kind in ("ops", "model", "linear", "attention", "allreduce")),
+    ],
+    ids=" ".join,
+)
+def test_help_has_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose words the command takes."""
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    (example,) = re.findall(r"^example:\n  aiter-fusion (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert example.startswith(" ".join(words))
+    assert callable(cli._parser().parse_args(shlex.split(example)).run)
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AITER_FUSION_DISABLE", "act_mul_quant")
@@ -73,9 +93,10 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert rows["preferred level"] == "3 (default)"
     assert rows["preferred disable"] == "act_mul_quant (AITER_FUSION_DISABLE)"
     assert rows["preferred linear"] == "off (AITER_FUSION_LINEAR)"
-    assert rows["preferred moe"] == "on (default)"
-    assert rows["fusion rms_norm_quant"] == "on"
+    assert "preferred moe" not in rows, "it is about AITER, which cannot run here"
+    assert rows["fusion rms_norm_quant"] == "on, by reference"
     assert rows["fusion act_mul_quant"] == "off: disabled: act_mul_quant is in 'disable'"
+    assert rows["note"].startswith("plain PyTorch computes the fused ops here")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -94,7 +115,25 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert found["preferences"]["provider"] == {"value": "auto", "from": "default"}
     assert found["preferences"]["numerics"] == {"value": "exact", "from": "level 1"}
     assert found["fusions"]["rms_norm_quant"] is None
+    assert found["fused_by"]["rms_norm_quant"] == ["reference"]
+    for family in ("all_reduce_rms_norm", "fp8_linear", "decode_attention"):
+        assert found["fusions"][family] == "level: needs level 3, this is level 1"
+        assert found["fused_by"][family] == []
     assert found["backend_by_name"] is True
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_info_where_nothing_can_be_fused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family is said to be on where the chosen provider cannot run, or where the level leaves all out."""
+    monkeypatch.setenv("AITER_FUSION_PROVIDER", "aiter")
+    _, out, _ = run("info", "--json", capsys=capsys)
+    assert all(why.startswith("no_kernel: aiter: ") for why in json.loads(out)["fusions"].values())
+    monkeypatch.delenv("AITER_FUSION_PROVIDER")
+    monkeypatch.setenv("AITER_FUSION_LEVEL", "0")
+    _, out, _ = run("info", capsys=capsys)
+    assert "note" in out
+    assert "nothing is fused here: the lines on fusions say why" in out
+    assert "on, by" not in out
 
 
 def test_info_of_a_preference_that_does_not_exist(

@@ -108,6 +108,65 @@ def test_aot_inductor(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "block.pt2").exists()
 
 
+def test_torchao_configurations(run: Callable[..., str]) -> None:
+    models.need_scaled_rows()
+    lines = run("torchao_configs.py").splitlines()
+    assert all(line.endswith("same bits") for line in lines)
+    fused = "rms_norm_quant 1, fp8_linear 2, act_mul_quant 1"
+    assert [fused in line for line in lines] == [True, True, False, False, False]
+    assert [" nothing " in line for line in lines] == [False, False, True, True, True]
+
+
+def test_a_lower_count(run: Callable[..., str]) -> None:
+    """Each cause has the reason, or the advice, that its title promises."""
+    models.need_scaled_rows()
+    parts = run("lower_count.py").split("\n## ")[1:]
+    signs = (
+        "4 of 4 sites",
+        "nothing was fused: no activation is",
+        "producer: its input is",
+        "boundary: it",
+        "level: needs",
+    )
+    for part, sign in zip(parts, signs, strict=True):
+        assert sign in part
+
+
+def test_accuracy(run: Callable[..., str]) -> None:
+    models.need_scaled_rows()
+    out = run("accuracy.py")
+    assert "rewritten graphs give the original's bits: True" in out
+    errors = [float(error) for error in re.findall(r"relative difference at most (\S+)", out)]
+    assert len(errors) == 2
+    assert all(0 <= error < 0.05 for error in errors)
+
+
+def test_cuda_graphs(run: Callable[..., str]) -> None:
+    models.need_scaled_rows()
+    out = run("cuda_graphs.py")
+    assert "replaced 8 of 8 sites" in out, "for both shapes"
+    assert re.search(r"captured [02] CUDA graphs; compiled since warmup: 0$", out, re.MULTILINE)
+
+
+@pytest.mark.slow  # models/test_decode.py has static caches, without code generation
+def test_fp8_checkpoint(run: Callable[..., str]) -> None:
+    models.need_scaled_rows()
+    out = run("fp8_checkpoint.py")
+    assert "loaded: Float8Tensor weights" in out
+    (tokens,) = re.findall(r"^tokens: (.*)", out, re.MULTILINE)
+    assert len(tokens.split(",")) == 4
+    assert re.search(r"^prompt: replaced (\d+) of \1 sites ", out, re.MULTILINE)
+    assert re.search(r"^further tokens: replaced (\d+) of \1 sites .*decode_attention 1", out, re.MULTILINE)
+
+
+def test_diffusion_transformer(run: Callable[..., str]) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    models.need_scaled_rows()
+    out = run("diffusion_transformer.py")
+    assert "the same bits as the original graphs: True" in out
+    assert ", 0 unaccounted for" in out
+
+
 def test_own_pattern() -> None:
     """In a process of its own: PyTorch cannot forget an op."""
     out = started("own_pattern.py").stdout

@@ -24,7 +24,11 @@ HIDDEN = {"build", "dist", "dump", "node_modules"}
 
 def documents() -> list[str]:
     found = [path.relative_to(ROOT) for path in ROOT.rglob("*.md")]
-    return sorted(str(path) for path in found if not any(part[0] == "." or part in HIDDEN for part in path.parts))
+    return sorted(str(path) for path in found if not any(map(_is_hidden, path.parts)))
+
+
+def _is_hidden(part: str) -> bool:
+    return (part[0] == "." and part != ".github") or part in HIDDEN
 
 
 def text_of(document: str) -> str:
@@ -100,7 +104,7 @@ def test_a_command_is_one(document: str, words: list[str]) -> None:
             assert (ROOT / file).exists() or "<" in file, f"{document}: {file}"
         assert files or words[1] == "-m", words
     else:
-        assert words[0] in ("pip", "cd", "torchrun", "git"), f"{document}: {words}"
+        assert words[0] in ("pip", "cd", "torchrun", "git", "pre-commit"), f"{document}: {words}"
 
 
 PYTHON = [(document, code) for document in documents() for code in blocks(document, "python")]
@@ -125,6 +129,24 @@ def test_the_readme_names_every_option_and_level() -> None:
     )
     (levels,) = re.findall(r"^\| `level` \|.*$", table, re.MULTILINE)
     assert re.findall(r"(\d):", levels) == [str(level) for level in config.LEVELS]
+
+
+def test_issues_ask_for_the_report_of_doctor() -> None:
+    """In every form, and on the page of contributions."""
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    if not folder.exists():
+        pytest.skip("a source distribution has no .github")
+    asking = [path for path in sorted(folder.glob("*.yml")) if path.name != "config.yml"]
+    assert len(asking) == 2
+    for path in (*asking, folder.parent / "CONTRIBUTING.md"):
+        assert "aiter-fusion doctor --output report.md" in path.read_text(), path
+
+
+def test_there_is_one_version() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "aiter_fusion.__version__" }' in text
+    assert not re.search(r'^version = "', text, re.MULTILINE)
+    assert f"## {aiter_fusion.__version__} " in text_of("CHANGELOG.md")
 
 
 def test_the_legend_has_every_code() -> None:

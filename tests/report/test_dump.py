@@ -10,6 +10,7 @@ from pathlib import Path
 import depyf
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._logging._internal import trace_log
 
@@ -52,12 +53,23 @@ def test_dump(tmp_path: Path) -> None:
     with aiter_fusion.dump(folder):
         compiled()
     index = (folder / "index.md").read_text()
-    listed = re.findall(r"^\d+\. \[([^]]+)\]\(\1\)$", index, re.MULTILINE)
+    listed = re.findall(r"^(?:\d+\.|-) (?:\*\*)?\[([^]]+)\]\(\1\)(?:$|: )", index, re.MULTILINE)
     assert {*listed, "index.md", "report.html"} == {path.name for path in folder.iterdir()}
+    (function,) = {name.partition(".")[0] for name in listed if name.startswith("__compiled_fn_")}
+    assert f"## {function}, called by `site`\n" in index
+    marked = re.findall(r"\*\*\[([^]]+)\].*: (before|after) the fusions\*\*", index)
+    assert [name.split(".")[1] for name, _ in marked] == ["AITER_FUSION_0_before", "AITER_FUSION_1_after_fusions"]
     stages = [name.split(".")[1] for name in listed if name.startswith("__compiled_fn_")]
     order = ["Forward_graph", "AITER_FUSION_0_before", "AITER_FUSION_1_after_fusions", "AFTER_POST_GRAD", "kernel_0"]
     assert [stage for stage in stages if stage in order] == order
-    assert "aiter_fusion.rms_norm_quant" in graph(folder, "AITER_FUSION_1_after_fusions")
+    for stage in ("AITER_FUSION_1_after_fusions", "AFTER_POST_GRAD"):
+        assert re.search(
+            r"ops\.aiter_fusion\.rms_norm_quant\.\w+\(x=arg\w+, weight=arg\w+, eps=1e-", graph(folder, stage)
+        )
+        assert "quant_dtype=torch.float8_e4m3fn, provider='reference')" in graph(folder, stage)
+    (generated,) = folder.glob("__compiled_fn_*.kernel_0.py")
+    compile(generated.read_text(), generated.name, "exec")
+    assert re.search(r"= torch\.ops\.aiter_fusion\.rms_norm_quant\.\w+\(x=", generated.read_text())
     assert "replaced 1 of 1 sites (rms_norm_quant 1)" in index
     assert '"graphs": [{' in (folder / "report.html").read_text()
     _, made = aiter_fusion.reports()
@@ -65,6 +77,25 @@ def test_dump(tmp_path: Path) -> None:
     assert not inductor_config.force_disable_caches
     with pytest.raises(FileExistsError, match="is not empty: name a new folder"), aiter_fusion.dump(folder):
         pass
+
+
+def broken(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    result = site(x, w)
+    torch._dynamo.graph_break()
+    return tuple(value.float() * 2 for value in result)
+
+
+def test_a_dump_of_two_graphs(tmp_path: Path) -> None:
+    """Each stands with its own report and with the function that calls it."""
+    with aiter_fusion.dump(tmp_path / "dump"), torch.no_grad():
+        torch.compile(broken, backend="aiter_fusion")(*inputs())
+    first, second = re.split(
+        r"^## __compiled_fn_\d+, called by ", (tmp_path / "dump" / "index.md").read_text(), flags=re.M
+    )[1:]
+    assert first.startswith("`broken`\n")
+    assert "Compilation 0/0:\n\n```\nreplaced 1 of 1 sites" in first
+    assert second.startswith("`torch_dynamo_resume_in_broken_")
+    assert "Compilation 1/0:\n\n```\nreplaced 0 of 0 sites" in second
 
 
 def test_a_dump_of_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import aiter_fusion
+from aiter_fusion import graph_text
 from aiter_fusion.graph_text import NodeText, Recorded
 from aiter_fusion.journal import recording
 from aiter_fusion.report import BARE, REPLACED, SKIPPED, FusionReport, Site, merge
@@ -50,7 +51,7 @@ def recorded() -> FusionReport:
 class _Page(HTMLParser):
     """What a page is made of; every element must be closed where it should be."""
 
-    VOID = frozenset({"meta", "input", "br", "link", "img", "hr"})
+    VOID = frozenset({"meta", "col", "input", "br", "link", "img", "hr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -140,6 +141,98 @@ def test_a_page(tmp_path: Path) -> None:
     assert "rms_norm_quant" in found.words()
 
 
+def test_what_was_compiled(tmp_path: Path) -> None:
+    """The head says which model, when, how, with what and on what; inputs have the model's own names."""
+    made = aiter_fusion.explain(Block().eval(), cases.tensors(("x", "x2"), (4,), torch.bfloat16, "normal"))
+    found = page(made, tmp_path)
+    head = " ".join(found.words().split("Copy the report")[0].split())
+    assert "model Block made 20" in head
+    assert f"with aiter_fusion {aiter_fusion.__version__}, torch {torch.__version__}, " in head
+    assert " on " in head
+    (graph,) = made.recorded
+    assert {"norm.weight", "args[0]", "args[1]"} <= {node.name for node in graph.before}
+    fused = next(node for node in graph.after if node.code.startswith("aiter_fusion.rms_norm_quant"))
+    assert "x=args[0], weight=norm.weight, " in fused.code
+    after = found.data()["graphs"][0]["after"]
+    module = next(node[3] for node in after if node[0] == fused.name)
+    assert found.data()["strings"][module] == "norm", "the module that the table names"
+
+
+def test_the_names_of_inputs() -> None:
+    """Parts of a quantised weight are named after it, and a name that a node has already is not given twice."""
+
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)])
+
+        def forward(self, mul: Tensor) -> Tensor:
+            return self.layers[0](mul * 2 + 1)
+
+    model = Named().eval()
+    torch.compile(model, backend="aiter_fusion")
+    with recording(), torch.no_grad():
+        torch.compile(model, backend="aiter_fusion")(mul=torch.ones(4, 64, dtype=torch.bfloat16))
+    (made,) = aiter_fusion.reports()
+    names = [node.name for node in made.recorded[0].before]
+    assert "layers.0.weight" in names
+    assert names.count("mul") == 1
+    with recording(), torch.no_grad():
+        exported = torch.export.export(model, (torch.ones(4, 64, dtype=torch.bfloat16),))
+        torch.compile(exported.module(), backend="aiter_fusion")(torch.ones(4, 64, dtype=torch.bfloat16))
+    assert "layers.0.weight" in [node.name for node in aiter_fusion.reports()[-1].recorded[0].before]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self']._modules['layers']._modules['0']._parameters['weight']", "layers.0.weight"),
+        ("L['self'].__dict__['_modules']['blocks'].0.norm", "blocks.0.norm"),
+        ("L['kwargs']['x']", "x"),
+        ("G['model'].norm", "model.norm"),
+    ],
+)
+def test_paths_are_those_of_the_model(path: str, name: str) -> None:
+    """Dynamo goes by ``__dict__`` where a module has a ``__getattr__`` of its own, as those of diffusers have."""
+    assert graph_text._top(path) == name
+
+
+def test_bytes_are_counted() -> None:
+    """By hand: a bf16 value [4, 256] has 2,048 bytes, its FP8 codes 1,024 and the scales of its rows 16."""
+    made = recorded()
+    (graph,) = made.recorded
+    moved = {node.name: node.moved for node in (*graph.before, *graph.after)}
+    codes = {node.name: node.code for node in (*graph.before, *graph.after)}
+    packed = next(name for name, code in codes.items() if code.startswith("aiter_fusion.act_mul_quant"))
+    assert moved[packed] == 4 * 512 * 2 + 4 * 256 + 4 * 4
+    assert all(
+        moved[name] == 0 for name, code in codes.items() if code.startswith(("aten.view", "aten.split", "place"))
+    )
+    square = next(name for name, code in codes.items() if code.startswith("aten.pow"))
+    assert moved[square] == 2 * 4 * 256 * 4
+
+
+def test_equal_sites_are_one_row(tmp_path: Path) -> None:
+    """Those of all layers, whose map shows each; what differs in more than its numbers stays apart."""
+
+    def site(where: str, status: str = REPLACED, reason: str = "") -> Site:
+        op = "aiter_fusion::rms_norm_quant" if status == REPLACED else ""
+        return Site("rms_norm_quant", "token", op, "", status, reason, where)
+
+    layers = [site(f"model.layers.{n}.norm") for n in (0, 1, 2, 5)]
+    refused = [site(f"model.layers.{n}.mlp", SKIPPED, f"layout: add_{n} has other strides") for n in (0, 1)]
+    found = page(FusionReport((*layers, *refused, site("model.norm")), 7), tmp_path)
+    words = " ".join(found.words().split())
+    assert "\u00d7 4 replaced rms_norm_quant token model.layers.{0..2, 5}.norm" in words
+    assert "\u00d7 2 skipped rms_norm_quant token model.layers.{0..1}.mlp" in words
+    assert ": add_0 has other strides (others differ in its numbers)" in words
+    assert len(found.rows()) == 7
+    cells = [attributes for tag, attributes in found.elements if tag == "a" and "title" in attributes]
+    assert [cell["class"] for cell in cells] == [REPLACED] * 4 + [SKIPPED] * 2
+    assert cells[3]["title"] == "layer 5, norm rms_norm_quant: 1 replaced"
+    assert cells[3]["href"] == "#site-4"
+
+
 def test_names_are_not_markup(tmp_path: Path) -> None:
     wicked = '</script><script>alert(1)</script>"&'
     site = Site("rms_norm_quant", wicked, "", "", SKIPPED, f"error: {wicked}", wicked)
@@ -148,6 +241,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
     assert [tag for tag, _ in found.elements].count("script") == 2
     assert found.data()["graphs"][0]["before"][0][1] == wicked
     assert found.rows()[0]["data-where"] == wicked
+    assert [tag for tag, attributes in found.elements if attributes.get("data-tip") == "error"] == ["span"]
 
 
 def test_what_a_page_does_not_have(tmp_path: Path) -> None:
@@ -189,7 +283,12 @@ def large(nodes: int = 10_000) -> FusionReport:
     """A report of one graph with so many nodes, a site for every 20 of them."""
     before = [
         NodeText(
-            f"mul_{i}", f"aten.mul.Tensor(mul_{i - 1}, arg{i % 300}_1)", "bf16[8192, 4096]", f"layers.{i // 100}", ""
+            f"mul_{i}",
+            f"aten.mul.Tensor(mul_{i - 1}, arg{i % 300}_1)",
+            "bf16[8192, 4096]",
+            f"layers.{i // 100}",
+            "",
+            1 << 26,
         )
         for i in range(nodes)
     ]
@@ -248,10 +347,16 @@ def test_filters(browser: Any, tmp_path: Path) -> None:
     assert count.inner_text() == "1 of 4"
     assert tab.locator("tr.site:visible").count() == 1
     tab.select_option("select[name=family]", "")
-    tab.fill("input[name=where]", "norm")
+    tab.keyboard.press("/")
+    tab.keyboard.type("NORM_quant")
+    assert tab.input_value("input[name=text]") == "NORM_quant"
     assert count.inner_text() == "1 of 4"
-    tab.fill("input[name=where]", "")
-    tab.select_option("select[name=status]", "")
+    tab.fill("input[name=text]", "nowhere")
+    assert count.inner_text() == "0 of 4"
+    assert tab.get_by_text("No site matches.").is_visible()
+    tab.click("#clear")
+    assert count.inner_text() == "4 of 4"
+    assert not tab.get_by_text("No site matches.").is_visible()
     tab.select_option("select[name=code]", "starved")
     assert count.inner_text() == "1 of 4"
 
@@ -276,17 +381,16 @@ def test_a_site_with_the_keyboard(browser: Any, tmp_path: Path) -> None:
     assert detail.count() == 0
     assert button.get_attribute("aria-expanded") == "false"
 
-    tab.locator("summary").focus()
+    tab.locator(".graph summary").focus()
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("details section")
-    before, after = tab.locator("details section").all()
+    whole = tab.locator(".whole")
     (graph,) = report.recorded
     gone = {node.name for node in graph.before} - {node.name for node in graph.after}
-    assert before.locator("li.gone").count() == len(gone) > 30
-    assert after.locator("li.new", has_text="aiter_fusion.").count() == 2
+    assert whole.locator(".gone").count() == len(gone) > 30
+    assert whole.locator(".new", has_text="aiter_fusion.").count() == 2
     tab.select_option("select[name=status]", "bare")
     assert not tab.locator("#site-1").is_visible()
-    before.locator("a[href='#site-1']").first.focus()
+    whole.locator("a[href='#site-1']").first.focus()
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#detail-1")
     assert tab.locator("#site-1").is_visible()
@@ -298,9 +402,10 @@ def test_a_site_with_the_keyboard(browser: Any, tmp_path: Path) -> None:
 def test_how_it_looks(options: dict[str, Any], browser: Any, tmp_path: Path) -> None:
     """Nothing is wider than the window, text stands out from what is behind it, and a picture can be taken."""
     tab = opened(browser, recorded(), tmp_path, **options)
-    for button in tab.locator("tr button").all():
+    for button in tab.locator("tr.site button").all():
         button.click()
-    tab.locator("summary").click()
+    for summary in tab.locator("summary").all():
+        summary.click()
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     contrasts = tab.evaluate(CONTRAST)
     assert len(contrasts) > 40
@@ -335,6 +440,63 @@ CONTRAST = """
 
 
 @pytest.mark.browser
+def test_sites_that_are_one_row(browser: Any, tmp_path: Path) -> None:
+    """A click on the row shows them, one on the map opens a site among them, and columns stay where they are."""
+    tab = opened(browser, large(), tmp_path, viewport={"width": 1280, "height": 800})
+    assert tab.locator("tr.site:visible").count() == 0
+    widths = "[...document.querySelectorAll('#table th')].map(cell => cell.offsetWidth)"
+    before = tab.evaluate(widths)
+    many = tab.locator("tr.many").first
+    assert "\u00d7 167" in many.inner_text()
+    many.locator("td").nth(3).click()
+    assert tab.locator("tr.site:visible").count() == 167
+    assert tab.evaluate(widths) == before
+    many.locator("td").nth(3).click()
+    assert tab.locator("tr.site:visible").count() == 0
+    tab.locator(".map a").nth(42).click()
+    tab.wait_for_selector("tr.detail")
+    assert tab.evaluate(widths) == before
+    tab.fill("input[name=text]", "layers.42")
+    assert "\u00d7 2 of 167" in many.inner_text()
+
+
+@pytest.mark.browser
+def test_words_are_explained(browser: Any, tmp_path: Path) -> None:
+    tab = opened(browser, recorded(), tmp_path, **PHONE)
+    tip = tab.locator("#tip")
+    assert not tip.is_visible()
+    tab.locator("[data-tip=bare]").first.hover()
+    assert tip.inner_text() == "a form was recognised here, but no fusion applies to it"
+    tab.locator("[data-tip=passes]").first.focus()
+    assert "while compiling" in tip.inner_text()
+    box = tip.bounding_box()
+    assert 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["viewport"]["width"]
+
+
+@pytest.mark.browser
+def test_copies(browser: Any, tmp_path: Path) -> None:
+    report = recorded()
+    tab = opened(browser, report, tmp_path, permissions=["clipboard-read", "clipboard-write"])
+    tab.locator("[data-copy]").click()
+    tab.get_by_text("Copied").wait_for()
+    assert tab.evaluate("navigator.clipboard.readText()") == str(report)
+    tab.locator("#site-1 button").click()
+    tab.get_by_text("Copy these nodes").click()
+    text = tab.evaluate("navigator.clipboard.readText()")
+    assert text.startswith("site 1 replaced, rms_norm_quant, ")
+    assert "aten.rsqrt(" in text
+    assert "aiter_fusion.rms_norm_quant.value(x=" in text
+
+
+@pytest.mark.browser
+def test_print(browser: Any, tmp_path: Path) -> None:
+    """500 sites are few pages, since equal ones are one row."""
+    tab = opened(browser, large(), tmp_path)
+    pages = tab.pdf(path=tmp_path / "page.pdf", format="A4").count(b"/Type /Page\n")
+    assert 0 < pages <= 4
+
+
+@pytest.mark.browser
 def test_ten_thousand_nodes(browser: Any, tmp_path: Path, record_property: Any) -> None:
     """What a browser does is what there is in the page: nodes only when they are asked for, and laid out when seen."""
     report = large()
@@ -342,16 +504,22 @@ def test_ten_thousand_nodes(browser: Any, tmp_path: Path, record_property: Any) 
     start = time.perf_counter()
     tab.reload()
     tab.wait_for_selector("html[data-ready]")
-    assert tab.locator("*").count() < 11 * len(report.sites)
-    tab.fill("input[name=where]", "layers.99")
+    assert tab.locator("*").count() < 16 * len(report.sites)
+    tab.fill("input[name=text]", "LAYERS.99")
     assert tab.locator("output").inner_text() == "5 of 500"
     seconds = time.perf_counter() - start
     start = time.perf_counter()
-    tab.locator("summary").click()
-    tab.wait_for_selector("details section")
-    nodes = len(report.recorded[0].before) + len(report.recorded[0].after)
-    assert tab.locator("details li:not(.origin)").count() == nodes
-    assert tab.locator("details *").count() < 5 * nodes
+    tab.locator(".graph summary").click()
+    tab.wait_for_selector(".whole .fold")
+    assert tab.locator(".whole *").count() < 25_000
+    tab.get_by_text("Unfold all").click()
+    (graph_of,) = report.recorded
+    assert tab.locator(".whole .gone").count() == len(
+        {n.name for n in graph_of.before} - {n.name for n in graph_of.after}
+    )
+    assert tab.locator(".whole .same, .whole .changed").count() == 2 * len(
+        {n.name for n in graph_of.before} & {n.name for n in graph_of.after}
+    )
     assert tab.evaluate("getComputedStyle(document.querySelector('.chunk')).contentVisibility") == "auto"
     graph = time.perf_counter() - start
     record_property("row", f"page of 10,000 nodes: interactive after {seconds:.2f} s, its graph after {graph:.2f} s")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from aiter_fusion import providers, report
-from aiter_fusion.backend import FusionError, check
+from aiter_fusion.backend import Backend, FusionError, check, reports
 from aiter_fusion.config import options
 from aiter_fusion.passes import layout
 from aiter_fusion.passes import sites as sites_module
@@ -181,6 +184,55 @@ def test_a_graph_break_is_a_boundary() -> None:
     assert norm.reason == "unquantised: no FP8 quantiser in this graph reads it"
     assert quantiser.reason.startswith("boundary: it is arg0_1, an input of this graph; ")
     assert "fullgraph=True" in quantiser.reason
+
+
+def reported(fn: Callable[..., object], options: dict[str, Any]) -> report.FusionReport:
+    inputs = cases.tensors(("x", "w"), (4,), torch.bfloat16, "normal")
+    with torch.no_grad():
+        torch.compile(fn, backend=Backend(**options))(*inputs)
+    return reports()[-1]
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "advice"),
+    [
+        (cases.llama, {}, report.QUANTISE),
+        (SITE, {"level": 2, "disable": "rms_norm_quant"}, report.ALLOW),
+        (SITE, {}, ""),
+        (lambda x, w: cases.q3(x), {}, ""),
+    ],
+    ids=["not quantised", "disabled", "fused", "another producer"],
+)
+def test_advice(
+    fn: Callable[..., object], options: dict[str, Any], advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the table, in JSON and on the page, and once in the log."""
+    with caplog.at_level(logging.INFO, logger="aiter_fusion"):
+        made = reported(fn, options)
+        torch._dynamo.reset()
+        reported(fn, options)
+    assert made.advice == advice
+    said = [record.getMessage() for record in caplog.records if "nothing was fused" in record.getMessage()]
+    assert said == ([f"aiter_fusion: nothing was fused: {advice}"] if advice else [])
+    assert ("nothing was fused" in str(made)) == bool(advice)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("training", report.TRAIN),
+        ("no_kernel", report.INSTALL),
+        ("slower", report.NAME),
+        ("unmeasured", report.NAME),
+        ("layout", ""),  # the reason says all there is to say
+    ],
+)
+def test_advice_on_what_was_skipped(code: str, advice: str) -> None:
+    site = report.Site("rms_norm_quant", "token", "", "", report.SKIPPED, f"{code}: why", "norm")
+    made = report.FusionReport((site,), 1)
+    assert made.advice == advice
+    assert json.loads(made.to_json())["advice"] == advice
+    assert report.FusionReport((site, replace(site, status=report.REPLACED)), 2).advice == ""
 
 
 def early_sum(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from aiter_fusion.providers.triton.gpu import Gpu
 from aiter_fusion.providers.triton.launch import Ref, flat
 from aiter_fusion.providers.triton.launches import is_known
 from aiter_fusion.providers.triton.linear import calls, launches, rules
+from support import models
 from support.compiling import TARGETS, compile_for, kinds_of, needs_triton, spills
 
 H200 = Gpu(True, True, 132, 232448)
@@ -173,6 +174,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 @pytest.mark.parametrize("scales", ["row", "tensor", "block"])
 def test_calls_that_no_kernel_takes(rows: int, scales: str, prepared: dict[Any, Any]) -> None:
     """The products that the graph had compute them; a scale of a tensor has no dimension."""
+    if scales == "row":
+        models.need_scaled_rows()
     given = Case(Size(256, (256, 16)), rows, scales=scales).arguments("cpu")
     for name, y in calls.run(LINEAR, **given).items():
         assert torch.equal(y, LINEAR.reference(**given)[name])
@@ -181,6 +184,7 @@ def test_calls_that_no_kernel_takes(rows: int, scales: str, prepared: dict[Any, 
 
 def test_a_launcher_is_for_pointers_of_its_alignment(prepared: dict[Any, Any]) -> None:
     """A kernel that is compiled for a misaligned x loads 16 bytes at a time from the weights."""
+    models.need_scaled_rows()
     given = Case(Size(256, (16,)), 5).arguments("cpu")
 
     def moved(x: Tensor) -> Tensor:
@@ -190,6 +194,16 @@ def test_a_launcher_is_for_pointers_of_its_alignment(prepared: dict[Any, Any]) -
     for changes in ({}, {"x": moved(given["x"])}, {"weights": [moved(given["weights"][0].t()).t()]}):
         calls.run(LINEAR, **{**given, **changes})
     assert len(prepared) == 3
+
+
+def test_how_scales_of_one_row_lie_does_not_matter(gpu: None) -> None:
+    """``[1, N]`` may be of any stride along its one row."""
+    given = arguments(few())
+    assert calls.refuse(given) is None
+    scales = [scale.contiguous() for scale in given["weight_scales"]]
+    assert (
+        calls.refuse({**given, "weight_scales": [scales[0].as_strided(scales[0].shape, (1, 1)), *scales[1:]]}) is None
+    )
 
 
 def test_symbolic_rows_are_not_looked_at(gpu: None) -> None:
@@ -266,6 +280,7 @@ def test_every_configuration_compiles(case: Case, target: str, tmp_path: Path) -
 
 def test_the_benchmark_knows_the_product() -> None:
     """What errors are measured against is what the reference computes."""
+    models.need_scaled_rows()
     for scales in ("row", "tensor", "block"):
         given = Case(Size.parse("256x128,32"), 3, scales=scales, bias=True).arguments("cpu")
         for index, y in enumerate(LINEAR.reference(**given).values()):

@@ -64,8 +64,8 @@ SOME_SPLIT = ((8, Tile(64, 64, 2, 4)), (4, SOME), (2, Tile(64, 64, 3, 4)), (1, S
 # Of ``prefill_attention``, by elements of a head; and with a mask that is added.
 MANY = {64: Tile(128, 64, 4, 8), 128: Tile(128, 64, 3, 8), 256: Tile(128, 32, 2, 8)}
 MANY_ADDED = {**MANY, 128: Tile(64, 64, 3, 4)}
-# On AMD's GPUs (not measured), what fits the registers with every mask, whose addresses take more of them there.
-SOME_WIDE_AMD = Tile(64, 16, 2, 8)
+# On AMD's GPUs (not measured), what fits the registers with every mask.
+SOME_WIDE_AMD = SOME_WIDE._replace(block=16)
 MANY_AMD = {**MANY, 128: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 4)}
 
 
@@ -108,8 +108,10 @@ def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, gpu: Gp
     is_one: whether one tile has all rows of a head of keys.
     """
 
+    multiprocessors = gpu.multiprocessors
+
     def parts(waves: int, least: int) -> int:
-        return max(1, min(waves * gpu.multiprocessors // programs, keys // least, MOST_SPLITS))
+        return max(1, min(waves * multiprocessors // programs, keys // least, MOST_SPLITS))
 
     if rows > LEAST_ROWS:
         splits = parts(WAVES if size <= 128 else 1, SOME_KEYS)
@@ -121,7 +123,7 @@ def _split(rows: int, is_one: bool, programs: int, keys: int, size: int, gpu: Gp
         return FEW_LONG, parts(1, FEW_LONG.block)
     tile, least = FEW[max(LEAST_SIZE, power_of_two(size))]
     splits = parts(WAVES, least)
-    if 64 < size <= 128 and 2 * programs * splits <= gpu.multiprocessors:
+    if 64 < size <= 128 and 2 * programs * splits <= multiprocessors:
         return FEW_SHORT, parts(1, FEW_SHORT.block)
     return tile, splits
 

@@ -70,7 +70,7 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
                 f"{ALIGNMENT}"
             )
         kinds.add(granularity(x, weight, x_scale, scale))
-        if scale.numel() != 1 and tuple(scale.stride()) != tuple(scales[0].stride()):
+        if scale.numel() != 1 and apart(scale) != apart(scales[0]):
             return (
                 f"weight_scales[{index}] has strides {tuple(scale.stride())}, and weight_scales[0] "
                 f"{tuple(scales[0].stride())}"
@@ -85,6 +85,11 @@ def refuse(arguments: Mapping[str, Any]) -> str | None:
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         return "x has no rows, and its kernels need one"
     return None
+
+
+def apart(scale: Tensor) -> tuple[Any, ...]:
+    """How far elements are from each other in memory; along a dimension of one element that means nothing."""
+    return tuple(step for n, step in zip(scale.shape, scale.stride(), strict=True) if n != 1)
 
 
 def unmeasured(arguments: Mapping[str, Any]) -> str | None:
