@@ -331,7 +331,7 @@ def _wide(compute: Callable[[Array, Array], Array]) -> Callable[..., tuple[Array
 add_carry, subtract_carry = _wide(np.add), _wide(np.subtract)
 
 
-def _swap(compute: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+def _swap(compute: Callable[[Array, Array], Any]) -> Callable[[Array, Array], Any]:
     return lambda a, b: compute(b, a)
 
 
@@ -494,6 +494,7 @@ VECTOR: dict[str, Operation] = {
     "V_ADD_CO_U32": Operation("u32", ("u32", "u32"), add_carry, carries=True),
     "V_ADDC_CO_U32": Operation("u32", ("u32", "u32", "carry"), add_carry, carries=True),
     "V_SUB_CO_U32": Operation("u32", ("u32", "u32"), subtract_carry, carries=True),
+    "V_SUBREV_CO_U32": Operation("u32", ("u32", "u32"), _swap(subtract_carry), carries=True),
     "V_SUBB_CO_U32": Operation("u32", ("u32", "u32", "carry"), subtract_carry, carries=True),
     "V_MUL_LO_U32": _two("u32", np.multiply),
     "V_MUL_HI_U32": _two("u32", high_half),
@@ -583,6 +584,10 @@ def _overflow(compute: Callable[[Array, Array], Array], same: bool) -> Callable[
     return run
 
 
+def _of_unsigned(test: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    return lambda a, k: test(a.view(U32), k.view(U32) & 0xFFFF)
+
+
 def _scalar_comparisons() -> dict[str, Scalar]:
     tests: dict[str, Callable[[Array, Array], Array]] = {
         "EQ": np.equal,
@@ -597,6 +602,9 @@ def _scalar_comparisons() -> dict[str, Scalar]:
         for name, test in tests.items()
         for kind in ("u32", "i32")
     }
+    for name, test in tests.items():  # with an immediate of 16 bits
+        rows[f"S_CMPK_{name}_I32"] = Scalar("", ("destination", "k"), test, "given")
+        rows[f"S_CMPK_{name}_U32"] = Scalar("", ("destination", "k"), _of_unsigned(test), "given")
     return rows | {f"S_CMP_{name}_U64": Scalar("", ("u64", "u64"), tests[name], "given") for name in ("EQ", "LG")}
 
 

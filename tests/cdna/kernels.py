@@ -238,8 +238,9 @@ def as_on_gpus(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What a result can owe its difference from the reference to, from the nearest to the farthest.
-HOW = SAME, RECIPROCAL, OVERFLOW, RSQ, ORDER, FUNCTION = (
+HOW = SAME, ZERO, RECIPROCAL, OVERFLOW, RSQ, ORDER, FUNCTION = (
     "same bits",
+    "sign of zero",
     "reciprocal",
     "overflow",
     "rsq",
@@ -258,8 +259,10 @@ def explained(call: Call) -> dict[str, str]:
 
     same bits:     as the reference, which runs on the CPU.
     reciprocal:    as the reference with products by reciprocals for divisions by numbers, as on every GPU.
-    overflow:      as one of these but for rows, or scales for all rows, with a number that is too large for float16:
-                   there it is the largest, where elsewhere it is infinity.
+    sign of zero:  as one of these but for zeros, of which a maximum of -0 and 0 may be either.
+    overflow:      as one of these but for rows, or scales for all rows, with a number that is too large for float16,
+                   which becomes the largest one, where elsewhere it is infinity; or that a LayerNorm adds up to more
+                   than float32 has, and PyTorch's does not.
     rsq:           as one of these, if V_RSQ_F32, which is only known to an ulp, gives its neighbour.
     order of sums: results of a norm, whose sums are in another order, within ``ORDERS``.
     function:      results of an activation by another library's exp, erf or tanh, within ``FUNCTIONS``.
@@ -276,7 +279,9 @@ def explained(call: Call) -> dict[str, str]:
         for name, value in have.items()
     }
     for name, value in have.items():
-        if not found[name] and any(_overflows(name, value, want) for want in references.values()):
+        if not found[name] and any(same_bits(_unsigned(value), _unsigned(want[name])) for want in references.values()):
+            found[name] = ZERO
+        if not found[name] and any(_overflows(call, name, value, want) for want in references.values()):
             found[name] = OVERFLOW
     norm = any(stage.kind in launches.NORMS for stage in op.stages)
     if norm and not all(found.values()):
@@ -295,16 +300,24 @@ def explained(call: Call) -> dict[str, str]:
     return found
 
 
-def _overflows(name: str, value: Tensor, want: Mapping[str, Tensor]) -> bool:
-    """Whether an output is as wanted, but for rows of which a value in float16 is infinite or NaN."""
-    halves = [tensor for tensor in want.values() if tensor.dtype is torch.float16 and tensor.dim()]
-    if not halves:
+def _unsigned(x: Tensor) -> Tensor:
+    """In float32, zeros without their sign."""
+    return x.float() + 0.0
+
+
+def _overflows(call: Call, name: str, value: Tensor, want: Mapping[str, Tensor]) -> bool:
+    """Whether an output is as wanted, but for rows with a value in float16 that is infinite or NaN, or whose sum in
+    float32 is, of a LayerNorm."""
+    lost = [~tensor.isfinite() for tensor in want.values() if tensor.dtype is torch.float16 and tensor.dim()]
+    if call.op.stage("layer_norm"):
+        lost.append(~want.get("residual_out", call.known["x"]).float().sum(-1, keepdim=True).isfinite())
+    if not lost:
         return False
-    lost = torch.stack([~tensor.isfinite().all(-1, keepdim=True) for tensor in halves]).any(0)
-    if value.dim() != lost.dim():  # one scale for all rows
-        return bool(lost.any())
-    lost = lost.expand_as(value)
-    return bool(lost.any()) and same_bits(value[~lost], want[name][~lost])
+    rows = torch.stack([each.any(-1, keepdim=True) for each in lost]).any(0)
+    if value.dim() != rows.dim():  # one scale for all rows
+        return bool(rows.any())
+    rows = rows.expand_as(value)
+    return bool(rows.any()) and same_bits(value[~rows], want[name][~rows])
 
 
 def _is_near(op: FusedOp, name: str, value: Tensor, want: Tensor, limit: float) -> bool:

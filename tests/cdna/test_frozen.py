@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "37e2dba82b2c78df",
+    "arithmetic": "3a4d51821e547d68",
     "machine": "5ac78a4474cbe222",
     "memory": "0f6f8315d4d3e53a",
 }

@@ -506,7 +506,9 @@ def test_scalar(name: str, family: str, op: Any) -> None:
         result, execs = mask_bits(waves, 12), mask_bits(waves, EXEC)
         for wave in range(count):
             registers: dict[str, Any] = {f"S{i}": int(bits[wave]) for i, bits in enumerate(given)}
-            if family == "SOPK":
+            if name.startswith("S_CMPK"):
+                registers |= {"S0": int(old[wave]) & 0xFFFFFFFF, "S1": immediate}
+            elif family == "SOPK":
                 registers["S0"] = immediate
             registers |= {"D0": int(old[wave]), "SCC": int(before[wave]), "EXEC": int(mask[wave])}
             pseudocode.run(pseudocode.text_of(name), Lane(registers))

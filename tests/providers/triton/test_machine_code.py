@@ -8,19 +8,34 @@ import pytest
 
 from aiter_fusion.bench.ops import VARIANTS, Case
 from support.compiling import TARGETS, needs_triton
-from support.machine_code import AMD, MACHINES, MachineCode, bound, cases, measured, recorded, release
+from support.machine_code import (
+    AMD,
+    ATTENTIONS,
+    MACHINES,
+    PRODUCTS,
+    AnyCase,
+    MachineCode,
+    bound,
+    every,
+    measured,
+    recorded,
+    release,
+)
 
 # What the hardware has: vector registers of a thread (with accumulators), scalar registers of a wave.
 VGPRS, SGPRS = 512, 112
-SOME = (
-    Case("rms_norm_quant", "add+group128", 8192, 16384),
-    Case("rms_norm_quant", "token", 2880, 1),
-    Case("act_mul_quant", "group128", 8192, 16384),
-    Case("act_mul_quant", "packed+token", 8192, 1),
+SOME: tuple[tuple[AnyCase, str], ...] = (
+    (Case("rms_norm_quant", "add+group128", 8192, 16384), "gfx942"),
+    (Case("layer_norm_quant", "modulate+token", 2880, 1), "gfx942"),
+    (Case("act_mul_quant", "group128", 8192, 16384), "gfx950"),
+    (Case("act_quant", "gelu_tanh+token", 8192, 1), "gfx950"),
+    (PRODUCTS[1], "gfx942"),
+    (ATTENTIONS[0], "gfx950"),
 )
 
 
-def check(case: Case, target: str) -> None:
+def check(case: AnyCase, target: str) -> None:
+    """It fits, and is no worse than recorded: the numbers say in what."""
     known = recorded().get(release())
     if known is None:
         pytest.skip(f"machine_code.json has no entries for Triton {release()}: python tests/support/machine_code.py")
@@ -35,8 +50,7 @@ def check(case: Case, target: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("target", AMD)
-@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize(("case", "target"), SOME, ids=str)
 def test_some_code_is_no_worse(case: Case, target: str) -> None:
     check(case, target)
 
@@ -44,15 +58,17 @@ def test_some_code_is_no_worse(case: Case, target: str) -> None:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("target", AMD)
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_code_is_no_worse(case: Case, target: str) -> None:
+@pytest.mark.parametrize("case", every(), ids=str)
+def test_code_is_no_worse(case: AnyCase, target: str) -> None:
     check(case, target)
 
 
-GROUPS = [Case(*variant, 8192, 16384) for variant in VARIANTS if variant[1].endswith(("group128", "token"))]
+MANY = [Case(*variant, 8192, 16384) for variant in VARIANTS if not variant[1].endswith("tensor")]
+# Of exp, erf and tanh, and of a modulation, whose values are rounded once more: there instructions are the bound.
+COMPUTED = ("gelu", "sigmoid", "gated+", "modulate")
 
 
-@pytest.mark.parametrize("case", GROUPS, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=str)
 def test_the_model(case: Case, record_property: Callable[[str, object], None]) -> None:
     """Instructions and bytes of many rows, by each GPU's published figures; the rows are what README.md has."""
     content = recorded()
@@ -62,11 +78,12 @@ def test_the_model(case: Case, record_property: Callable[[str, object], None]) -
         for name, (target, machine) in MACHINES.items()
     }
     record_property("row", f"{case}: {ratios}")
-    assert all(ratio < 1.7 for ratio in ratios.values())
+    most = 3.5 if any(word in case.variant for word in COMPUTED) else 1.6
+    assert all(ratio < most for ratio in ratios.values())
 
 
 def test_everything_is_recorded() -> None:
-    """For every release of Triton alike: what fits, and converts to FP8 by an instruction."""
+    """For every release of Triton alike: what fits, converts to FP8 and multiplies matrices by an instruction."""
     content = recorded()
     names = {name for release in content.values() for target in release.values() for name in target}
     for triton, targets in content.items():
@@ -75,7 +92,11 @@ def test_everything_is_recorded() -> None:
             assert set(entries) == names
             for name, entry in entries.items():
                 code = MachineCode(**entry)
-                assert code.threads <= 1024
-                assert code.spilled == 0
-                quantises = not name.endswith("launch 1")
-                assert bool(code.conversions) == quantises, (triton, target, name)
+                about = (triton, target, name)
+                assert code.threads <= 1024, about
+                assert code.spilled == 0, about
+                of_matrices = name.startswith(("fp8_linear", "decode_attention"))
+                assert bool(code.conversions) == (not of_matrices and not name.endswith("launch 1")), about
+                # not a product of one row, and not what adds parts up
+                multiplies = of_matrices and " rows 1 " not in name and not name.endswith("launch 2")
+                assert bool(code.matrix) or not multiplies, about
