@@ -11,7 +11,7 @@ from .stages.cat import CAT
 from .stages.gate import GATE
 from .stages.modulate import MODULATE
 from .stages.norm import LAYER_NORM, RMS_NORM
-from .stages.quantise import QUANTISE
+from .stages.quantise import BOUNDED, QUANTISE, SEVERAL
 from .stages.reduce import ALL_REDUCE
 from .stages.residual import GATED_RESIDUAL, INPUT, RESIDUAL
 
@@ -20,9 +20,17 @@ SUMMED = maybe(GATED_RESIDUAL, RESIDUAL)
 
 # Longer chains are tried first, and of equal ones the earlier.
 FAMILIES = (
-    Family("rms_norm_quant", (INPUT, SUMMED, RMS_NORM, maybe(MODULATE, GATE), QUANTISE)),
-    Family("layer_norm_quant", (INPUT, SUMMED, LAYER_NORM, maybe(MODULATE), QUANTISE)),
-    Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), QUANTISE)),
+    Family(
+        "rms_norm_quant",
+        (INPUT, SUMMED, RMS_NORM, maybe(MODULATE, GATE), QUANTISE),
+        also=(INPUT, maybe(RESIDUAL), RMS_NORM, (*SEVERAL, *BOUNDED)),
+    ),
+    Family(
+        "layer_norm_quant",
+        (INPUT, SUMMED, LAYER_NORM, maybe(MODULATE), QUANTISE),
+        also=(INPUT, maybe(RESIDUAL), LAYER_NORM, SEVERAL),
+    ),
+    Family("act_mul_quant", ((PACKED_ACT_MUL, ACT_MUL), (*QUANTISE, BOUNDED[0]))),
     Family("act_quant", (ACT, QUANTISE)),
     Family("cat_quant", (CAT, QUANTISE)),
     Family("add_quant", (INPUT, (GATED_RESIDUAL, RESIDUAL), QUANTISE)),

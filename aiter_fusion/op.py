@@ -29,11 +29,13 @@ Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, Seq
 class Tolerance(NamedTuple):
     """How far a provider may be from the reference on finite, non-zero rows.
 
-    codes:  FP8 codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
+    codes:  codes that an element may differ by. AITER keeps float32 where the graph rounds to bf16, which moves
             2.4 to 3.5 % of the elements by one code and none by two (512 x 4096, torchao per row).
     scale:  relative difference of any other output: two roundings to bf16 (2**-8 each) of the values below the maximum.
     kernel: the same of a provider that does not keep the graph's roundings, of which there are up to four to bf16: of
             the sum, the normalised value, its product with the weight, and the scale.
+    doubled: where scales are powers of two, the share of them that may be one power apart by such a provider: those of
+            blocks whose maximum is within these roundings of a power, about 2**-7 of all.
     sums:   difference of sums of products that round once, relative to the largest of their row: two codes of bf16.
     share:  share of the elements that may have another code, where the provider keeps the graph's roundings but sums a
             row in its own order: 3e-8 to 4e-7 were seen (32768 rows of 2880 to 8192, bf16).
@@ -43,6 +45,7 @@ class Tolerance(NamedTuple):
     codes: int = 1
     scale: float = 1e-2
     kernel: float = 4 * 2**-8
+    doubled: float = 2**-5
     sums: float = 2**-7
     share: float = 1e-5
     few: int = 16

@@ -14,10 +14,10 @@ class Reason(Enum):
         "boundary",
         "the value comes from outside the graph: its producer is an input or in the graph before a break",
     )
-    UNQUANTISED = "unquantised", "the value is not quantised to FP8"
+    UNQUANTISED = "unquantised", "the value is not quantised"
     GROUPED = "grouped", "a grouped product, of experts, reads the value or made it: none is fused with a quantiser yet"
     UNNORMALISED = "unnormalised", "no RMSNorm reads the all-reduced value"
-    UNKNOWN = "unknown", "a cast to FP8 whose arithmetic no form describes"
+    UNKNOWN = "unknown", "a cast to FP8 or int8 whose arithmetic no form describes"
     ATTENTION = "attention", "the attention is none that a fused op computes"
     ROWS = "rows", "only some rows of a value are quantised, and the others are needed too or cannot be left out"
     STARVED = "starved", "another site has taken the value that this one would fuse with"

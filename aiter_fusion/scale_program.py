@@ -8,6 +8,7 @@ it bit for bit::
     "div=448.0 float32"                      torchao:  (amax / 448) in bf16, then fp32
     "float32 clamp_min=1e-12 div=448.0"      by hand:  a floor in fp32, then the division
     "float32 unless_positive=1.0 div=448.0"  Hugging Face: 1 for the maximum of a row of zeros, or of one with a NaN
+    "float32 div=448.0 e8m0"                 MX formats: the exponent of the next power of two, as a byte
     "float32 div_scale clamp_min=-448.0 clamp_max=448.0"      values divided by the scale, then saturated
 
 A step is a name with an optional number. Names of dtypes convert; ``div_scale``, ``mul_scale`` and ``scale_mul``
@@ -31,7 +32,38 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "exp2": aten.exp2.default,
     "ceil": aten.ceil.default,
     "floor": aten.floor.default,
+    "round": aten.round.default,  # of two that are as near, to the even one
 }
+
+
+def _e8m0(value: Tensor) -> Tensor:
+    """The exponent of the next power of two, 127 more, as a byte: 254 of infinity, 255 of NaN."""
+    exponent = aten.clamp_max.default(aten.clamp_min.default(aten.ceil.default(aten.log2.default(value)), -127), 127)
+    byte = aten.where.ScalarSelf(value.isinf(), 254, (exponent + 127).to(torch.uint8))
+    return aten.where.ScalarSelf(value.isnan(), 255, byte)
+
+
+def _e8m0_inverse(value: Tensor) -> Tensor:
+    """What torchao multiplies with to divide by that power: its reciprocal, but 1 where the byte is 0."""
+    byte = _e8m0(value)
+    inverse = aten.where.ScalarSelf(byte == 0, 1.0, aten.exp2.default(127 - byte.to(torch.float32)))
+    return aten.where.self(byte == 255, value, aten.where.ScalarSelf(byte == 254, 2.0**-127, inverse))
+
+
+def _next_power(value: Tensor) -> Tensor:
+    """The next power of two of ``|value|``, at least 2^-126, by the bits of the number; 2^127 of infinity and NaN."""
+    bits = value.abs().view(torch.int32)
+    exponent = ((bits >> 23) & 255) + (bits & 0x7FFFFF).to(torch.bool).to(torch.int32)
+    return (exponent.clamp(1, 254) << 23).view(torch.float32)
+
+
+# Of float32, which models spell with several calls (``patterns/composed.py``).
+COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "e8m0": _e8m0,
+    "e8m0_inverse": _e8m0_inverse,
+    "next_power": _next_power,
+}
+UNARY |= COMPOSED
 WITH_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "mul": aten.mul.Tensor,
     "div": aten.div.Tensor,
@@ -96,10 +128,15 @@ def run(program: str, value: Tensor, scale: Tensor | None = None) -> Tensor:
 def result_dtype(program: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a program's result for a value of ``dtype``, where no step combines it with a wider scale."""
     for name, _ in parse(program):
-        dtype = DTYPES.get(name, dtype)
+        dtype = torch.uint8 if name == "e8m0" else DTYPES.get(name, dtype)
     return dtype
+
+
+def is_of_bytes(program: str) -> bool:
+    """Whether the program's result is the inverse of a scale that is kept as a byte, its exponent."""
+    return any(name == "e8m0_inverse" for name, _ in parse(program))
 
 
 def is_inverse(program: str) -> bool:
     """Whether the program's result falls when the maximum grows: a quantisation scale, not a dequantisation one."""
-    return sum(name == "reciprocal" for name, _ in parse(program)) % 2 == 1
+    return sum(name in ("reciprocal", "e8m0_inverse") for name, _ in parse(program)) % 2 == 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .domains import Domain
+from .formats import Format
 from .op import FusedOp, Spec, Tolerance, first_width
 from .registry import Registry
 
@@ -63,15 +64,15 @@ SAMPLES = tuple(
 class Setting(NamedTuple):
     """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
 
-    granularity: of the scales, as a site's variant names it, e.g. ``group128``; fp8: what the values are quantised to;
-    words: what else the benchmark calls the variant, such as the name of an activation.
+    granularity: of the scales, as a site's variant names it, e.g. ``group128``; format: of the quantised values; words:
+    what else the benchmark calls the variant, such as the name of an activation.
     """
 
     rows: int
     hidden: int
     device: str
     granularity: str
-    fp8: torch.dtype
+    format: Format
     words: frozenset[str] = frozenset()
 
     def said(self, known: Iterable[str], unless: str) -> str:
@@ -169,6 +170,7 @@ class Family:
 
     name:      the name in options and reports.
     places:    what stands where: a stage, or several of which one does (``maybe``: or none).
+    also:      places of further ops, of fewer combinations.
     op:        the name in ``torch.ops.aiter_fusion``; empty: the family's.
     level:     the optimisation level from which it is taken at all.
     ending:    what the variants of its sites end in where no stage's label says it.
@@ -177,6 +179,7 @@ class Family:
 
     name: str
     places: tuple[Stage | Place, ...]
+    also: tuple[Stage | Place, ...] = ()
     op: str = ""
     level: int = 1
     ending: str = ""
@@ -209,9 +212,9 @@ class Family:
 
     def rows(self) -> Iterator[tuple[Stage, ...]]:
         """The stages of every overload, outputs apart; the fullest first."""
-        places = [place if isinstance(place, tuple) else (place,) for place in self.places]
-        for stages in product(*places):
-            yield tuple(stage for stage in stages if stage is not None)
+        for row in filter(None, (self.places, self.also)):
+            for stages in product(*(place if isinstance(place, tuple) else (place,) for place in row)):
+                yield tuple(stage for stage in stages if stage is not None)
 
     @property
     def features(self) -> frozenset[str]:
@@ -266,9 +269,9 @@ class Family:
             words += [stage.feature] if stage.feature else []
             words += [trait for trait in stage.traits if trait in features]
             words += [stage.label(attributes, sizes)] if stage.label is not None else []
-        words += [self.ending] if self.ending else []
+        words += [self.ending]
         returned = dict.fromkeys(stage.returns for stage in reversed(row[:-1]) if stage.returns in features)
-        return "+".join([*words, *returned])
+        return "+".join([*filter(None, words), *returned])
 
 
 def _features(row: Sequence[Stage]) -> frozenset[str]:

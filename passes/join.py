@@ -226,7 +226,7 @@ class Joiner:
                 for record in part.records:
                     fitted |= {node: (name, fit) for node, fit in fits(record.root, name, fake, None, set(), ())}
             self._agree(fusion, arguments)
-            provider = provider_for(op, given, self._options, fusion)
+            provider = provider_for(op, given, self._options, fusion, fusion.exact)
         except Refused as refused:
             return refused.refusal
         except Exception as error:

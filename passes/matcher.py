@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from ..patterns.composed import BY_HEAD, FIRST, WITHIN
 from ..patterns.form import Branch
 from ..patterns.fx_facts import (
     CHOICES,
@@ -53,8 +56,10 @@ def step_of(node: Any) -> Step | None:
     """A node as a step of a program; None if it is no scalar operation."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    if node.target is torch.ops.aten.where.self:
-        return _choice(node)
+    if node.target is torch.ops.aten.where.self and (choice := _choice(node)) is not None:
+        return choice
+    if node.target in BY_HEAD:
+        return composed(node)
     words = _words(node)
     return None if words is None else Step(node.args[0], words, (node,))
 
@@ -97,6 +102,17 @@ def _choice(node: fx.Node) -> Step | None:
     return Step(value, (step(name, float(number)),), (constant, condition, node))  # type: ignore[arg-type]
 
 
+def composed(node: Any) -> Step | None:
+    """A step that takes several calls, of which a node is the last; the value is float32 and keeps its shape."""
+    options = BY_HEAD.get(node.target, ()) if isinstance(node, fx.Node) else ()
+    for name, pattern in options:
+        for found in Matcher().match(pattern, node):
+            value = found.inputs["value"]
+            if dtype(value) is torch.float32 and same_shape(shape(node), shape(value)):
+                return Step(value, (name,), (*(other for other in found.nodes if other is not node), node))
+    return None
+
+
 class Matcher:
     """Matches patterns against the nodes of one graph, which must not change meanwhile.
 
@@ -106,12 +122,30 @@ class Matcher:
 
     def __init__(self, trace: bool = False) -> None:
         self._arguments: dict[fx.Node, tuple[list[Any], int]] = {}
+        self._steps: dict[fx.Node, Step | None] = {}
         self._trace, self.depth = trace, -1
         self.misfit: fx.Node | None = None
 
     def match(self, pattern: Pattern, root: fx.Node) -> Iterator[Found]:
         """Every way in which ``pattern`` explains the value ``root``."""
         return self._match(pattern, root, root, Found())
+
+    def step(self, node: fx.Node) -> Step | None:
+        """``step_of``, which is asked for a node again and again."""
+        if node not in self._steps:
+            self._steps[node] = step_of(node)
+        return self._steps[node]
+
+    def steps_from(self, value: fx.Node) -> list[Step]:
+        """The steps of several calls that begin with a value."""
+        if not any(user.target in FIRST for user in value.users):
+            return []
+        reached, left = set[fx.Node](), [value]
+        while left:
+            left += (more := {user for user in left.pop().users if user.target in WITHIN} - reached)
+            reached |= more
+        steps = (self.step(node) for node in sorted(reached) if node.target in BY_HEAD)
+        return [step for step in steps if step is not None and step.value is value]
 
     def _match(self, pattern: Pattern, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
         match pattern:
@@ -173,7 +207,7 @@ class Matcher:
     def _match_call(self, pattern: Call, value: Any, found: Found) -> Iterator[Found]:
         if (
             isinstance(value, fx.Node)
-            and (value.target in pattern.targets or (pattern.by_name and str(value.target) in pattern.targets))
+            and (value.target in pattern.targets or (pattern.by_name and _is_named(value.target, pattern.targets)))
             and (pattern.dtype is None or dtype(value) is pattern.dtype)
         ):
             bound = self._arguments.get(value)
@@ -217,7 +251,7 @@ class Matcher:
 
     def _match_steps(self, pattern: Steps, value: Any, consumer: fx.Node, found: Found) -> Iterator[Found]:
         walk = [Step(value, (), ())]  # for each value on the way all the steps that follow it
-        while (last := step_of(walk[-1].value)) is not None:
+        while isinstance(walk[-1].value, fx.Node) and (last := self.step(walk[-1].value)) is not None:
             walk.append(Step(last.value, (*last.words, *walk[-1].words), (*walk[-1].nodes, *last.nodes)))
         for bottom, words, nodes in reversed(walk):
             start = found.with_nodes(nodes).with_attributes({pattern.name: words})
@@ -226,6 +260,11 @@ class Matcher:
     def _note(self, value: Any, found: Found) -> None:
         if isinstance(value, fx.Node) and len(found.nodes) > self.depth:
             self.depth, self.misfit = len(found.nodes), value
+
+
+def _is_named(target: Any, names: Iterable[Any]) -> bool:
+    """Whether one of the names is the target's; ``*`` stands for any text."""
+    return any(isinstance(name, str) and fnmatchcase(str(target), name) for name in names)
 
 
 def _is_literal(expected: float | bool, value: Any) -> bool:
@@ -245,10 +284,16 @@ def _wrong_head(heads: frozenset[Any] | None, value: Any) -> Any:
     return value if heads is not None and (not isinstance(value, fx.Node) or value.target not in heads) else None
 
 
-def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
+def follow(
+    matcher: Matcher, branch: Branch, found: Found, root: fx.Node
+) -> tuple[fx.Node, str, tuple[fx.Node, ...]] | None:
     """The output of a branch: (node, program, nodes on the way), or None if there is none."""
     inside = {*found.nodes, root}
     source = found.named[branch.source]
+    if branch.item is not None:
+        items = (user for user in source.users if user.target is getitem and user.args[1] == branch.item)
+        item = next(items, None)
+        return (item, " ".join(branch.start(found)), (item,)) if item is not None else None
     reached = []
     stack: list[tuple[fx.Node, fx.Node, tuple[str, ...], tuple[fx.Node, ...]]] = [
         (source, source, branch.start(found), ())
@@ -260,8 +305,11 @@ def follow(branch: Branch, found: Found, root: fx.Node) -> tuple[fx.Node, str, t
             reached.append((last, program, nodes))
             continue
         for user in node.users:
-            following = step_of(user)
+            following = matcher.step(user)
             if following is not None and following.value is node:
                 words, passed = following.words, following.nodes
                 stack.append((user, user if words else last, (*steps, *words), (*nodes, *passed)))
+        for following in matcher.steps_from(node):
+            end = following.nodes[-1]
+            stack.append((end, end, (*steps, *following.words), (*nodes, *following.nodes)))
     return min(reached, key=lambda r: r[0], default=None)

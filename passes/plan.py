@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +108,7 @@ def plan(
                 accounted[record] = draft
     for record in recognised.records:
         if record not in accounted and not record.serves:
-            account(_Draft([record], record.kind, record.variant, BARE, str(_alone(record)), record.root))
+            account(_Draft([record], record.called, record.variant, BARE, str(_alone(record)), record.root))
     for record in reversed(recognised.records):
         if record not in accounted:  # it serves a record after it that is not fused with it
             served = next(
@@ -155,10 +154,6 @@ class _Planner:
         self._options, self._training = options, training
         self._near_miss, self._unserved = recognised.near_miss, recognised.unserved
         self._graph, self._writes = graph, list(writes_of(graph))
-        self._shared: dict[tuple[fx.Node, str, str], set[fx.Node]] = defaultdict(set)
-        for record in recognised.records:
-            for name in record.shared:
-                self._shared[behind(record.inputs["x"]), record.kind, name].add(record.inputs[name])
         self.claimed: set[Record] = set()
 
     def decide(self, group: list[Record]) -> _Draft:
@@ -176,7 +171,6 @@ class _Planner:
             records = [*chain, *group]
             features = frozenset().union(*(record.features for record in records))
             try:
-                self._share(tail)
                 taken = next((record for record in reversed(chain) if record in self.claimed), None)
                 if taken is not None:
                     raise Refused(Reason.STARVED, f"{taken.root.name} is already part of another site")
@@ -203,7 +197,7 @@ class _Planner:
         if refused is not None:
             return refused
         why = Refusal(Reason.PRODUCER, misfit) if misfit is not None else self._where_from(tail.inputs["x"])
-        return _Draft(list(group), tail.kind, tail.variant, BARE, str(why), tail.root)
+        return _Draft(list(group), tail.called, tail.variant, BARE, str(why), tail.root)
 
     def join(self, groups: Sequence[list[Record]]) -> list[_Draft]:
         """Sites of kinds of which one op can compute several records: by fusions of one record and of several, in
@@ -264,18 +258,6 @@ class _Planner:
                     draft = _Draft(some, fusion.family, variant, SKIPPED, str(made), root, None, [], products)
                 drafts.append(draft)
         return drafts
-
-    def _share(self, record: Record) -> None:
-        """Refuse what differs from other records of its kind in an input that all that read one value must share."""
-        for name in record.shared:
-            source = behind(record.inputs["x"])
-            found = len(self._shared[source, record.kind, name])
-            if found > 1:
-                raise Refused(
-                    Reason.OVERLOAD,
-                    f"{source.name} is the input of {record.kind} with {found} different {name}s, of which a "
-                    "fused op takes one",
-                )
 
     def _agree(self, fusion: Fusion, arguments: Mapping[str, Any]) -> None:
         """Refuse what other sites of the graph, or other processes, do not go along with."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from ..formats import format_of
 from ..patterns.form import Form
-from ..patterns.fx_facts import behind, is_fp8_cast, operator, readers
+from ..patterns.fx_facts import behind, dtype, is_quantising_cast, operator, readers
 from ..patterns.language import heads
 from ..reasons import Reason, Refusal
 from .matcher import Matcher, follow
@@ -29,11 +30,13 @@ class Record:
     branches: attributes that came with further outputs; they override ``attributes``.
     rooted: the same, with the value itself in place of a branch that took its place; None where none did.
     nodes:  every node on the way from the inputs to the outputs, outputs included, inputs not.
-    rows, shared: the names of inputs, as in ``Form``.
+    rows, several: the names of inputs, as in ``Form``.
     refusal: why no fused op can compute it, None if one might.
     serves: the kinds of records that this one was looked for as an input of; the site of such a one accounts for it.
     alone:   why it is left alone where no fusion begins or ends with it.
     listed:  whether it counts; if not, it only keeps the value from being of another form, or unknown.
+    called:  the name of its kind in reports where no fusion takes it.
+    exact:   whether its pattern says what it computes bit by bit; not that of an operator of a library.
     """
 
     kind: str
@@ -47,9 +50,11 @@ class Record:
     root: fx.Node
     alone: Refusal
     rows: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     listed: bool = True
+    called: str = ""
+    exact: bool = True
     refusal: Refusal | None = None
     rooted: Record | None = None
 
@@ -107,8 +112,9 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:
             record = _first(matcher, candidates, node)
-            if record is None and is_fp8_cast(node):
-                found.unknown.append((node, "fp8_quant", Refusal(Reason.UNKNOWN, _why(node, candidates)[0])))
+            if record is None and is_quantising_cast(node):
+                called = f"{format_of(dtype(node)).name}_quant"
+                found.unknown.append((node, called, Refusal(Reason.UNKNOWN, _why(node, candidates)[0])))
             return record if record is None or record.listed else None
         except Exception as error:
             # A defect concerns this value alone: nothing has been changed, and the report says what happened.
@@ -125,7 +131,7 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
         inside[record.kind] |= record.nodes
         helpers = serving.get(record.kind, ())
         root = behind(record.inputs["x"]) if helpers else None
-        if root is None or root in records or is_fp8_cast(root) or (root, record.kind) in tried:
+        if root is None or root in records or is_quantising_cast(root) or (root, record.kind) in tried:
             return
         tried.add((root, record.kind))
         if (others := candidates(root)) and first(others, root) is not None:
@@ -141,8 +147,40 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
             record = first(forms_here, node)
             if record is not None:
                 keep(record)
-    found.records = sorted(records.values(), key=lambda record: record.root)
+    found.records = _numbered(sorted(records.values(), key=lambda record: record.root))
     return found
+
+
+def same(record: Record) -> Any:
+    """What records have in common that compute the same, apart from inputs of which there may be several."""
+    literals = tuple(sorted((name, str(value)) for name, value in record.attributes.items()))
+    several = tuple(name for name in record.inputs if name.rstrip("0123456789") in record.several)
+    inputs = sorted(((name, node) for name, node in record.inputs.items() if name not in several), key=str)
+    return record.kind, tuple(inputs), literals, record.features
+
+
+def _numbered(records: list[Record]) -> list[Record]:
+    """The records, those of several on one value told apart as ``Form.several`` says."""
+    together: dict[Any, list[list[fx.Node]]] = defaultdict(list)
+    for record in records:
+        given = [record.inputs[name] for name in record.several if name in record.inputs]
+        if given and given not in together[same(record)]:
+            together[same(record)].append(given)
+
+    def numbered(record: Record) -> Record:
+        several = together.get(same(record), [])
+        if len(several) < 2:
+            return record
+        index = several.index([record.inputs[name] for name in record.several])
+        number = str(index + 1) if index else ""
+        return replace(
+            record,
+            inputs={f"{name}{number}" if name in record.several else name: n for name, n in record.inputs.items()},
+            outputs={f"{name}{number}": node for name, node in record.outputs.items()},
+            features=frozenset(f"{feature}{len(several)}" for feature in record.features),
+        )
+
+    return [numbered(record) for record in records]
 
 
 def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | None:
@@ -167,14 +205,16 @@ def _first(matcher: Matcher, forms: Iterable[Form], node: fx.Node) -> Record | N
                 nodes=frozenset({node, *found.nodes, *completion.nodes} - set(inputs.values())),
                 root=node,
                 rows=form.rows,
-                shared=form.shared,
+                several=form.several,
                 serves=form.serves,
                 alone=form.alone,
                 listed=form.listed,
+                called=completion.called or form.kind,
+                exact=completion.exact,
                 refusal=completion.refusal,
             )
             for branch in form.branches:
-                end = follow(branch, found, node)
+                end = follow(matcher, branch, found, node)
                 if end is not None:
                     last, steps, way = end
                     record = replace(

@@ -17,7 +17,7 @@ from ..reasons import Reason, Refused
 from ..registry import REGISTRY
 from .effects import check_order, check_writes, dead_after
 from .layout import Fit, known_sizes, laid_out
-from .recognise import Record
+from .recognise import Record, same
 from .selection import View, rows_of, selected_rows, selections_of, sizes_in, way_of
 
 # What a provider must pass to be chosen, in this order.
@@ -54,22 +54,21 @@ class Plan:
 
 
 def groups_of(records: Iterable[Record], kinds: set[str]) -> list[list[Record]]:
-    """Records that end a chain, those that compute the same thing from the same value together."""
+    """Records that end a chain, those that compute the same thing from the same value together (or several that one
+    op computes, ``Form.several``)."""
     groups: dict[Any, list[list[Record]]] = {}
     for record in records:
         if record.kind not in kinds:
             continue
-        literals = tuple(sorted((name, str(value)) for name, value in record.attributes.items()))
-        key = (record.kind, tuple(sorted(record.inputs.items(), key=str)), literals, record.features)
-        same = groups.setdefault(key, [])
-        for group in same:
+        alike = groups.setdefault(same(record), [])
+        for group in alike:
             branches = [member.branches for member in group if member.branches]
             if not record.branches or not branches or branches[0] == record.branches:
                 group.append(record)
                 break
         else:
-            same.append([record])
-    return sorted((group for same in groups.values() for group in same), key=lambda group: group[0].root)
+            alike.append([record])
+    return sorted((group for alike in groups.values() for group in alike), key=lambda group: group[0].root)
 
 
 def chain_before(tail: Record, fusion: Fusion, value_of: Mapping[fx.Node, Record]) -> list[Record] | None:
@@ -137,9 +136,10 @@ def attempt(
     nodes = nodes.union(laid.fitted, laid.between)
     check_writes(inputs, nodes, writes)
     agree(fusion, arguments)
-    provider = provider_for(op, laid.given, options, fusion)
+    exact = fusion.exact and all(record.exact for record in records)
+    provider = provider_for(op, laid.given, options, fusion, exact)
     arguments |= laid.layout
-    made = Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=fusion.exact)
+    made = Plan(op, provider, arguments, selected, laid.permuted, laid.fakes, laid.fitted, nodes, exact=exact)
     return made, features
 
 
@@ -177,7 +177,9 @@ def _arguments(op: FusedOp, records: Sequence[Record]) -> dict[str, Any]:
     return {name: known.get(name) for name in op.arguments}
 
 
-def provider_for(op: FusedOp, known: Mapping[str, Any], options: Options, fusion: Fusion) -> Provider:
+def provider_for(
+    op: FusedOp, known: Mapping[str, Any], options: Options, fusion: Fusion, exact: bool = True
+) -> Provider:
     """The first provider that accepts the call, of those that the fusion is for.
 
     A refusal says what each of them objects to. Its code is that of the provider that came furthest: one that could
@@ -190,7 +192,7 @@ def provider_for(op: FusedOp, known: Mapping[str, Any], options: Options, fusion
         raise Refused(Reason.NO_KERNEL, f"none for {device.type} ({why})")
     refusals: list[tuple[Reason, str]] = []
     for provider in asked:
-        if not (fusion.exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
+        if not (exact and provider.keeps_roundings(op)) and not options.allows_kernel_numerics:
             refusals.append((Reason.NUMERICS, f"{provider.name}: it does not keep the graph's roundings"))
         elif options.provider == "auto" and (reason := provider.unwanted(op, known)) is not None:
             refusals.append((Reason.PREFERENCE, f"{provider.name}: {reason}"))

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import no_python_dispatcher
 
+from ..formats import DTYPES
 from ..op import FusedOp
 from ..providers import Provider, implementation
+from ..scale_program import is_of_bytes
 from .join import permute
 from .sites import Plan
+
+EXPONENT = 8  # codes of e4m3 from a number to its double
 
 
 class MismatchError(AssertionError):
@@ -39,7 +43,9 @@ def _is_nan(x: Tensor) -> Tensor:
 
 
 def differing_codes(a: Tensor, b: Tensor) -> int:
-    """The largest distance between two FP8 tensors, in codes; NaN against a number counts as 255."""
+    """The largest distance between two quantised tensors, in codes; NaN against a number counts as 255."""
+    if not a.is_floating_point():
+        return int((a.to(torch.int16) - b.to(torch.int16)).abs().max()) if a.numel() else 0
     ordered = []
     for x in (a, b):
         bits = x.view(torch.uint8).to(torch.int16)
@@ -91,7 +97,8 @@ def _compare(plan: Plan, site: str, known: dict[fx.Node, Any]) -> None:
     for node, (name, fit) in plan.replaced.items():
         have = fused[name].reshape([_hint(size) for size in fit.shape])
         have = have if fit.dims is None else have.permute(fit.dims)
-        problem = difference(plan.op, plan.provider, name, original[node], have, plan.exact)
+        doubles = is_of_bytes(str(plan.arguments.get("factor_steps", "")))
+        problem = difference(plan.op, plan.provider, name, original[node], have, plan.exact, doubles)
         if problem:
             raise MismatchError(
                 f"{site}: {plan.op.name} by {plan.provider.name}: {name} differs from {node.name}: {problem}"
@@ -99,13 +106,15 @@ def _compare(plan: Plan, site: str, known: dict[fx.Node, Any]) -> None:
 
 
 def difference(
-    op: FusedOp, provider: Provider, name: str, want: Tensor, have: Tensor, exact: bool = True
+    op: FusedOp, provider: Provider, name: str, want: Tensor, have: Tensor, exact: bool = True, doubles: bool = False
 ) -> str | None:
     """How an output differs from the original's by more than the provider may, or None; ``exact``: as in ``Plan``.
 
     A provider that keeps the graph's roundings and the order of its sums: not at all. One that sums in another order:
-    one code in a share of the elements, or in a few. One with roundings of its own: one code. Where summands may cancel
-    (``FusedOp.cancels``), more codes are allowed if that is no more than two codes of bf16 of the largest in their row.
+    one code in a share of the elements, or in a few. One with roundings of its own: one code, and where scales are
+    powers of two (``doubles``), one exponent in a share of the blocks, those whose maximum is next to a power. Where
+    summands may cancel (``FusedOp.cancels``), more codes are allowed if that is no more than two codes of bf16 of the
+    largest in their row.
     """
     tolerance = op.tolerance
     if same_bits(want, have):
@@ -113,14 +122,21 @@ def difference(
     exact = exact and provider.keeps_roundings(op)
     if exact and not provider.reorders:
         return "not bit-identical"
-    if name == "q":
+    doubles = doubles and not exact
+    if doubles and want.dtype is torch.uint8:
+        apart = (want.to(torch.int16) - have.to(torch.int16)).abs()
+        far = int(apart.max()) > 1 or int(apart.sum()) > max(1, tolerance.doubled * want.numel())
+        said = f"{int(apart.count_nonzero())} of {want.numel()} exponents differ, by up to {int(apart.max())}"
+        return said if far else None
+    if name == "q" or want.dtype in DTYPES:
         if op.cancels:
-            far = ~((want.float() - have.float()).abs() <= tolerance.sums * torch.finfo(want.dtype).max)
+            top = torch.finfo(want.dtype).max if want.is_floating_point() else torch.iinfo(want.dtype).max
+            far = ~((want.float() - have.float()).abs() <= tolerance.sums * top)
             codes = differing_codes(want[far], have[far])
         else:
             codes = differing_codes(want, have)
-        if codes > tolerance.codes:
-            return f"{codes} FP8 codes apart"
+        if codes > tolerance.codes + (EXPONENT if doubles else 0):
+            return f"{codes} codes apart"
         count = int((want.view(torch.uint8) != have.view(torch.uint8)).sum()) if exact else 0
         return (
             f"{count} of {want.numel()} codes differ"

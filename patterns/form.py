@@ -15,21 +15,25 @@ from .fx_facts import Target
 from .language import Found, Pattern, first_inputs, heads
 
 # Why a value that begins no fusion is left alone, unless its form says otherwise.
-UNQUANTISED = Refusal(Reason.UNQUANTISED, "no FP8 quantiser in this graph reads it")
+UNQUANTISED = Refusal(Reason.UNQUANTISED, "no quantiser in this graph reads it")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A match that holds: the record's attributes (arguments of fused ops), its features, its name in reports where
-    that says more than the form's, and, where no fused op can compute it, why.
+    """A match that holds: the record's attributes (arguments of fused ops) and features.
 
-    A form can know better than its pattern what to compute the value from: then ``inputs`` are the record's, and
-    ``nodes`` those between them and the pattern's.
+    variant, called: its name in reports and that of its kind, where these say more than the form's.
+    refusal: why no fused op can compute it, None if one might.
+    exact:   whether the pattern says what it computes bit by bit.
+    inputs:  what to compute the value from, where the form knows better than its pattern; ``nodes`` are then those
+             between them and the pattern's.
     """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     features: frozenset[str] = frozenset()
     variant: str | None = None
+    called: str | None = None
+    exact: bool = True
     refusal: Refusal | None = None
     inputs: Mapping[str, fx.Node] | None = None
     nodes: frozenset[fx.Node] = frozenset()
@@ -44,6 +48,8 @@ class Branch:
     ``attribute``. Records that differ only in whether they have the branch compute the same. By default the output is
     the value named ``source`` itself.
 
+    Where ``item`` is said, the source is a call that returns several values, and the output is that of them.
+
     A branch whose ``output`` is also the form's takes the place of the form's value, unless that is read elsewhere.
     """
 
@@ -53,6 +59,7 @@ class Branch:
     test: Callable[[fx.Node, str], bool] = lambda node, steps: not steps
     start: Callable[[Found], tuple[str, ...]] = lambda found: ()
     value: Callable[[fx.Node, str], Any] = lambda node, steps: steps
+    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,9 @@ class Form:
     branches:  further outputs that leave the pattern on the way.
     rows:      the inputs that have a row for each row of the value, which is computed from these rows alone (and from
                all of the other inputs); none where the rows cannot be computed apart.
-    shared:    the inputs that must be the same in all records of the kind that read one value: of several, a fused op
-               could take only one, and the others would read the value from memory.
+    several:   inputs of which a fused op may take several: records of one value that differ in these alone are one
+               site. The second is called ``scale2`` where the first is ``scale``, and so are its outputs; the features
+               of all say how many there are (``static2``).
     serves:    kinds: the form is looked for only where its value is the input ``x`` of a record of one of these; none:
                anywhere.
     alone:     why a record that begins no fusion is left alone.
@@ -85,7 +93,7 @@ class Form:
     complete: Callable[[fx.Node, Found], Completion | str] = lambda root, found: Completion(found.attributes)
     branches: tuple[Branch, ...] = ()
     rows: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
     alone: Refusal = UNQUANTISED
     listed: bool = True

@@ -1,4 +1,4 @@
-"""FP8 quantisers: ``q = cast(clamp(x / scale))`` with the scale from the maximum of a block, or given.
+"""Quantisers: ``q = cast(clamp(x / scale))`` with the scale from the maximum of a block, or given.
 
 A block is the set of elements that share a scale: consecutive elements of a row (a whole row is per token), or the
 whole tensor (``block`` 0). The arithmetic between maximum, scale and values differs from model to model and is
@@ -7,15 +7,18 @@ captured as programs (``aiter_fusion/scale_program.py``), not enumerated.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
 
+from ..formats import FORMATS
 from ..scale_program import cast, is_inverse, parse
-from ..stages.quantise import Granularity
+from ..stages.quantise import Granularity, named_format
 from .form import Branch, Completion, Form
-from .fx_facts import FLOATS, FP8, aten, dtype, same_shape, same_size, shape
+from .fx_facts import FLOATS, FP8, QUANTISED, aten, dtype, same_shape, same_size, shape
 from .language import (
     Attr,
     Call,
@@ -28,9 +31,13 @@ from .language import (
     Views,
     With,
     anything,
+    constant,
     convert_to,
     in_float32,
 )
+
+SCALES = frozenset(format.scale for format in FORMATS)
+Complete = Callable[[fx.Node, Found], Completion | str]
 
 X = Views(in_float32(Views(Var("x"))))
 FIRST = Attr("", lambda node, index: index == 0)
@@ -47,10 +54,21 @@ MAXIMUM = Named(
         )
     ),
 )
-# What the values are divided by or multiplied with: one factor for each block ...
-FACTOR = Named("factor", Steps("factor_steps", MAXIMUM))
-# ... or one for each element, spread over the block (torchao's block-wise quantiser)
-SPREAD = Views(Named("spread", Call((aten.expand.default,), (FACTOR, anything()))))
+# The same from the least and the greatest value (torchao's int8), apart from the sign of a zero.
+_EXTREMES = [
+    Named(extreme, Call((target,), (Named("blocks", X), anything("dims"), anything())))
+    for extreme, target in (("least", aten.amin.default), ("greatest", aten.amax.default))
+]
+_BELOW = Call((aten.neg.default,), (Call((aten.minimum.default,), (_EXTREMES[0], constant(0))),))
+_ABOVE = Call((aten.maximum.default,), (_EXTREMES[1], constant(0)))
+OF_EXTREMES = Named("maximum", Call((aten.maximum.default,), (_BELOW, _ABOVE)))
+
+
+def _factor(maximum: Pattern) -> Pattern:
+    """What the values are divided by or multiplied with: one factor for each block, or one for each element, spread
+    over the block (torchao's block-wise quantiser)."""
+    factor = Named("factor", Steps("factor_steps", maximum))
+    return OneOf((factor, Views(Named("spread", Call((aten.expand.default,), (factor, anything()))))))
 
 
 def _quantised(multiplier: Pattern) -> Pattern:
@@ -63,7 +81,7 @@ def _quantised(multiplier: Pattern) -> Pattern:
             With(Call((aten.mul.Tensor,), (multiplier, elements)), {"combine": "scale_mul"}),
         )
     )
-    return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", FP8)
+    return convert_to(Steps("after", Named("combined", combined)), "quant_dtype", QUANTISED)
 
 
 def _blocks(found: Found) -> list[int]:
@@ -138,17 +156,29 @@ def _complete_dynamic(root: fx.Node, found: Found) -> Completion | str:
         return f"{found.named['combined'].name} does not give each element the scale of its own block"
     factor_steps = " ".join([*_start(found), *found.attributes["factor_steps"]])
     width = _width(found)
-    return Completion(
-        {
-            "block": block,
-            "row": width,
-            "scale_steps": factor_steps,  # unless a branch says otherwise
-            "factor_steps": factor_steps,
-            "value_steps": _value_steps(found),
-            "quant_dtype": found.attributes["quant_dtype"],
-        },
-        variant=str(Granularity.of(block, width)),
-    )
+    attributes = {
+        "block": block,
+        "row": width,
+        "scale_steps": factor_steps,  # unless a branch says otherwise
+        "factor_steps": factor_steps,
+        "value_steps": _value_steps(found),
+        "quant_dtype": found.attributes["quant_dtype"],
+    }
+    return Completion(attributes, variant=str(Granularity.of(block, width)), called=_called(attributes))
+
+
+def _complete_of_extremes(root: fx.Node, found: Found) -> Completion | str:
+    maximum, least, greatest = (found.named[name] for name in ("maximum", "least", "greatest"))
+    alike = all(same_shape(shape(extreme), shape(maximum)) for extreme in (least, greatest))
+    if not alike or dtype(maximum) is not dtype(least):
+        return f"{maximum.name} is not of the least and the greatest value"
+    if not _is_floored(" ".join(found.attributes["factor_steps"])):
+        return f"the sign of a zero of {maximum.name} matters without a floor above 0"
+    return _complete_dynamic(root, found)
+
+
+def _called(attributes: Mapping[str, Any]) -> str:
+    return f"{named_format(attributes).name}_quant"
 
 
 def _complete_static(root: fx.Node, found: Found) -> Completion | str:
@@ -161,34 +191,41 @@ def _complete_static(root: fx.Node, found: Found) -> Completion | str:
         return f"the scale {scale.name} is {dtype(scale)}, not float32"
     if not _aligned(found, 0):
         return f"{found.named['combined'].name} changes the shape"
-    return Completion(
-        {
-            "block": 0,
-            "factor_steps": " ".join(found.attributes["factor_steps"]),
-            "value_steps": _value_steps(found),
-            "quant_dtype": found.attributes["quant_dtype"],
-        },
-        features=frozenset({"static"}),
-    )
+    attributes = {
+        "block": 0,
+        "factor_steps": " ".join(found.attributes["factor_steps"]),
+        "value_steps": _value_steps(found),
+        "quant_dtype": found.attributes["quant_dtype"],
+    }
+    return Completion(attributes, features=frozenset({"static"}), called=_called(attributes))
 
 
 def _is_scale(node: fx.Node, steps: str) -> bool:
-    """A dequantisation scale: float32, and the maximum times a constant up to bounds and rounding."""
+    """A dequantisation scale: of a dtype that formats have, the maximum times a constant up to bounds and rounding."""
     scaled = any(name in ("mul", "div") for name, _ in parse(steps))
-    return dtype(node) is torch.float32 and scaled and not is_inverse(steps)
+    return dtype(node) in SCALES and scaled and not is_inverse(steps)
+
+
+def _is_floored(steps: str) -> bool:
+    """Whether a number above 0 takes the place of a maximum of 0."""
+    return any(name == "clamp_min" and number is not None and number > 0 for name, number in parse(steps))
+
+
+def _dynamic(name: str, maximum: Pattern, complete: Complete, test: Callable[[fx.Node, str], bool]) -> Form:
+    branch = Branch("scale", source="maximum", attribute="scale_steps", test=test, start=_start)
+    return Form("fp8_quant", name, _quantised(_factor(maximum)), output="q", complete=complete, branches=(branch,))
 
 
 # A maximum that is itself kept in FP8, perhaps divided by a scale for all of them, as NVFP4 keeps its scales.
 SCALE = OneOf((MAXIMUM, Call((aten.div.Tensor,), (Steps("factor_steps", MAXIMUM), Var("outer")))))
 
 FORMS = (
-    Form(
-        "fp8_quant",
-        "dynamic",
-        _quantised(OneOf((FACTOR, SPREAD))),
-        output="q",
-        complete=_complete_dynamic,
-        branches=(Branch("scale", source="maximum", attribute="scale_steps", test=_is_scale, start=_start),),
+    _dynamic("dynamic", MAXIMUM, _complete_dynamic, _is_scale),
+    _dynamic(
+        "of extremes",
+        OF_EXTREMES,
+        _complete_of_extremes,
+        lambda node, steps: _is_scale(node, steps) and _is_floored(steps),
     ),
     Form("fp8_quant", "scale", convert_to(Steps("after", SCALE), "quant_dtype", FP8), output="q", listed=False),
     Form(
@@ -197,6 +234,6 @@ FORMS = (
         _quantised(Named("factor", Steps("factor_steps", Var("scale")))),
         output="q",
         complete=_complete_static,
-        shared=("scale",),
+        several=("scale",),
     ),
 )

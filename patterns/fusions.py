@@ -13,7 +13,20 @@ from ..families import FAMILIES
 from ..registry import REGISTRY
 from ..scaled_product import MOST
 from ..stage import Family
-from . import act, act_mul, all_reduce, attention, cat, fp8_linear, fp8_quant, gate, layer_norm, modulate, rms_norm
+from . import (
+    act,
+    act_mul,
+    all_reduce,
+    attention,
+    cat,
+    fp8_linear,
+    fp8_quant,
+    gate,
+    layer_norm,
+    modulate,
+    opaque,
+    rms_norm,
+)
 from .form import Form, Fusion, Join
 from .fx_facts import shape
 
@@ -100,6 +113,7 @@ for _form in (  # earlier ones win where two explain the same node
     *act_mul.SERVING_FORMS,
     *cat.FORMS,
     *fp8_quant.FORMS,
+    *opaque.FORMS,
     *(all_reduce.FORMS if all_reduce.WAIT else ()),
     *rms_norm.RESIDUAL_FORMS,
     *fp8_linear.FORMS,

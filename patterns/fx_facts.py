@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..formats import FORMATS
+from .. import formats
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -22,7 +22,8 @@ Target = Callable[..., Any] | str
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 FLOATS = HALVES | {torch.float32}
-FP8 = frozenset(FORMATS)
+FP8 = frozenset(formats.FP8)
+QUANTISED = frozenset(formats.DTYPES)
 
 CONVERT = prims.convert_element_type.default
 
@@ -83,6 +84,7 @@ STEPS: Mapping[Target, tuple[str, ...]] = {
     aten.exp2.default: ("exp2",),
     aten.ceil.default: ("ceil",),
     aten.floor.default: ("floor",),
+    aten.round.default: ("round",),
     aten.mul.Tensor: ("mul",),
     aten.div.Tensor: ("div",),
     aten.clamp_min.default: ("clamp_min",),
@@ -235,6 +237,9 @@ def selects_rows(node: fx.Node) -> bool:
     return type(dim) is int and not is_last_dim(node, dim)
 
 
-def is_fp8_cast(node: fx.Node) -> bool:
-    """A conversion to FP8: what a quantiser ends in, whether or not a form explains it."""
-    return node.op == "call_function" and node.target is CONVERT and node.args[1] in FP8
+def is_quantising_cast(node: fx.Node) -> bool:
+    """A conversion of floats to a format of ``formats.py``: what a quantiser ends in, whether or not a form explains
+    it."""
+    if node.op != "call_function" or node.target is not CONVERT or node.args[1] not in QUANTISED:
+        return False
+    return dtype(node.args[0]).is_floating_point  # type: ignore[arg-type]

@@ -218,9 +218,25 @@ def anything(name: str = "") -> Attr:
     return Attr(name, lambda node, value: True)
 
 
+def equals(dtype: torch.dtype) -> Attr:
+    """This dtype as an argument."""
+    return Attr("", lambda node, value: value is dtype)
+
+
 def convert(of: Pattern, to: torch.dtype) -> Call:
     """A conversion to one dtype."""
-    return Call((prims.convert_element_type.default,), (of, Attr("", lambda node, value: value is to)))
+    return Call((prims.convert_element_type.default,), (of, equals(to)))
+
+
+def constant(number: float) -> OneOf:
+    """A tensor that is full of a number."""
+    full = Call((aten.full.default,), (anything(), Const(number), *[anything()] * 4))
+    return OneOf((full, Call((aten.scalar_tensor.default,), (Const(number), *[anything()] * 4))))
+
+
+def where(condition: Pattern, a: Pattern, b: Pattern) -> Call:
+    """a where the condition holds, else b."""
+    return Call((aten.where.self,), (condition, a, b))
 
 
 def convert_to(of: Pattern, name: str, allowed: frozenset[torch.dtype]) -> Call:

@@ -23,12 +23,14 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 
 from .. import families  # noqa: F401  (importing it registers ops)
+from ..formats import FORMATS, FP8, Format, format_of
 from ..op import FusedOp
 from ..passes.verify import difference
 from ..providers import PROVIDERS
 from ..providers.triton.jit import native_fp8
 from ..registry import REGISTRY
 from ..stage import Setting
+from ..stages.quantise import Granularity
 from ..tables import plain, table
 from .timing import Conditions, Refused, alternate, capture, check_folder, conditions, need, need_gpu, progress
 
@@ -40,11 +42,22 @@ VARIANTS = (
     ("rms_norm_quant", "token"),
     ("rms_norm_quant", "tensor"),
     ("rms_norm_quant", "static"),
+    ("rms_norm_quant", "static3"),
+    ("rms_norm_quant", "add+int8+token"),
+    ("rms_norm_quant", "int8+token"),
+    ("rms_norm_quant", "add+mxfp8+group32"),
+    ("rms_norm_quant", "mxfp8+group32"),
     ("act_mul_quant", "group128"),
     ("act_mul_quant", "packed+group128"),
     ("act_mul_quant", "token"),
     ("act_mul_quant", "packed+token"),
     ("act_mul_quant", "tensor"),
+    ("act_mul_quant", "int8+token"),
+    ("act_mul_quant", "packed+int8+token"),
+    ("act_mul_quant", "mxfp8+group32"),
+    ("act_mul_quant", "packed+mxfp8+group32"),
+    ("act_quant", "gelu_tanh+int8+token"),
+    ("act_quant", "gelu_tanh+mxfp8+group32"),
     ("act_mul_quant", "sigmoid+token"),
     ("act_quant", "gelu_tanh+group128"),
     ("act_quant", "gelu_tanh+token"),
@@ -89,10 +102,15 @@ class Case:
         assert found is not None
         return found
 
-    def arguments(self, device: str, fp8: torch.dtype = torch.float8_e4m3fn) -> dict[str, Any]:
+    def format(self, fp8: torch.dtype) -> Format:
+        """What it quantises to: ``fp8`` where the variant names no other format."""
+        words = self.variant.split("+")
+        return next((format for format in FORMATS if format.word() in words), format_of(fp8))
+
+    def arguments(self, device: str, fp8: torch.dtype = FP8[0]) -> dict[str, Any]:
         """The op's arguments by name, in order, as its stages say that models give them."""
         words = self.variant.split("+")
-        setting = Setting(self.rows, self.hidden, device, words[-1], fp8, frozenset(words))
+        setting = Setting(self.rows, self.hidden, device, words[-1], self.format(fp8), frozenset(words))
         return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
 
     @property
@@ -246,11 +264,11 @@ def cases(hidden: Iterable[int] = HIDDEN, rows: Iterable[int] = ROWS, only: str 
         Case(family, variant, width, count)
         for family, variant in chosen
         for width in hidden
-        if "group128" not in variant or width % 128 == 0
+        if width % (Granularity.parse(variant.split("+")[-1], width).block or 1) == 0
         for count in rows
     ]
     if not made:
-        raise ValueError(f"--hidden {' '.join(map(str, hidden))}: groups of 128 need a hidden size that 128 divides")
+        raise ValueError(f"--hidden {' '.join(map(str, hidden))}: groups need a hidden size that they divide")
     return made
 
 

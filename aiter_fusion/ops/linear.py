@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ..domains import FLAG, Each, OneOf, Tensors
-from ..formats import FORMATS
+from ..formats import FP8
 from ..op import FusedOp, Spec, define
 from ..providers.choice import implementation
 from ..scaled_product import BLOCK, BLOCKS, MOST, ROWS, TENSORS, granularity, strided
 
 F32 = torch.float32
-FP8 = tuple(FORMATS)
 
 
 def reference(

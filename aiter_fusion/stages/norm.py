@@ -175,4 +175,5 @@ LAYER_NORM = Stage(
     _typical_layer,
     returns="value",
     levels={"value": 2},
+    cancels=True,  # x and the mean, and a bias
 )

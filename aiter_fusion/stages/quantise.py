@@ -1,4 +1,4 @@
-"""Quantisers: a value to FP8, with a scale for each row, group of columns, or the tensor, or a given one."""
+"""Quantisers: a value to FP8 or int8, with a scale for each row, group of columns, or the tensor, or a given one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..domains import Blocks, Domain, Steps, Tensors
-from ..formats import FORMATS
+from ..domains import TOKEN, Blocks, Domain, Steps, Tensors
+from ..formats import Format, format_of
 from ..op import FusedOp, Spec
-from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, result_dtype, run
+from ..scale_program import DTYPES, UNARY, WITH_NUMBER, WITH_SCALE, is_of_bytes, result_dtype, run
 from ..stage import Sample, Setting, Stage, Value
+
+F32 = torch.float32
 
 
 class Granularity(NamedTuple):
@@ -40,14 +42,14 @@ class Granularity(NamedTuple):
     def parse(cls, text: str, width: int) -> Granularity:
         """The one that ``str`` gives for rows of ``width``, e.g. ``group128``."""
         name = text.rstrip("0123456789")
-        return cls(name, width if name == "token" else int(text.removeprefix(name) or 0))
+        return cls(name, width if name == "token" else int(text.removeprefix(name)) if name == "group" else 0)
 
 
 def granularity(op: FusedOp, arguments: Mapping[str, Any], width: Any) -> Granularity | None:
     """That of a call of an op, of rows of ``width``; None if nothing is quantised."""
-    if STATIC in op.stages:
+    if op.stages[-1] in (STATIC, *SEVERAL):
         return Granularity("static", 0)
-    if DYNAMIC not in op.stages:
+    if op.stages[-1] not in (DYNAMIC, *BOUNDED):
         return None
     block = arguments["block"]
     return Granularity.of(block, max(width, block) if isinstance(width, int) else width)
@@ -79,19 +81,22 @@ def _compute(
     does not divide into is of several whole rows, such as heads, and then q is ``[N, block]`` and scale ``[N, 1]``.
     """
     whole, value = value, value.reshape(_rows(value.shape, block))
-    if block == 0:
-        # the maximum of nothing is 0: a graph without rows quantises nothing
-        maximum = value.abs().amax() if value.numel() else value.new_zeros(())
-        blocks = value
-    else:
-        blocks = value.reshape(*value.shape[:-1], value.shape[-1] // block, block)
-        maximum = blocks.abs().amax(-1, keepdim=True)
+    blocks, maximum = _maximum(value, block)
     q = run(value_steps, blocks, run(factor_steps, maximum)).to(quant_dtype).reshape(value.shape)
     scale = run(scale_steps, maximum)
     scale = scale.reshape(scale.shape[: value.dim() if block else 0])
     if column_major and block:
         scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
     return whole, {"q": q, "scale": scale}
+
+
+def _maximum(value: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The value in blocks, and the maximum of each."""
+    if block == 0:
+        # the maximum of nothing is 0: a graph without rows quantises nothing
+        return value, value.abs().amax() if value.numel() else value.new_zeros(())
+    blocks = value.reshape(*value.shape[:-1], value.shape[-1] // block, block)
+    return blocks, blocks.abs().amax(-1, keepdim=True)
 
 
 def _spec(
@@ -126,6 +131,71 @@ def _spec_static(
     return value, {"q": (value.sizes, quant_dtype)}
 
 
+def _compute_several(
+    value: Tensor, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, **scales: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``q``, ``q2``, ...: the value with the scale ``scale``, ``scale2``, ..., as one alone would be."""
+    quantised = {
+        _of_scale(name): _compute_static(value, scale, factor_steps, value_steps, quant_dtype)[1]["q"]
+        for name, scale in scales.items()
+    }
+    return value, quantised
+
+
+def _spec_several(
+    value: Value, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, **scales: Tensor
+) -> tuple[Value, dict[str, Spec]]:
+    return value, {_of_scale(name): (value.sizes, quant_dtype) for name in scales}
+
+
+def _compute_bounded(
+    value: Tensor,
+    block: int,
+    scale_steps: str,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+    **bounds: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``_compute``, with the maximum in float32 and at most ``bound``; ``q2`` and ``scale2`` with ``bound2``, ..."""
+    blocks, maximum = _maximum(value, block)
+    made: dict[str, Tensor] = {}
+    for name, bound in bounds.items():
+        most = torch.minimum(maximum.to(F32), bound.reshape(()))
+        q = run(value_steps, blocks, run(factor_steps, most)).to(quant_dtype)
+        made[_of(name, "q")], made[_of(name, "scale")] = q.reshape(value.shape), run(scale_steps, most).squeeze(-1)
+    return value, made
+
+
+def _spec_bounded(
+    value: Value,
+    block: int,
+    scale_steps: str,
+    factor_steps: str,
+    value_steps: str,
+    quant_dtype: torch.dtype,
+    **bounds: Tensor,
+) -> tuple[Value, dict[str, Spec]]:
+    scales = ([*value.sizes[:-1], value.sizes[-1] // block], result_dtype(scale_steps, F32))
+    outputs = {"q": (value.sizes, quant_dtype), "scale": scales}
+    return value, {_of(name, output): spec for name in bounds for output, spec in outputs.items()}
+
+
+def _of_scale(name: str) -> str:
+    """The output that a scale is for."""
+    return _of(name, "q")
+
+
+def _of(name: str, output: str) -> str:
+    """An output with the number of an input: ``scale2`` for ``bound2``."""
+    return output + name.lstrip("abcdefghijklmnopqrstuvwxyz")
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    """``scale``, ``scale2``, ``scale3``."""
+    return [name, *(f"{name}{number}" for number in range(2, count + 1))]
+
+
 def _fits(attributes: Mapping[str, Any], sizes: Sequence[Any]) -> str | None:
     """Rows of the value that the quantiser reads must consist of blocks, or blocks of rows."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -145,6 +215,17 @@ _STEPS = {
 
 def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     width, bounded = sample.sizes[-1], "float32 clamp_min=1e-12 div=240.0"
+    rounded = {
+        "scale_steps": "float32 div=127.5 clamp_min=1e-07",
+        "factor_steps": "float32 div=127.5 clamp_min=1e-07 reciprocal",
+        "value_steps": "mul_scale float32 round clamp_min=-128.0 clamp_max=127.0",
+        "quant_dtype": torch.int8,
+    }
+    of_bytes = {
+        "scale_steps": "float32 div=448.0 e8m0",
+        "factor_steps": "float32 div=448.0 e8m0_inverse",
+        "value_steps": "float32 mul_scale clamp_min=-448.0 clamp_max=448.0",
+    }
     by_product = {
         "scale_steps": bounded,
         "factor_steps": f"{bounded} reciprocal",
@@ -154,8 +235,10 @@ def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
     return [
         _STEPS | {"scale_steps": "div=448.0 float32", "block": width, "column_major": False},
         _STEPS | {"scale_steps": "div=448.0 float32", "block": 0, "column_major": False},
+        rounded | {"block": width, "column_major": False},
         by_product | {"block": width // 2, "column_major": False},
         by_product | {"block": width // 4, "column_major": True},
+        _STEPS | of_bytes | {"block": 32, "column_major": False},
     ]
 
 
@@ -165,14 +248,23 @@ def _samples_static(sample: Sample) -> Sequence[dict[str, Any]]:
 
 def _typical(setting: Setting) -> Mapping[str, Any]:
     """torchao's arithmetic."""
-    top = FORMATS[setting.fp8].top
+    top, block = setting.format.top, Granularity.parse(setting.granularity, setting.hidden).block
+    scale = factor = f"div={top!r} float32"
+    values = f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}"
+    if setting.format.is_integer:
+        scale = f"div={top + 0.5!r} float32 clamp_min={torch.finfo(torch.float32).eps!r} bfloat16 float32"
+        factor = f"{scale} reciprocal"
+        values = f"float32 mul_scale round clamp_min={-top - 1!r} clamp_max={top!r}"
+    elif setting.format.scale is torch.uint8:
+        values = values.replace("div_scale", "mul_scale")
+        scale, factor = (f"float32 div={top!r} {step}" for step in ("e8m0", "e8m0_inverse"))
     return {
-        "block": Granularity.parse(setting.granularity, setting.hidden).block,
-        "scale_steps": f"div={top!r} float32",
+        "block": block,
+        "scale_steps": scale,
         "column_major": False,
-        "factor_steps": f"div={top!r} float32",
-        "value_steps": f"float32 div_scale clamp_min={-top!r} clamp_max={top!r}",
-        "quant_dtype": setting.fp8,
+        "factor_steps": factor,
+        "value_steps": values,
+        "quant_dtype": setting.format.dtype,
     }
 
 
@@ -180,6 +272,78 @@ def _typical_static(setting: Setting) -> Mapping[str, Any]:
     scale = torch.full((), 0.02, device=setting.device)
     given = {**_typical(setting._replace(granularity="tensor")), "scale": scale, "factor_steps": ""}
     return {name: given[name] for name in STATIC.arguments}
+
+
+def _several(count: int) -> Stage:
+    """So many quantisers of one value, each with a scale that is given, as AMD Quark has one for each of q, k and v."""
+    scales = _numbered("scale", count)
+
+    def samples(sample: Sample) -> Sequence[dict[str, Any]]:
+        apart = {name: torch.full([], 0.02 * number) for number, name in enumerate(scales, 1)}
+        return [one | apart for one in _samples_static(sample)[:1]]
+
+    def typical(setting: Setting) -> Mapping[str, Any]:
+        one = _typical_static(setting)
+        return {name: one["scale"] * number for number, name in enumerate(scales, 1)} | {n: one[n] for n in _PROGRAMS}
+
+    return Stage(
+        "fp8_quant",
+        dict.fromkeys(scales, "Tensor") | _PROGRAMS,
+        _compute_several,
+        _spec_several,
+        samples,
+        typical,
+        feature=f"static{count}",
+        outputs=tuple(map(_of_scale, scales)),
+        label=STATIC.label,
+        levels={f"static{count}": 2},
+        domains={**dict.fromkeys(scales, STATIC.domains["scale"]), **_DOMAINS},
+        fits=_fits,
+    )
+
+
+def _bounded(count: int) -> Stage:
+    """So many quantisers of one value, each with a bound of its own for the maximum, as FBGEMM's layers have one."""
+    bounds = _numbered("bound", count)
+    programs = {"scale_steps": "float32 div=448.0 clamp_min=1e-05", "factor_steps": "float32 div=448.0 clamp_min=1e-05"}
+
+    def samples(sample: Sample) -> Sequence[dict[str, Any]]:
+        apart = {name: torch.full([1], float(number)) for number, name in enumerate(bounds, 1)}
+        return [_STEPS | programs | {"block": sample.sizes[-1]} | apart]
+
+    def typical(setting: Setting) -> Mapping[str, Any]:
+        apart = {name: torch.full((1,), 1200.0, device=setting.device) for name in bounds}
+        one = {**_typical(setting), **programs}
+        return {"block": one["block"]} | apart | {name: one[name] for name in ("scale_steps", *_PROGRAMS)}
+
+    return Stage(
+        "fp8_quant",
+        {"block": "int"} | dict.fromkeys(bounds, "Tensor") | {"scale_steps": "str"} | _PROGRAMS,
+        _compute_bounded,
+        _spec_bounded,
+        samples,
+        typical,
+        feature="bounded" if count == 1 else f"bounded{count}",
+        outputs=tuple(_of(name, output) for name in bounds for output in ("q", "scale")),
+        label=DYNAMIC.label,
+        domains={
+            "block": Blocks((TOKEN,)),
+            "scale_steps": _OF_THE_MAXIMUM,
+            **dict.fromkeys(bounds, STATIC.domains["scale"]),
+            **_DOMAINS,
+        },
+        fits=_fits,
+    )
+
+
+def _named(attributes: Mapping[str, Any], granularity: str = "") -> str:
+    """The format of a record and its granularity, as a site's variant has them."""
+    return "+".join(filter(None, (named_format(attributes).word(), granularity)))
+
+
+def named_format(attributes: Mapping[str, Any]) -> Format:
+    """The format of a record."""
+    return format_of(attributes["quant_dtype"], torch.uint8 if is_of_bytes(attributes["factor_steps"]) else F32)
 
 
 # The programs (scale_program.py) between a maximum, its scale and the values, and the dtype of these.
@@ -199,7 +363,9 @@ DYNAMIC = Stage(
     _samples,
     _typical,
     outputs=("q", "scale"),
-    label=lambda attributes, sizes: str(Granularity.of(attributes["block"], attributes.get("row", sizes[-1]))),
+    label=lambda attributes, sizes: _named(
+        attributes, str(Granularity.of(attributes["block"], attributes.get("row", sizes[-1])))
+    ),
     fits=_fits,
     layouts=({"column_major": True}, {"column_major": False}),
     domains={"block": Blocks(spanning=True), "scale_steps": _OF_THE_MAXIMUM, **_DOMAINS},
@@ -213,8 +379,12 @@ STATIC = Stage(
     _typical_static,
     feature="static",
     outputs=("q",),
+    label=lambda attributes, sizes: _named(attributes),
     levels={"static": 2},
     domains={"scale": Tensors((torch.float32,), elements=1), **_DOMAINS},
     fits=_fits,
 )
 QUANTISE = (DYNAMIC, STATIC)
+# Of gate and up, and of q, k and v.
+SEVERAL = (_several(2), _several(3))
+BOUNDED = (_bounded(1), _bounded(2), _bounded(3))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
 import pytest
@@ -17,25 +16,35 @@ from torch import Tensor
 pytest.importorskip("tinygrad", reason="needs the decoder in tinygrad: pip install '.[test]'")
 pytest.importorskip("triton", reason="needs Triton: pip install triton==3.6.0")
 
-from aiter_fusion.bench.ops import VARIANTS, Case
+from aiter_fusion.bench.ops import Case
+from aiter_fusion.formats import FP8
 from aiter_fusion.op import FusedOp
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import is_of_bytes
 from cdna.kernels import HOW, Call, Kernel, explained
 from cdna.memory import FaultError
+from support import machine_code
 from support.compiling import TARGETS
+from support.machine_code import AMD
 
 pytestmark = pytest.mark.cdna
 
-AMD = ("gfx942", "gfx950")
 OPS = [op for op in REGISTRY.ops.values() if op.stages and not op.is_collective]
 WIDTHS = ((2880, 3), (4096, 2), (8192, 1))
 # What always runs: hostile rows of each dtype, each granularity, every combination of stages, for one of the GPUs.
-CHOSEN = [(op, 7 * index % 30, AMD[index % 2]) for index, op in enumerate(OPS[::6])]
+CHOSEN = [(op, 7 * index % 30, AMD[index % 2]) for index, op in enumerate(OPS[::9])]
 
 
-def sample(op: FusedOp, index: int, target: str) -> dict[str, Any]:
-    (known,) = (s for i, s in zip(count(), op.samples(), strict=False) if i == index)
-    return {name: known[name] for name in op.arguments} | {"quant_dtype": TARGETS[target][1]}
+def samples(op: FusedOp, target: str) -> list[dict[str, Any]]:
+    """The op's, with the GPU's own FP8; gfx942 has not the one of scales that are bytes."""
+    own, found = TARGETS[target][1], []
+    for given in op.samples():
+        known = {name: given[name] for name in op.arguments}
+        if known["quant_dtype"] in FP8 and not is_of_bytes(known.get("scale_steps", "")):
+            known["quant_dtype"] = own
+        if known["quant_dtype"] in (own, torch.int8):
+            found.append(known)
+    return found
 
 
 def usual(case: Case, target: str) -> dict[str, Any]:
@@ -43,28 +52,23 @@ def usual(case: Case, target: str) -> dict[str, Any]:
     return case.arguments("cpu", TARGETS[target][1])
 
 
-def cases() -> list[Case]:
-    return [
-        Case(family, variant, hidden, rows)
-        for family, variant in VARIANTS
-        for hidden, rows in WIDTHS
-        if not (variant.endswith("group128") and hidden % 128)
-    ]
+def cases(target: str) -> list[Case]:
+    return [case for hidden, rows in WIDTHS for case in machine_code.cases(target, (hidden,), (rows,))]
 
 
 @pytest.mark.parametrize(
     ("op", "index", "target"), CHOSEN, ids=[f"{op.name.split('::')[1]}-{target}" for op, _, target in CHOSEN]
 )
 def test_hostile_rows(op: FusedOp, index: int, target: str) -> None:
-    explained(Call(op, sample(op, index, target), target))
+    explained(Call(op, samples(op, target)[index], target))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", AMD)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name.split("::")[1])
 def test_every_sample(op: FusedOp, target: str) -> None:
-    for index in range(len(list(op.samples()))):
-        explained(Call(op, sample(op, index, target), target))
+    for known in samples(op, target):
+        explained(Call(op, known, target))
 
 
 SOME = (
@@ -83,8 +87,7 @@ def test_rows_of_models(case: Case, target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", AMD)
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize(("target", "case"), [(target, case) for target in AMD for case in cases(target)], ids=str)
 def test_every_variant(case: Case, target: str) -> None:
     found = explained(Call(case.op, usual(case, target), target))
     assert set(found.values()) <= {"same bits", "reciprocal"}
@@ -144,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     target, step = sys.argv[1], int(sys.argv[2])
     summary: Counter[tuple[str, str, str]] = Counter()
-    for case in cases():
+    for case in cases(target):
         call = Call(case.op, usual(case, target), target)
         found, base = explained(call), call.run()
         moved = {}
@@ -155,9 +158,9 @@ def main() -> None:
                 moved[name] = {output: number for output, number in changed.items() if number}
         print(f"{target} {triton.__version__} | {case} | {found} | {moved}", flush=True)
     for op in OPS:
-        for index in range(0, len(list(op.samples())), step):
+        for index, known in list(enumerate(samples(op, target)))[::step]:
             try:
-                found = explained(Call(op, sample(op, index, target), target))
+                found = explained(Call(op, known, target))
             except (AssertionError, FaultError, NotImplementedError) as problem:
                 print(f"PROBLEM {op.name} sample {index}: {type(problem).__name__} {problem}", flush=True)
                 summary[op.name, "problem", ""] += 1

@@ -40,7 +40,7 @@ RESULT = Result(
         Row("rms_norm_quant", "add+token", 4096, 1, 40_000, 2.0, 2.5),
         Row("rms_norm_quant", "add+token", 4096, 16384, 400_000_000, 110.0, 220.0, 200.0),
     ),
-    refused=("rms_norm_quant token hidden 4096 rows 1: ours and Inductor's q are 3 FP8 codes apart",),
+    refused=("rms_norm_quant token hidden 4096 rows 1: ours and Inductor's q are 3 codes apart",),
     seconds=12.0,
 )
 
@@ -155,7 +155,7 @@ def test_info_of_a_preference_that_does_not_exist(
         (["info", "--jso"], "--jso"),
         (["bench", "ops", "--rows", "0"], "'0' is not a whole number above 0"),
         (["bench", "ops", "--only", "norms"], "there are rms_norm_quant add+group128, "),
-        (["bench", "ops", "--hidden", "100", "--only", "group128"], "--hidden 100: groups of 128 need"),
+        (["bench", "ops", "--hidden", "100", "--only", "group128"], "--hidden 100: groups need"),
         (["bench", "ops", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "model", "--hidden", "700"], "must be a multiple of 512"),
         (["bench", "model", "--intermediate", "700"], "must be a multiple of 16"),
@@ -373,7 +373,8 @@ def test_the_default_cases() -> None:
     assert {case.op.family for case in made} == every
     acts = {case.arguments("meta")["act"] for case in ops.cases([256], [1], "act_")}
     assert acts == {"silu", "sigmoid", "gelu_tanh", "gelu", "squared_relu"}
-    assert {case.variant for case in ops.cases([256], [1], "rms_norm_quant add+")} == {"add+group128", "add+token"}
+    formats = {"add+int8+token", "add+mxfp8+group32"}
+    assert {c.variant for c in ops.cases([256], [1], "rms_norm_quant add+")} == {"add+group128", "add+token", *formats}
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,7 @@ def test_different_results_are_not_compared() -> None:
     result = case.op.reference(**case.arguments("cpu"))
     codes, scale = result["q"], result["scale"]
     flipped = (codes.view(torch.uint8) ^ 128).view(codes.dtype)
-    with pytest.raises(Refused, match=r"q: \d+ FP8 codes apart"):
+    with pytest.raises(Refused, match=r"q: \d+ codes apart"):
         ops.verify(case.op, (codes, scale), (flipped, scale))
     with pytest.raises(Refused, match="scale: more than"):
         ops.verify(case.op, (codes, scale), (codes, scale * 2))

@@ -69,6 +69,6 @@ def test_quantised_after_the_gather(quant: cases.QuantForm) -> None:
     assert str(graphs.before.graph) == str(graphs.after.graph)
     reasons = {site.family: site.reason for site in result.report.bare}
     assert reasons == {
-        "rms_norm": "unquantised: no FP8 quantiser in this graph reads it",
+        "rms_norm": "unquantised: no quantiser in this graph reads it",
         "fp8_quant": "producer: its input is _c10d_functional.wait_tensor.default",
     }

@@ -212,9 +212,9 @@ def of_torchao(quantisation: str) -> nn.Module:
 
 @pytest.mark.parametrize("quantisation", ["PerRow", "PerTensor"])
 def test_a_decoder_layer(quantisation: str) -> None:
-    """q + k + v, o, gate + up, down; then the head. Without them the other counts are the same."""
+    """q + k + v, o, gate + up, down, the head; o reads a sum. Without them the other counts are the same."""
     x = torch.randn(2, 3, 256).to(BF16)
-    others = {"rms_norm_quant": 2, "act_mul_quant": 1}
+    others = {"rms_norm_quant": 2, "act_mul_quant": 1, "add_quant": 1}
     result = fused(of_torchao(quantisation), x)
     assert result.report.replaced == {**others, "fp8_linear": 5}
     assert products(result) == [3, 1, 2, 1, 1]
@@ -244,7 +244,7 @@ def test_torchao_s_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             result.call(x)
     finally:
         library._destroy()
-    assert result.report.replaced == {"rms_norm_quant": 2, "act_mul_quant": 1, "fp8_linear": 5}
+    assert result.report.replaced == {"rms_norm_quant": 2, "act_mul_quant": 1, "add_quant": 1, "fp8_linear": 5}
     sites = linear(result.report)
     assert [(site.variant, site.products) for site in sites] == [("blockwise", n) for n in (3, 1, 2, 1, 1)]
     refused = {site.reason for site in linear(exact.report)}

@@ -503,21 +503,34 @@ def test_rows_that_stay_with_the_others() -> None:
 
 
 @pytest.mark.parametrize("read", [0, 1, 2])
-def test_several_static_scales_of_one_value(read: int) -> None:
-    """As AMD Quark gives q, k and v each their own: one fused op would leave the others to read its value."""
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_static_scales_of_one_value(count: int, read: int) -> None:
+    """As AMD Quark gives q, k and v, and gate and up, each their own: one op, whose kernel reads x once."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
+        summed = x + r
+        value = cases.llama(summed, w)
+        given = [*scales, *scales[: read % 2]]  # one of them maybe twice
+        after = (value,) if read == 2 else ()
+        return (*(q for scale in given for q in cases.q2_static(value, scale)), summed, *after)
+
+    scales = [torch.full((1, 1), 0.02 * (n + 1)) for n in range(count)]
+    result = fused(fn, *inputs("x", "r", "w"), *scales)
+    (site,) = result.report.sites
+    assert (site.status, site.records) == ("replaced", 3 + count + read % 2 - 1)
+    assert result.variants == [f"rms_norm_quant:add+static{count}" + "+value" * (read == 2)]
+
+
+def test_more_static_scales_than_an_op_takes() -> None:
+    """One fused op would leave the others to read its value from memory: Inductor's kernel makes all codes at once."""
 
     def fn(x: Tensor, w: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
         value = cases.llama(x, w)
-        given = [*scales, *scales[: read % 2]]  # one of them maybe twice
-        return tuple(q for scale in given for q in cases.q2_static(value, scale)) + ((value,) if read == 2 else ())
+        return tuple(q for scale in scales for q in cases.q2_static(value, scale))
 
-    scales = [torch.full((1, 1), 0.02 * n) for n in (1, 2, 3)]
-    result = fused(fn, *inputs("x", "w"), *scales)
-    assert result.report.replaced == {}
-    assert [(site.family, site.status) for site in result.report.sites] == [("rms_norm_quant", "skipped")] * 3
-    (reason,) = {site.reason for site in result.report.sites}
-    assert reason.startswith("overload: ")
-    assert "with 3 different scales" in reason
+    result = fused(fn, *inputs("x", "w"), *[torch.full((1, 1), 0.02 * n) for n in (1, 2, 3, 4)])
+    assert [(site.family, site.status) for site in result.report.sites] == [("rms_norm_quant", "skipped")]
+    assert result.report.sites[0].reason == "overload: rms_norm_quant has none with static4"
     (graph,) = result.oracle.graphs
     assert str(graph.after.graph) == str(graph.before.graph)
 

@@ -52,7 +52,7 @@ def test_every_norm_with_every_quantiser(norm: cases.NormForm) -> None:
     run([(cases.FUSION["norm"], norm, quant) for quant in cases.QUANTS])
 
 
-@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128"), ids=lambda q: q.name)
+@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128", "I1", "X1"), ids=lambda q: q.name)
 def test_every_activation(quant: cases.QuantForm) -> None:
     run([(cases.FUSION["act"], act, quant) for act in cases.ACTS])
 
@@ -249,8 +249,8 @@ def test_a_quantiser_has_one_name(quant: Callable[[Tensor], tuple[Tensor, ...]],
     """Fused or not, and whether or not its rows are made of heads, as after attention."""
 
     def fn(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        heads = x.relu().view(4, 4, 64).transpose(0, 1).sin().transpose(0, 1)
-        return (*quant(cases.llama(x, w)), *quant(x.relu()), *quant(heads.reshape(4, 256)))
+        heads = x.sin().view(4, 4, 64).transpose(0, 1).cos().transpose(0, 1)
+        return (*quant(cases.llama(x, w)), *quant(x.sin()), *quant(heads.reshape(4, 256)))
 
     result = checked(fn)
     with torch.no_grad():

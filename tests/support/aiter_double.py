@@ -276,7 +276,9 @@ def check_groups(width: int, group: int) -> bool:
 
 
 def _hip_rmsnorm_quant(double: Double, a: SimpleNamespace, residual: bool) -> None:
-    supported(double, a.out, a.input, a.weight, a.scale)
+    supported(double, a.out, a.input, a.weight)
+    by_byte = a.scale.element_size() == 1
+    assert not by_byte or VERSIONS.index(double.version) >= VERSIONS.index("v0.1.18"), "float32 written into bytes"
     x = dense(a.input).to(F32)
     width = x.shape[-1]
     if width > 8192 or (a.group_size and not check_groups(width, a.group_size)):
@@ -287,6 +289,11 @@ def _hip_rmsnorm_quant(double: Double, a: SimpleNamespace, residual: bool) -> No
         a.residual_out.copy_(x.to(a.input.dtype))
     y = normalised(x, weight + 1 if getattr(a, "gemma_norm", False) else weight, a.epsilon)
     q, scale = quantised(y, a.group_size or width, a.out.dtype)
+    if by_byte:
+        assert a.group_size, "e8m0 byte scale requires group_size != 0"
+        power = torch.exp2(torch.ceil(torch.log2(scale)))
+        q = saturated((y.unflatten(-1, (-1, a.group_size)) / power[..., None]).flatten(-2), a.out.dtype)
+        scale = (torch.log2(power) + 127).to(torch.uint8)
     a.out.copy_(q)
     a.scale.view(-1)[:] = (column_major_bytes(scale) if a.shuffle_scale else scale).view(-1)
 

@@ -12,6 +12,7 @@ from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import difference
 from aiter_fusion.providers import PROVIDERS
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import is_of_bytes
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 AITER = PROVIDERS["aiter"]
@@ -71,6 +72,13 @@ class Drive:
 
 
 NORM, ACT = "rms_norm_quant", "act_mul_quant"
+# torchao's MXFP8; gfx950's format, whatever the GPU's is.
+BYTES = (
+    ("scale_steps", "float32 div=448.0 e8m0"),
+    ("factor_steps", "float32 div=448.0 e8m0_inverse"),
+    ("value_steps", "float32 mul_scale clamp_min=-448.0 clamp_max=448.0"),
+    ("quant_dtype", torch.float8_e4m3fn),
+)
 F32_WEIGHT = ("weight", torch.linspace(0.5, 1.5, 256))
 # Every path, by the entry point that must be called.
 DRIVES = {
@@ -132,7 +140,8 @@ def compare(op: FusedOp, arguments: dict[str, Any], have: dict[str, Tensor]) -> 
     for name in op.outputs:
         if (have[name].shape, have[name].stride()) != (want[name].shape, want[name].stride()):
             return f"{name}: {have[name].shape} {have[name].stride()}"
-        problem = difference(op, AITER, name, want[name], have[name])
+        doubles = is_of_bytes(arguments.get("factor_steps", ""))
+        problem = difference(op, AITER, name, want[name], have[name], doubles=doubles)
         if problem is not None:
             return f"{name}: {problem}"
     return None

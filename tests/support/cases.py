@@ -491,6 +491,57 @@ def q8_power_of_two(y: Tensor) -> tuple[Tensor, ...]:
     return _saturated(groups / scale).reshape(y.shape), scale.reshape(*y.shape[:-1], y.shape[-1] // 128)
 
 
+def q8_by_bits(y: Tensor) -> tuple[Tensor, ...]:
+    """DeepGEMM, and with it transformers' fine-grained FP8, where scales are powers of two."""
+    groups = y.reshape(-1, y.shape[-1] // 128, 128)
+    bits = (groups.abs().float().amax(2).clamp(1e-4) / 448.0).abs().float().view(torch.int)
+    exponent = ((bits >> 23) & 0xFF) + (bits & 0x7FFFFF).bool().int()
+    scale = (exponent.clamp(1, 254) << 23).view(torch.float)
+    return (groups * (1.0 / scale.unsqueeze(2))).to(FN).reshape(y.shape), scale
+
+
+def x1(y: Tensor) -> tuple[Tensor, ...]:
+    """torchao's MXFP8: the scale of 32 values is a byte."""
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // 32, 32)
+    scale = groups.abs().amax(-1).unsqueeze(-1).float() / 448.0
+    exponent = (scale.log2().ceil().clamp(-127, 127) + 127).to(torch.uint8)
+    byte = torch.where(scale.isnan(), 255, torch.where(scale.isinf(), 254, exponent))
+    inverse = torch.where(byte == 0, 1.0, torch.exp2(127 - byte.float()))
+    inverse = torch.where(byte == 255, scale, torch.where(byte == 254, 2.0**-127, inverse))
+    return _saturated(groups.float() * inverse).reshape(y.shape), byte.squeeze(-1)
+
+
+def i1(y: Tensor) -> tuple[Tensor, ...]:
+    """torchao's dynamic int8: of the least and the greatest value."""
+    zero = torch.zeros_like(y.amin(-1, keepdim=True))
+    top = torch.max(-torch.min(y.amin(-1, keepdim=True), zero), torch.max(y.amax(-1, keepdim=True), zero))
+    scale = (top / 127.5).float().clamp(min=torch.finfo(torch.float32).eps).to(y.dtype).float()
+    q = torch.round(y * (1.0 / scale)).clamp(-128, 127).to(torch.int8)
+    return q.reshape(-1, y.shape[-1]), scale.reshape(-1, 1)
+
+
+def i2(y: Tensor) -> tuple[Tensor, ...]:
+    """By hand: symmetric, of the maximum."""
+    scale = y.abs().amax(-1, keepdim=True).float().clamp(min=1e-5) / 127.0
+    return torch.round(y / scale).clamp(-127, 127).to(torch.int8), scale
+
+
+def i2_unclamped(y: Tensor) -> tuple[Tensor, ...]:
+    """A scale that was rounded down makes codes that int8 does not have."""
+    scale = y.abs().amax(-1, keepdim=True) / 127.0
+    return torch.round(y / scale).to(torch.int8), scale.float()
+
+
+def i2_group(y: Tensor) -> tuple[Tensor, ...]:
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // 64, 64)
+    scale = groups.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 127.0
+    return torch.round(groups / scale).to(torch.int8).reshape(y.shape), scale.squeeze(-1)
+
+
+def i3_static(y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (torch.round(y.float() / scale).clamp(-128, 127).to(torch.int8),)
+
+
 @dataclass(frozen=True)
 class QuantForm:
     name: str
@@ -524,6 +575,13 @@ QUANTS = (
     QuantForm("Q7_128", q7(128), "group128"),
     QuantForm("Q7_floor_in_half", q7_floor_in_half, "group128"),
     QuantForm("Q8", q8_power_of_two, "group128"),
+    QuantForm("Q8_by_bits", q8_by_bits, "group128"),
+    QuantForm("X1", x1, "mxfp8+group32"),
+    QuantForm("I1", i1, "int8+token"),
+    QuantForm("I2", i2, "int8+token"),
+    QuantForm("I2_unclamped", i2_unclamped, "int8+token"),
+    QuantForm("I2_64", i2_group, "int8+group64"),
+    QuantForm("I3", i3_static, "static+int8", static=True),
 )
 
 

@@ -44,6 +44,8 @@ def kinds_of(tensors: Mapping[str, Tensor | None], fp8: str) -> dict[str, str]:
         torch.float32: "*fp32",
         torch.float64: "*fp64",
         torch.bool: "*i1",
+        torch.int8: "*i8",
+        torch.uint8: "*u8",
         torch.int32: "*i32",
         torch.int64: "*i64",
     }

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from aiter_fusion.bench import attention, linear
-from aiter_fusion.bench.ops import ROWS, VARIANTS, Case
+from aiter_fusion.bench import attention, linear, ops
+from aiter_fusion.bench.ops import ROWS, Case
 from aiter_fusion.ops.attention import ATTENTION
 from aiter_fusion.ops.linear import LINEAR
 from aiter_fusion.providers.triton import launches, rules
@@ -135,20 +135,16 @@ ATTENTIONS = (
 AnyCase = Case | linear.Case | attention.Case
 
 
-def cases() -> list[Case]:
-    """Every variant of norms and activations at both widths, if a group divides it, of few and of many rows."""
-    return [
-        Case(family, variant, hidden, rows)
-        for family, variant in VARIANTS
-        for hidden in WIDTHS
-        for rows in ROWS
-        if not (variant.endswith("group128") and hidden % 128)
-    ]
+def cases(target: str, widths: Sequence[int] = WIDTHS, rows: Sequence[int] = ROWS) -> list[Case]:
+    """Every variant of norms and activations that a GPU computes: at each width, if groups divide it, for so many
+    rows."""
+    own = TARGETS[target][1]
+    return [case for case in ops.cases(widths, rows) if case.format(own).dtype in (own, torch.int8)]
 
 
-def every() -> Sequence[AnyCase]:
-    """All that is recorded."""
-    return (*cases(), *PRODUCTS, *ATTENTIONS)
+def every(target: str) -> Sequence[AnyCase]:
+    """All that is recorded for a GPU."""
+    return (*cases(target), *PRODUCTS, *ATTENTIONS)
 
 
 def measured(case: AnyCase, target: str) -> Iterator[tuple[str, MachineCode]]:
@@ -214,7 +210,7 @@ def recorded() -> dict[str, dict[str, dict[str, Any]]]:
 def main() -> None:
     made: dict[str, dict[str, Any]] = {target: {} for target in AMD}
     for target in AMD:
-        for case in every():
+        for case in every(target):
             for name, code in measured(case, target):
                 made[target][name] = asdict(code)
                 print(target, name, code, flush=True)

@@ -319,6 +319,22 @@ def _torchao(granularity: str, **options: Any) -> Callable[[nn.Module], None]:
     return quantise
 
 
+def _int8(model: nn.Module) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+
+
+def _mxfp8(model: nn.Module) -> None:
+    """With torchao's emulated product, which is there on a CPU."""
+    from torchao.prototype.mx_formats import inference_workflow
+    from torchao.quantization import quantize_
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    config = inference_workflow.MXDynamicActivationMXWeightConfig(kernel_preference=KernelPreference.EMULATED)
+    quantize_(model, config)
+
+
 SCALE = torch.tensor(0.02)
 
 
@@ -366,6 +382,8 @@ QUANTISATIONS: dict[str, Callable[[nn.Module], None]] = {
     "group128": _by_hand(GroupLinear),
     "static": _by_hand(StaticLinear),
     "engine": _by_hand(EngineLinear),
+    "int8": _int8,
+    "mxfp8": _mxfp8,
     "compressed-tensors": _by_hand(_loaded, but="lm_head"),  # which such checkpoints leave in bfloat16
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import Version
 
 from ...domains import (
     ANYTHING,
@@ -23,9 +24,10 @@ from ...domains import (
     Steps,
     Tensors,
 )
+from ...formats import DTYPES
 from ...op import FusedOp
 from ..terms import Terms
-from . import quantiser
+from . import quantiser, releases
 from .entry_points import EntryPoint, probe
 from .kernel_call import HALVES, KernelCall, describe, why_zeros
 
@@ -50,6 +52,7 @@ class Limits:
     alike:   whether the weight must have the dtype of x: the kernel reinterprets its bytes without a check.
     powers:  granularities for which the elements that share a scale must be a power of two.
     acts:    our name of an activation -> AITER's.
+    bytes:   the first release that writes scales of groups as bytes, their exponents; None: none does.
     """
 
     scales: frozenset[str]
@@ -61,6 +64,7 @@ class Limits:
     alike: bool = False
     powers: frozenset[str] = frozenset()
     acts: Mapping[str, str] | None = None
+    bytes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Candidate:
             return why
         if call.width > limits.widest:
             return f"takes hidden sizes up to {limits.widest}, not {call.width}"
+        if call.format == "mxfp8" and (why := _why_no_bytes(limits.bytes)) is not None:
+            return why
         if limits.acts is not None and call["act"] not in limits.acts:
             return f"has no activation {call['act']}"
         if limits.dense and call.gaps:
@@ -97,6 +103,15 @@ class Candidate:
         if call.scales in limits.powers and call.block & (call.block - 1):
             return f"takes groups of a power of two of elements, not of {call.block}"
         return None
+
+
+def _why_no_bytes(since: str | None) -> str | None:
+    if since is None:
+        return "writes scales in float32, and here they are bytes"
+    version = releases.installed()
+    if version is not None and version < Version(since):
+        return f"writes scales in float32 before {since}, and this is {version}: upgrade AITER"
+    return None
 
 
 def _why_no_threads(call: KernelCall) -> str | None:
@@ -154,9 +169,9 @@ def terms(candidates: Sequence[Candidate], op: FusedOp) -> Terms | None:
         "act": Activations(acts),
         "block": Blocks(tuple(name for name in (TENSOR, TOKEN, GROUP) if name in scales)),
         "scale": Tensors((torch.float32,), elements=1),
-        "scale_steps": Steps(quantiser.STEPS),
-        "factor_steps": Steps(quantiser.STEPS),
-        "value_steps": Steps((*quantiser.STEPS, *quantiser.COMBINING)),
-        "quant_dtype": OneOf((torch.float8_e4m3fn, torch.float8_e4m3fnuz)),
+        "scale_steps": Steps((*quantiser.STEPS, *quantiser.BYTES)),
+        "factor_steps": Steps((*quantiser.STEPS, *quantiser.BYTES)),
+        "value_steps": Steps((*quantiser.STEPS, "round", *quantiser.COMBINING)),
+        "quant_dtype": OneOf(DTYPES),  # ``quantiser`` says why int8 is refused
     }
     return Terms(arguments, features - {"offset"}, Sizes(8, max(limit.widest for limit in limits)))

@@ -77,7 +77,8 @@ def _hip_norm(name: str, *needs: str) -> Path:
         takes |= {"residual_in": rows("residual"), "residual_out": output("residual_out")}
     if "offset" in needs:
         takes |= {"gemma_norm": constant(True)}
-    limits = Limits(_TOKEN_OR_GROUP, frozenset(needs), dense=True, by_wave=True, alike=True)
+    # scales that are bytes: ROCm/aiter#4231
+    limits = Limits(_TOKEN_OR_GROUP, frozenset(needs), dense=True, by_wave=True, alike=True, bytes="0.1.18")
     return Path("rms_norm_quant", EntryPoint(name, ("aiter",), takes), limits)
 
 

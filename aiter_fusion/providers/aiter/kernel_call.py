@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import machine
 from ...op import FusedOp, width_of
+from ...stages.quantise import named_format
 from ..architectures import ARCHITECTURES
 from ..shapes import rows_of
 from . import quantiser
@@ -51,6 +52,11 @@ class KernelCall:
         if "static" in self.op.features:
             return "static"
         return "tensor" if self.block == 0 else "token" if self.block == self.width else "group"
+
+    @property
+    def format(self) -> str:
+        """The name of the format of the quantised values; empty if nothing is quantised."""
+        return named_format(self.arguments).name if "quant_dtype" in self.op.arguments else ""
 
     @property
     def features(self) -> frozenset[str]:

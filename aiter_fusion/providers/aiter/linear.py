@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import formats
 from ...domains import FLAG, Each, OneOf, Tensors
-from ...formats import FORMATS
 from ...op import FusedOp
 from ...registry import REGISTRY
 from ...scaled_product import BLOCKS, MOST, ROWS, granularity
 from ..terms import Terms
 from .bridge import gemm
 
-FP8, SCALES = Tensors(tuple(FORMATS)), Tensors((torch.float32,))
+FP8, SCALES = Tensors(formats.FP8), Tensors((torch.float32,))
 HALVES = (torch.bfloat16, torch.float16)
 # What shares a scale -> the product, an op of the bridge.
 PRODUCTS = {ROWS: "gemm_a8w8", BLOCKS: "gemm_a8w8_blockscale"}

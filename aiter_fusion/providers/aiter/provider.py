@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import config, machine
 from ...domains import ANYTHING
+from ...formats import FP8
 from ...op import FusedOp, Implementation
 from ..architectures import ARCHITECTURES, RUNS_ON
 from ..terms import Terms
@@ -100,9 +101,9 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
         return "; ".join(why for why in found if why is not None) or None
     if op.family in WHOLE:
         return WHOLE[op.family].refuse(op, arguments, native)
-    if native is None and "quant_dtype" in op.arguments:
+    if arguments.get("quant_dtype") in FP8 and native is None:
         return f"{arch} computes with no FP8"
-    if arguments.get("quant_dtype", native) != native:
+    if arguments.get("quant_dtype") in FP8 and arguments["quant_dtype"] != native:
         return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU's FP8 format is {native}"
     if op.family in all_reduce.FAMILIES:
         return all_reduce.refuse(op, arguments)

@@ -1,7 +1,7 @@
 """The programs (``aiter_fusion/scale_program.py``) that AITER's quantisers compute, apart from roundings.
 
 They compute ``scale = max(amax, 1e-10) / MAX`` and ``q = cast(clamp(x * (1 / scale), -MAX, MAX))``, all in float32. A
-given scale takes the place of the first.
+given scale takes the place of the first. A scale that is a byte is the exponent of the next power of two of that scale.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...scale_program import DTYPES, parse, result_dtype
+from ...scale_program import DTYPES, is_of_bytes, parse, result_dtype
 
 # The largest floor of the maximum that is taken for AITER's, 1e-10: only rows whose values are all below it differ, and
 # they count as zero rows.
@@ -22,6 +22,7 @@ ALIKE = 2**-8
 
 # The steps that can occur in such a program of the maximum, and those that combine a value with a factor.
 STEPS = ("reciprocal", "mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive", *DTYPES)
+BYTES = ("e8m0", "e8m0_inverse")
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
 
@@ -60,6 +61,10 @@ def scale_of(program: str, dtype: torch.dtype = torch.float32) -> Scale | None:
     return Scale(1 / multiplier if inverse else multiplier, floor, inverse)
 
 
+# Source: fp32_to_i8_scaled_x2 of csrc/include/aiter_opus_plus.h, and ``.to(qx.dtype)`` in its Triton quantisers.
+_CUT_OFF = "its kernels cut the fraction off where they convert to int8, and this rounds to the nearest"
+
+
 def _is_alike(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=ALIKE)
 
@@ -68,7 +73,16 @@ def why_not_dynamic(
     scale_steps: str, factor_steps: str, value_steps: str, quant_dtype: torch.dtype, value: torch.dtype
 ) -> str | None:
     """Why AITER's quantiser does not compute these programs, or None."""
+    if not quant_dtype.is_floating_point:
+        return _CUT_OFF
     top = torch.finfo(quant_dtype).max
+    if is_of_bytes(factor_steps):
+        scale, factor = ([name for name, _ in parse(program)][-1:] for program in (scale_steps, factor_steps))
+        if scale != ["e8m0"] or factor != ["e8m0_inverse"]:
+            return f"its scale is not that of its values: {scale_steps!r} and {factor_steps!r}"
+        scales, factors = (program.rpartition(" ")[0] for program in (scale_steps, factor_steps))
+        values = value_steps.replace("mul_scale", "div_scale")  # by what divides
+        return why_not_dynamic(scales, factors, values, quant_dtype, value)
     for what, program in (("scale", scale_steps), ("factor", factor_steps)):
         found = scale_of(program, value)
         if found is None:
@@ -85,6 +99,8 @@ def why_not_dynamic(
 
 def why_not_static(factor_steps: str, value_steps: str, quant_dtype: torch.dtype) -> str | None:
     """Why AITER's quantiser with a given scale does not compute these programs, or None."""
+    if not quant_dtype.is_floating_point:
+        return _CUT_OFF
     found = scale_of(factor_steps)
     if found is None or found.floor > 0 or found.multiplier != 1.0:
         return f"it does not divide by the scale that is given: {factor_steps!r}"

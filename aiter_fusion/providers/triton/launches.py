@@ -74,6 +74,7 @@ def quantiser_arguments(
     return {
         "scale": Ref("scale") if static else None,
         "maxima": None,
+        "bound": Ref("bound") if "bound" in arguments else None,
         "q": Ref("q"),
         "scale_out": None if static else Ref("scale"),
         "value_out": Ref("value") if "value" in op.features else None,
@@ -175,6 +176,9 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
     common = {
         **quantiser_arguments(op, arguments, width, value, nvidia),
         **_summand(op, arguments),
+        **{name: Ref(name) if name in arguments else None for name in ("scale2", "scale3", "bound2", "bound3")},
+        **{name: Ref(name) if name in returned else None for name in ("q2", "q3")},
+        **{f"{name}_out": Ref(name) if name in returned else None for name in ("scale2", "scale3")},
         "x": Ref("x"),
         **{name: Ref(name) if known.get(name) is not None else None for name in ("weight", "bias")},
         **{key: entry for name in ("gate", "gain", "shift") for key, entry in _once(arguments, name, rows).items()},
@@ -199,7 +203,7 @@ def _norm_quant(op: FusedOp, arguments: dict[str, Any], nvidia: bool) -> Launche
         common["BLOCK"] = normed
     rule = "gated_norm" if z is not None else NORM_RULES[common["NORM"]]
     shape = rules.norm(width, common["BLOCK"], hint(rows, rules.FEW), rule)
-    common |= _tiling(shape) | {"ROWS": shape.rows}
+    common |= _tiling(shape) | {"ROWS": shape.rows, "LATE": shape.late, "BLOCK": shape.block or common["BLOCK"]}
     grid = _programs(rows, shape.rows)
     if not _is_of_tensor(op, arguments, width):
         return Launches((Launch("norm_quant", grid, common, shape.warps(nvidia)),))

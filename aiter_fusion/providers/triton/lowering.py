@@ -112,7 +112,7 @@ def _dependent(wrapper: Any) -> Iterator[None]:
         del wrapper.define_kernel
 
 
-_QUANTISED = ("q", "scale_out", "value_out", "residual_out", "maxima_out")
+_QUANTISED = ("q", "q2", "q3", "scale_out", "scale2_out", "scale3_out", "value_out", "residual_out", "maxima_out")
 # The arguments that each kernel writes to.
 WRITTEN: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("norm_quant", "act_quant"), _QUANTISED),

@@ -57,13 +57,13 @@ def steps(program: str) -> Steps:
 def value_steps(
     program: str, factor_program: str, value: torch.dtype, quant_dtype: torch.dtype, by_block: bool, saturates: bool
 ) -> Steps:
-    """A program that brings values to the range of FP8, up to the cast.
+    """A program that brings values to the range of a format, up to the cast.
 
     Args:
         program: of the values.
         factor_program: of the factor that they are combined with; its dtype may promote them.
         value: dtype of the values.
-        quant_dtype: the FP8 format.
+        quant_dtype: the format.
         by_block: whether each block has a factor of its own, rather than the tensor, or a given one.
         saturates: whether the GPU's cast to FP8 saturates. Then clamps to the largest number, right before the cast,
             are left out. Without saturation, and without clamps, steps are added that do what PyTorch's cast does.
@@ -75,6 +75,8 @@ def value_steps(
         before = result_dtype(" ".join(program.split()[:combine]), value)
         if torch.promote_types(before, result_dtype(factor_program, value)) != before:
             translated.insert(combine, ("float32", None))
+    if not quant_dtype.is_floating_point:
+        return tuple(translated)
     top = torch.finfo(quant_dtype).max
     clamps: Steps = (("clamp_min", -top), ("clamp_max", top))
     nan = nan_from(quant_dtype)

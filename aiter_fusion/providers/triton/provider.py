@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import machine
+from ...formats import FP8
 from ...op import FusedOp, Implementation, width_of
 from ...stages.quantise import granularity
 from ..shapes import hint, rows_of
@@ -41,7 +42,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     if first.device.type != "cuda":
         return f"the tensors are on {first.device.type}, and its kernels are for GPUs"
     native = native_fp8(first.device.index or 0)
-    if arguments.get("quant_dtype", native) != native:
+    if arguments.get("quant_dtype") in FP8 and arguments["quant_dtype"] != native:
         return f"the quantiser's format is {arguments['quant_dtype']}, and this GPU converts to {native}"
     for name, tensor in tensors.items():
         if name == "eps_tensor" and tensor.device.type == "cpu":

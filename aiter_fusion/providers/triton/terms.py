@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ...domains import ANYTHING, FLAG, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
-from ...formats import FORMATS
+from ...domains import ANYTHING, FLAG, TOKEN, Activations, Blocks, Domain, Number, OneOf, Sizes, Steps, Tensors
+from ...formats import DTYPES as VALUES
 from ...op import FusedOp
 from ..terms import Terms
 from . import rules
@@ -23,7 +23,7 @@ REDUCED_ROWS = Sizes(8, rules.TILE, multiple=8)
 STEPS = (
     *("float32", "bfloat16", "float16"),
     *("mul", "div", "clamp_min", "clamp_max", "if_zero", "unless_positive"),
-    *("reciprocal", "log2", "exp2", "ceil", "floor"),
+    *("reciprocal", "log2", "exp2", "ceil", "floor", "round", "e8m0", "e8m0_inverse", "next_power"),
 )
 COMBINING = ("mul_scale", "scale_mul", "div_scale")
 
@@ -35,6 +35,7 @@ ALONE = (
 ACTIVATIONS = Activations(dict.fromkeys(ALONE, ()))
 GATED_ACTIVATIONS = Activations({**ACTIVATIONS.numbers, "clamped_swiglu": ("alpha", "limit")})
 
+ONE = Tensors((torch.float32,), elements=1)
 NORM: Mapping[str, Domain] = {
     "weight": Tensors(FLOATS, optional=True),
     "eps": Number(optional=True),
@@ -78,11 +79,13 @@ STAGES: Mapping[str, Mapping[str, Domain]] = {
     "fp8_quant": {
         "block": Blocks(largest=rules.TILE, spanning=True),  # ``refuse`` looks at what else the call has
         "column_major": FLAG,
-        "scale": Tensors((torch.float32,), elements=1),
+        **dict.fromkeys(
+            ("scale", "scale2", "scale3", "bound", "bound2", "bound3"), Tensors((torch.float32,), elements=1)
+        ),
         "scale_steps": Steps(STEPS),
         "factor_steps": Steps(STEPS),
         "value_steps": Steps((*STEPS, *COMBINING)),
-        "quant_dtype": OneOf(tuple(FORMATS)),
+        "quant_dtype": OneOf(VALUES),
     },
 }
 # The chains of stages that a kernel computes, each with or without a residual addition, and the hidden sizes.
@@ -106,4 +109,7 @@ def terms(op: FusedOp) -> Terms | None:
     rows = CHAINS.get(tuple(kind for kind in kinds if kind not in ("", "residual_add")))
     if rows is None:
         return None
-    return Terms({name: domain for kind in kinds for name, domain in STAGES[kind].items()}, op.features, rows)
+    domains = {name: domain for kind in kinds for name, domain in STAGES[kind].items()}
+    if "bound" in op.arguments:
+        domains["block"] = Blocks((TOKEN,))
+    return Terms(domains, op.features, rows)

@@ -17,9 +17,10 @@ from aiter_fusion.providers.aiter import entry_points, fused, installation, rele
 from aiter_fusion.providers.aiter import provider as adapter
 from aiter_fusion.providers.aiter.quantiser import scale_of
 from aiter_fusion.registry import REGISTRY
+from aiter_fusion.scale_program import is_of_bytes
 from support import aiter_double, cases
 from support.aiter_double import Double
-from support.aiter_drives import ACT, AITER, BF16, DRIVES, F16, F32, F32_WEIGHT, NORM, Drive, compare
+from support.aiter_drives import ACT, AITER, BF16, BYTES, DRIVES, F16, F32, F32_WEIGHT, NORM, Drive, compare
 from support.checked import checked
 from support.op_contract import call, sampled, strided
 
@@ -74,13 +75,13 @@ def test_samples(op: FusedOp, make: Callable[..., Double]) -> None:
     quantise to zeros with a finite scale, and rows with a NaN do not pass for numbers."""
     double = make(arch="gfx950")
     for given in sampled(op, "reference"):
-        if given.get("quant_dtype") != double.fp8 or AITER.refuse(op, given) is not None:
+        if given.get("quant_dtype") != double.fp8 or AITER.why_not(op, given) is not None:
             continue
         for arguments in (
             given,
             {k: strided(v) if isinstance(v, Tensor) and v.dim() > 1 else v for k, v in given.items()},
         ):
-            if AITER.refuse(op, arguments) is not None:
+            if AITER.why_not(op, arguments) is not None:
                 continue
             want, have = op.reference(**arguments), call(op, "aiter", arguments)
             value = want["value"].to(F32)
@@ -89,15 +90,43 @@ def test_samples(op: FusedOp, make: Callable[..., Double]) -> None:
             for name in op.outputs:
                 a, b = (t.reshape(-1, t.shape[-1]) for t in (want[name], have[name]))
                 assert (want[name].shape, want[name].stride()) == (have[name].shape, have[name].stride())
-                assert difference(op, AITER, name, a[ordinary], b[ordinary]) is None, name
+                doubles = is_of_bytes(given["factor_steps"])
+                assert difference(op, AITER, name, a[ordinary], b[ordinary], doubles=doubles) is None, name
                 assert b[zero].to(F32).isfinite().all(), name
-                if name == "q" and "scale" in have:  # what is zero in the graph's dtype may be more in float32
+                if (
+                    name == "q" and "scale" in have and not doubles
+                ):  # what is zero in the graph's dtype may be more in float32
                     least = max(torch.finfo(want["value"].dtype).smallest_normal * 2**-10, 1e-10)
                     scales = have["scale"].reshape(-1, have["scale"].shape[-1]).repeat_interleave(given["block"], -1)
                     assert ((b.to(F32) * scales)[zero].abs() <= least).all()
 
 
+MICRO = [
+    Drive(NORM, "", (64, 256), 32, changes=BYTES),
+    Drive(NORM, "", (2, 3, 4096), 32, changes=BYTES, dtype=F16),
+    Drive(NORM, "add", (5, 8192), 32, changes=BYTES),
+    Drive(NORM, "", (5, 256), 32, changes=(*BYTES, ("offset", 1.0), ("cast_first", False))),
+]
+
+
+@pytest.mark.parametrize("drive", MICRO)
+def test_scales_that_are_bytes(drive: Drive, make: Callable[..., Double]) -> None:
+    """By gfx950, since they are of e4m3fn: the kernel rounds exponents up, as torchao does; before 0.1.18 it would have
+    written float32 into the bytes."""
+    double = make(arch="gfx950")
+    op, arguments = drive.arguments(double.fp8)
+    assert AITER.refuse(op, arguments) is None
+    assert compare(op, arguments, call(op, "aiter", arguments)) is None
+    assert double.called == ["add_rmsnorm_quant" if "add" in op.features else "rmsnorm_quant"]
+    double.forget()
+    make("v0.1.17", arch="gfx950")
+    assert "writes scales in float32 before 0.1.18" in str(AITER.refuse(op, arguments))
+
+
 REFUSED = {
+    "cut the fraction off where they convert to int8": Drive(
+        NORM, "", (3, 256), changes=(("quant_dtype", torch.int8), ("value_steps", "float32 div_scale round"))
+    ),
     "its norms need a weight": Drive(NORM, "", (3, 256), changes=(("weight", None),)),
     "its norms take eps as a number, and here eps is a torch.float64 tensor on cpu": Drive(
         NORM, "", (3, 256), changes=(("eps", None), ("eps_tensor", torch.tensor(1e-6, dtype=torch.float64)))

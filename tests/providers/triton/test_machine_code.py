@@ -57,8 +57,7 @@ def test_some_code_is_no_worse(case: Case, target: str) -> None:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("target", AMD)
-@pytest.mark.parametrize("case", every(), ids=str)
+@pytest.mark.parametrize(("target", "case"), [(target, case) for target in AMD for case in every(target)], ids=str)
 def test_code_is_no_worse(case: AnyCase, target: str) -> None:
     check(case, target)
 
@@ -76,6 +75,7 @@ def test_the_model(case: Case, record_property: Callable[[str, object], None]) -
         f"{name}, Triton {triton}": round(bound(case, targets[target][str(case)]["valu"], machine), 2)
         for triton, targets in content.items()
         for name, (target, machine) in MACHINES.items()
+        if str(case) in targets[target]  # gfx942 has no FP8 with scales that are bytes
     }
     record_property("row", f"{case}: {ratios}")
     most = 3.5 if any(word in case.variant for word in COMPUTED) else 1.6
@@ -85,18 +85,18 @@ def test_the_model(case: Case, record_property: Callable[[str, object], None]) -
 def test_everything_is_recorded() -> None:
     """For every release of Triton alike: what fits, converts to FP8 and multiplies matrices by an instruction."""
     content = recorded()
-    names = {name for release in content.values() for target in release.values() for name in target}
     for triton, targets in content.items():
         assert set(targets) == set(AMD)
         for target, entries in targets.items():
-            assert set(entries) == names
+            assert set(entries) == {name for release in content.values() for name in release[target]}
             for name, entry in entries.items():
                 code = MachineCode(**entry)
                 about = (triton, target, name)
                 assert code.threads <= 1024, about
                 assert code.spilled == 0, about
                 of_matrices = name.startswith(("fp8_linear", "decode_attention"))
-                assert bool(code.conversions) == (not of_matrices and not name.endswith("launch 1")), about
+                converts = not of_matrices and not name.endswith("launch 1") and "int8" not in name
+                assert bool(code.conversions) == converts, about
                 # not a product of one row, and not what adds parts up
                 multiplies = of_matrices and " rows 1 " not in name and not name.endswith("launch 2")
                 assert bool(code.matrix) or not multiplies, about

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from aiter_fusion.bench.ops import VARIANTS, Case
 from aiter_fusion.bench.tune import questions
+from aiter_fusion.formats import FORMATS
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.identity import environment
 from aiter_fusion.providers import PROVIDERS
@@ -36,6 +37,8 @@ from support.compiling import MOST_THREADS, TARGETS, compile_for, in_float64, ki
 
 KERNELS = Path(provider.__file__).parent / "kernels"
 EVERY_OP = [op for op in REGISTRY.ops.values() if op.stages and not op.is_collective]
+# Those of several scales or bounds have a test of their own.
+SOME_OPS = [op for op in EVERY_OP if not any(feature[-1] in "23" for feature in op.features)][::3]
 REDUCING = [op for op in REGISTRY.ops.values() if op.is_collective]
 BF16, FN, FNUZ = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
@@ -76,6 +79,8 @@ def parameters(name: str) -> list[str]:
 @pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name.split("::")[1])
 def test_every_call_binds(op: FusedOp) -> None:
     """Every kernel gets exactly its parameters; every tensor that it names exists; every output is written once."""
+    from aiter_fusion.providers.triton.lowering import WRITTEN
+
     for arguments in op.samples():
         known = {name: arguments[name] for name in op.arguments}
         plan = launches.of(op, known, True)
@@ -86,7 +91,7 @@ def test_every_call_binds(op: FusedOp) -> None:
             refs = {name: value.name for name, value in launch.arguments.items() if isinstance(value, launches.Ref)}
             for ref in refs.values():
                 assert ref in {*op.outputs, *plan.scratch} or isinstance(known[ref], Tensor)
-            written += [refs[name] for name in ("q", "scale_out", "value_out", "residual_out") if name in refs]
+            written += [refs[name] for name in WRITTEN[launch.kernel] if refs.get(name) in op.outputs]
             assert launch.grid >= 1
         assert sorted(written) == sorted(op.outputs)
 
@@ -447,11 +452,28 @@ def compiled(op: FusedOp, known: dict[str, Any], target: str) -> list[Mapping[st
 
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("op", EVERY_OP[::3], ids=lambda op: op.name.split("::")[1])
+@pytest.mark.parametrize("op", SOME_OPS, ids=lambda op: op.name.split("::")[1])
 def test_kernels_compile(op: FusedOp, target: str) -> None:
     samples = list(op.samples())
     for arguments in samples[:: max(1, len(samples) // 4)]:
         compiled(op, {name: arguments[name] for name in op.arguments} | {"quant_dtype": TARGETS[target][1]}, target)
+
+
+# The fullest variants in formats other than FP8, and with several scales or bounds.
+OTHER_FORMATS = [
+    (family, variant)
+    for family, variant in VARIANTS
+    if variant.startswith(("add+", "packed+")) and any(format.word() in variant.split("+") for format in FORMATS)
+]
+SEVERAL = [("rms_norm_quant", "add+static3"), ("rms_norm_quant", "add+bounded3+token")]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx950"])
+@pytest.mark.parametrize("variant", [*OTHER_FORMATS, *SEVERAL], ids="-".join)
+def test_other_formats_compile(variant: tuple[str, str], target: str) -> None:
+    case = Case(*variant, 4096, 16384)
+    compiled(case.op, case.arguments("meta", TARGETS[target][1]), target)
 
 
 # Where a program has the most threads: the decoding of a large model.

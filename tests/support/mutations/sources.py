@@ -157,6 +157,14 @@ def layers(x: Tensor, r: Tensor, e: Tensor, g: Tensor, s: Tensor) -> tuple[Tenso
 # As many rows as columns, so that broadcasting along the wrong axis executes; narrow, so that it takes no time.
 SQUARE: dict[str, Any] = {"sizes": (32,), "width": 32}
 
+
+def several_scales(x: Tensor, r: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """As AMD Quark quantises for q, k and v."""
+    summed = r + x
+    value = cases.llama(summed, w)
+    return (*(q for n in (1.0, 2.0, 4.0) for q in cases.q2_static(value, scale * n)), summed)
+
+
 SOURCES = (
     combined("norm", "R1", "Q1r"),
     combined("norm", "R1", "Q3", **SQUARE),
@@ -165,6 +173,10 @@ SOURCES = (
     combined("norm", "R2'", "Q2_unclamped", weight="w32"),
     combined("norm", "R1'", "Q3_converted_first"),
     combined("norm", "R4", "Q3_tensor"),
+    combined("norm", "R1", "I1"),
+    combined("norm", "R1", "Q8_by_bits"),
+    combined("add_norm", "R1", "X1"),
+    combined("act", "S2", "I2"),
     combined("add_norm", "R1", "Q1r"),
     combined("add_norm", "R2", "Q2"),
     combined("add_norm", "R1", "Q4", dtype=F32),
@@ -205,6 +217,7 @@ SOURCES = (
     combined("produced", "X2", "Q3", sizes=(2, 3)),
     Source("two_modulations", two_modulations, ("x", "g", "s", "e"), sizes=(2, 3), sites=2),
     Source("layers", layers, ("x", "r", "e", "g", "s"), sizes=(2, 3), sites=2),
+    Source("several_scales", several_scales, ("x", "r", "w", "scale")),
     Source("two_weights", two_weights, ("x", "r", "w", "w"), sites=2),
     Source("two_layers", two_layers, ("x", "r", "w", "w"), sites=2),
     Source("norm_and_activation", norm_and_activation, ("x", "w"), sites=2),

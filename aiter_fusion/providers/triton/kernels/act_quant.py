@@ -6,8 +6,10 @@ from triton.language.extra import libdevice
 
 from .steps import (
     apply_steps,
+    at_most,
+    codes_of,
     dtype_called,
-    largest,
+    largest_of,
     mask_of,
     nan_max,
     reciprocal_of_normal,
@@ -194,6 +196,7 @@ def act_quant_kernel(
     before,
     scale,
     maxima,
+    bound,
     q,
     scale_out,
     value_out,
@@ -288,8 +291,10 @@ def act_quant_kernel(
                     PTX,
                 )
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, largest(largest(size, 1, PTX), 0, PTX))
+                top = nan_max(top, largest_of(largest_of(size, 1, PTX), 0, PTX))
             top = top.to(dtype_called(VALUE))
+            if bound is not None:
+                top = at_most(top, bound)
             factor = apply_steps(FACTOR_STEPS, top, top)
             tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
             for tile in tl.static_range(TILES):
@@ -321,7 +326,7 @@ def act_quant_kernel(
                     )
                 if value_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, RUN]), codes, mask=mask)
     else:
         begin = tl.program_id(0)
@@ -368,12 +373,12 @@ def act_quant_kernel(
             if value_out is not None and maxima is None:
                 tl.store(value_out + at * BLOCK + element, y, mask=mask)
             if maxima_out is not None:
-                best = nan_max(best, largest(largest(size, 1, PTX), 0, PTX))
+                best = nan_max(best, largest_of(largest_of(size, 1, PTX), 0, PTX))
             else:
                 if GROUPED:
-                    top = largest(size, 1, PTX).to(dtype_called(VALUE))[:, None]
+                    top = largest_of(size, 1, PTX).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)
                 if GROUPED:
                     scale_at = scale_index(row, at - row * IN_ROW, rows, IN_ROW, COLUMN_MAJOR)

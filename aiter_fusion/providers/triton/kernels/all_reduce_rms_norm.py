@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from .norm_quant import normalised, number_of, statistic_of
-from .steps import apply_steps, dtype_called, mask_of, nan_max, scale_index, wide
+from .steps import apply_steps, codes_of, dtype_called, mask_of, nan_max, scale_index, wide
 
 # One of so many polls also tells NaN in the data from missing data, and looks at the clock.
 POLLS = tl.constexpr(16)
@@ -167,7 +167,7 @@ def finish(
                     top = tl.reduce(top, 0, nan_max).to(dtype_called(VALUE))
                     tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
                 factor = apply_steps(FACTOR_STEPS, top, top)
-            codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+            codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
             # A thread writes the codes of the 8 elements (16 bytes of x) that it has loaded. Without this hint codes
             # would be exchanged between threads first.
             tl.store(q + tl.max_contiguous(row * WIDTH + columns, [1, 8]), codes, mask=mask)

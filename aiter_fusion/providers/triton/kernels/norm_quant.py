@@ -8,7 +8,19 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .act_quant import activation
-from .steps import apply_steps, dtype_called, largest, mask_of, nan_max, scale_index, whole_maximum, wide
+from .steps import (
+    apply_steps,
+    at_most,
+    codes_of,
+    dtype_called,
+    largest_of,
+    mask_of,
+    nan_max,
+    scale_index,
+    whole_maximum,
+    wide,
+    wide_anew,
+)
 
 
 @triton.jit
@@ -91,11 +103,11 @@ def normalised(
 def layer_normalised(value, mean, statistic, weight, bias, one, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The value of a LayerNorm. A product that is added to something passes through ``fma(product, one, something)``,
     with ``one`` a number that the compiler does not know: it would round product and sum once instead of twice."""
-    y = (wide(value, PTX) - mean) * statistic
+    y = (wide_anew(value, PTX) - mean) * statistic
     if weight is not None:
-        y = y * wide(weight, PTX)
+        y = y * wide_anew(weight, PTX)
     if bias is not None:
-        y = tl.fma(y, one, wide(bias, PTX))
+        y = tl.fma(y, one, wide_anew(bias, PTX))
     return y.to(dtype_called(DTYPE))
 
 
@@ -204,6 +216,15 @@ def norm_quant_kernel(
     scale,
     maxima,
     q,
+    scale2,
+    q2,
+    scale3,
+    q3,
+    bound,
+    bound2,
+    scale2_out,
+    bound3,
+    scale3_out,
     scale_out,
     value_out,
     residual_out,
@@ -245,17 +266,20 @@ def norm_quant_kernel(
     SEGMENT: tl.constexpr,
     TILES: tl.constexpr,
     RUN: tl.constexpr,
+    LATE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Programs take ``ROWS`` rows at a time; a row is ``TILES`` tiles of ``SEGMENTS`` segments of ``BLOCK`` elements
     (padded to ``SEGMENT``, a power of two). ``GROUPED``: a segment is a group that has a scale of its own.
 
     Which tensors are given says what is computed: with ``maxima_out`` only the largest value that each program met, in
-    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one.
+    float32; with ``maxima`` (those ``PARTS`` numbers) a scale for the whole tensor; with ``scale`` that one, and with
+    others besides, codes for each; with ``bound`` maxima of rows that are at most that, and with others likewise.
 
     ``NORM`` is rms, layer or, where only the sum with the residual is quantised, empty. ``BY_SEGMENT``: rows of x, a
     residual and z are segments, so many of which are a row here, and each is normalised by itself. eps is a constant,
-    ``EPS``, or, where that is None, ``eps``: a number or a pointer to one.
+    ``EPS``, or, where that is None, ``eps``: a number or a pointer to one. ``LATE``: weight and bias are read when the
+    statistic is known, and take no registers before, so that more rows are on their way at a time.
     """
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK
     PADDED: tl.constexpr = TILES * COLUMNS != WIDTH
@@ -275,13 +299,19 @@ def norm_quant_kernel(
             if tl.program_id(0) == 0:
                 tl.store(scale_out, apply_steps(SCALE_STEPS, whole, whole))
         factor = apply_steps(FACTOR_STEPS, whole, whole)
+    if scale2 is not None:
+        second = tl.load(scale2)
+        factor2 = apply_steps(FACTOR_STEPS, second, second)
+    if scale3 is not None:
+        third = tl.load(scale3)
+        factor3 = apply_steps(FACTOR_STEPS, third, third)
     best = 0.0
     number = number_of(eps)
     weights = None
     biases = None
-    if TILES == 1:  # before the first row
-        exist = (tile_columns < WIDTH) & (element < BLOCK)
-        of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
+    exist = (tile_columns < WIDTH) & (element < BLOCK)
+    of_weight = element + tl.zeros_like(tile_columns) if BY_SEGMENT else tile_columns
+    if TILES == 1 and not LATE:
         weights = read_row(weight, of_weight, exist)
         biases = read_row(bias, of_weight, exist)
 
@@ -329,7 +359,7 @@ def norm_quant_kernel(
             if residual_out is not None:
                 rounded = value.to(residual_out.dtype.element_ty)
                 tl.store(residual_out + row * WIDTH + columns, rounded, mask=mask)
-            value32 = wide(value, PTX)
+            value32 = wide_anew(value, PTX) if NORM == "layer" else wide(value, PTX)
             if NORM == "rms":
                 total = value32 * value32 if TILES == 1 else total + value32 * value32
             elif NORM == "layer":
@@ -359,10 +389,15 @@ def norm_quant_kernel(
                         SUM,
                         PTX,
                     )
-                apart = tl.where(mask, wide(value, PTX) - mean, 0.0)
+                apart = tl.where(mask, wide_anew(value, PTX) - mean, 0.0)
                 total = apart * apart if TILES == 1 else total + apart * apart
             squares = row_sum(total, BY_SEGMENT, ROWS, SEGMENTS, SEGMENT)
             statistic = statistic_of(squares * (1.0 / NORMED), number, EPS)
+        own = weights
+        own_bias = biases
+        if TILES == 1 and LATE:
+            own = read_row(weight, of_weight, exist)
+            own_bias = read_row(bias, of_weight, exist)
 
         # The maximum of each row, where nothing can be quantised before it is known. What is masked counts as 0, or,
         # like its row, as NaN.
@@ -385,8 +420,8 @@ def norm_quant_kernel(
                         SUM,
                         PTX,
                     )
-                these = weights
-                those = biases
+                these = own
+                those = own_bias
                 gates = zs
                 if TILES > 1:
                     these = read_row(weight, columns, mask)
@@ -418,14 +453,25 @@ def norm_quant_kernel(
                 if value_out is not None and maxima_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, largest(largest(size, 2, PTX), 1, PTX))
+                top = nan_max(top, largest_of(largest_of(size, 2, PTX), 1, PTX))
             if maxima_out is not None:
                 absent = (first + tl.arange(0, ROWS)) >= rows
                 best = nan_max(best, tl.reduce(tl.where(absent, 0.0, top), 0, nan_max))
             else:
                 top = top.to(dtype_called(VALUE))[:, None, None]
+                largest = top
+                if bound is not None:
+                    top = at_most(largest, bound)
                 factor = apply_steps(FACTOR_STEPS, top, top)
                 tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top), mask=present)
+                if bound2 is not None:
+                    second = at_most(largest, bound2)
+                    factor2 = apply_steps(FACTOR_STEPS, second, second)
+                    tl.store(scale2_out + row, apply_steps(SCALE_STEPS, second, second), mask=present)
+                if bound3 is not None:
+                    third = at_most(largest, bound3)
+                    factor3 = apply_steps(FACTOR_STEPS, third, third)
+                    tl.store(scale3_out + row, apply_steps(SCALE_STEPS, third, third), mask=present)
 
         if maxima_out is None:
             for tile in tl.static_range(TILES):
@@ -446,8 +492,8 @@ def norm_quant_kernel(
                         PTX,
                     )
                 if TILES > 1 or not ROW_FIRST:
-                    these = weights
-                    those = biases
+                    these = own
+                    those = own_bias
                     gates = zs
                     if TILES > 1:
                         these = read_row(weight, columns, mask)
@@ -480,12 +526,16 @@ def norm_quant_kernel(
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 if GROUPED:
                     size = tl.abs(y).to(tl.float32)
-                    top = largest(size, 2, PTX).to(dtype_called(VALUE))[:, :, None]
+                    top = largest_of(size, 2, PTX).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
-                codes = apply_steps(VALUE_STEPS, y, factor, PTX).to(q.dtype.element_ty)
+                codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.
                 at = tl.max_contiguous(row * WIDTH + columns, [1, 1, RUN])
                 tl.store(q + at, codes, mask=mask)
+                if q2 is not None:
+                    tl.store(q2 + at, codes_of(y, VALUE_STEPS, factor2, q2.dtype.element_ty, PTX), mask=mask)
+                if q3 is not None:
+                    tl.store(q3 + at, codes_of(y, VALUE_STEPS, factor3, q3.dtype.element_ty, PTX), mask=mask)
                 if GROUPED:
                     group = tile * SEGMENTS + segment
                     scales = apply_steps(SCALE_STEPS, top, top)

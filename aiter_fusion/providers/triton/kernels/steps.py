@@ -36,7 +36,7 @@ def nan_max(a, b):
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr, PTX: tl.constexpr):
+def largest_of(x, axis: tl.constexpr, PTX: tl.constexpr):
     """The largest of absolute values in float32 along an axis, NaN if one is. Their bits order them as integers do, NaN
     above infinity; that takes one instruction each where AMD's gfx942 takes three, since its maximum drops NaN."""
     if PTX:
@@ -47,11 +47,29 @@ def largest(x, axis: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def at_most(maximum, bound):
+    """A maximum in float32, or what a tensor says if that is less; NaN if either is."""
+    return tl.minimum(maximum.to(tl.float32), tl.load(bound), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def wide(x, PTX: tl.constexpr):
     """x in float32. ``PTX``: the compiler takes three instructions for two elements of bfloat16, and needs only two."""
     if PTX and x.dtype == tl.bfloat16 and x.numel % 2 == 0:
         halves: tl.constexpr = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
         y = tl.inline_asm_elementwise(halves, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def wide_anew(x, PTX: tl.constexpr):
+    """``wide``, computed at every use: the compiler would else keep a row in float32 from one use to the next, in twice
+    the registers, and half as many rows would be on their way at a time."""
+    if PTX and x.dtype == tl.bfloat16 and x.numel % 2 == 0:
+        halves: tl.constexpr = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
+        y = tl.inline_asm_elementwise(halves, "=f,=f,r", [x], tl.float32, is_pure=False, pack=2)
     else:
         y = x.to(tl.float32)
     return y
@@ -91,10 +109,19 @@ def shared_division(x, s, PTX: tl.constexpr):
 
 
 @triton.jit
+def exponent_byte(x):
+    """The exponent of the next power of two of float32, 127 more: 254 of infinity, 255 of NaN; in float32."""
+    exponent = tl.minimum(tl.maximum(tl.ceil(libdevice.log2(x)), -127.0), 127.0) + 127.0
+    return tl.where(x != x, 255.0, tl.where(tl.abs(x) == float("inf"), 254.0, exponent))
+
+
+@triton.jit
 def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.constexpr):
     """One step of a program."""
     if NAME == "float32" or NAME == "bfloat16" or NAME == "float16":
         result = value.to(dtype_called(NAME))
+    elif NAME == "e8m0":
+        result = exponent_byte(value).to(tl.uint8)
     elif NAME == "shared_div_scale":
         result = shared_division(value, scale.to(tl.float32), PTX)
     else:
@@ -119,6 +146,16 @@ def apply_step(NAME: tl.constexpr, NUMBER: tl.constexpr, value, scale, PTX: tl.c
             y = tl.ceil(x)
         elif NAME == "floor":
             y = tl.floor(x)
+        elif NAME == "round":
+            y = libdevice.nearbyint(x)
+        elif NAME == "e8m0_inverse":
+            byte = exponent_byte(x)
+            y = tl.where(byte == 0.0, 1.0, libdevice.exp2(127.0 - byte))
+            y = tl.where(byte == 255.0, x, tl.where(byte == 254.0, 2.0**-127, y))
+        elif NAME == "next_power":
+            bits = tl.abs(x).to(tl.int32, bitcast=True)
+            exponent = ((bits >> 23) & 255) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+            y = (tl.minimum(tl.maximum(exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
         elif NAME == "nan_from":
             y = tl.where(tl.abs(x) >= NUMBER, float("nan"), x)
         else:
@@ -140,6 +177,15 @@ def apply_steps(STEPS: tl.constexpr, value, scale, PTX: tl.constexpr = False):
     for i in tl.static_range(step_count(STEPS)):
         value = apply_step(step_name(STEPS, i), step_number(STEPS, i), value, scale, PTX)
     return value
+
+
+@triton.jit
+def codes_of(value, STEPS: tl.constexpr, factor, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The value by a program, as a number of the format ``DTYPE``."""
+    y = apply_steps(STEPS, value, factor, PTX)
+    if tl.int8 == DTYPE:  # as PyTorch casts: what int8 does not have wraps around, and NaN is 0
+        y = y.to(tl.int32)
+    return y.to(DTYPE)
 
 
 @triton.jit
