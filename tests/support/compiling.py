@@ -6,8 +6,12 @@ import importlib.util
 import re
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,19 +77,60 @@ def spills(code: Mapping[str, str], folder: Path) -> int:
     return sum(map(int, re.findall(r"(\d+) bytes spill", made.stderr)))
 
 
+@cache
+def _amd() -> list[str]:
+    """The one AMD GPU that this process has compiled for, once it has."""
+    return []
+
+
+def _first_of_amd(target: str) -> str:
+    """That GPU. Triton 3.6 keeps the conversions to FP8 of the first it compiles for, and uses them for others: gfx950
+    after gfx942 converts in software, gfx942 after gfx950 fails."""
+    if not _amd():
+        _amd().append(target)
+    return _amd()[0]
+
+
+@cache
+def _process_of(target: str) -> ProcessPoolExecutor:
+    """A process that compiles for one AMD GPU."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def compile_there(*call: Any) -> None:
+    """Compile what ``compiled_for`` would, into Triton's cache."""
+    compiled_for(*call)
+
+
 def compile_for(
     target: str, launch: launches.Launch, kinds: Mapping[str, str], aligned: bool = False, number: str = "fp32"
 ) -> Mapping[str, str]:
+    """The code by stage of compilation of what ``compiled_for`` compiles."""
+    return compiled_for(target, launch, kinds, aligned, near=aligned, number=number).asm
+
+
+def compiled_for(
+    target: str,
+    launch: launches.Launch,
+    kinds: Mapping[str, str],
+    aligned: bool = False,
+    near: bool = False,
+    number: str = "fp32",
+) -> Any:
     """Compile a launch for a GPU that need not be here, and check that this GPU can launch it; ``kinds`` are Triton's
-    types of its tensors. Returns its code by stage of compilation.
+    types of its tensors. Returns Triton's compiled kernel.
 
     aligned: tell the compiler which numbers are multiples of 16, as all pointers then are: that is what a call does.
+    near:    tell it that tensors have less than 2 GiB, as a call on an AMD GPU does of those that have; they are then
+        buffers, whose loads and stores need no branch for what is masked.
     number:  the type of floating-point numbers; Inductor's calls give ``fp64``.
     """
     triton = import_module("triton")
     compiler = import_module("triton.compiler")
     machine_of = import_module("triton.backends.compiler").GPUTarget
     machine, _, _, shared = TARGETS[target]
+    if machine[0] == "hip" and _first_of_amd(target) != target:  # there it is compiled, here it is read from the cache
+        _process_of(target).submit(compile_there, target, launch, dict(kinds), aligned, near, number).result()
     function = jit.kernel(launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
@@ -99,6 +144,8 @@ def compile_for(
             signature[parameter.name] = number if isinstance(value, float) else "i32"
         if aligned and signature[parameter.name] != "constexpr" and _is_multiple(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
+            if near and machine[0] == "hip" and signature[parameter.name].startswith("*"):
+                attributes[(index,)].append(["tt.pointer_range", 32])
     source = compiler.ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=machine_of(*machine), options={"num_warps": launch.warps})
     assert made.metadata.num_warps * machine[2] <= MOST_THREADS
@@ -106,7 +153,7 @@ def compile_for(
     if machine[0] == "hip":  # what the hardware holds a launch to
         (workgroup,) = re.findall(r"\.max_flat_workgroup_size: *(\d+)", made.asm["amdgcn"])
         assert made.metadata.num_warps * machine[2] <= int(workgroup) <= MOST_THREADS
-    return made.asm
+    return made
 
 
 def in_float64(code: Mapping[str, str]) -> list[str]:

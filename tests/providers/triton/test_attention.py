@@ -242,6 +242,7 @@ SOME = [
     Case(128, 1024, group=8, dtype=torch.float16),
     Case(8, 4096, group=1, size=96),
     Case(8, 4096, size=256, tokens=16, mask="rows", window=512, softcap=50.0),
+    Case(8, 4096, size=256, tokens=16, mask="bool"),
     Case(1, 4096, size=80, tokens=4, mask="bool"),
     Case(8, 1024, group=1, mask="added", softcap=30.0),
     Case(1, 4096, tokens=2048),

@@ -9,6 +9,7 @@ from .steps import (
     at_most,
     codes_of,
     dtype_called,
+    largest_of,
     mask_of,
     nan_max,
     reciprocal_of_normal,
@@ -290,12 +291,12 @@ def act_quant_kernel(
                     PTX,
                 )
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
-            largest = top.to(dtype_called(VALUE))
+                top = nan_max(top, largest_of(largest_of(size, 1, PTX), 0, PTX))
+            top = top.to(dtype_called(VALUE))
             if bound is not None:
-                largest = at_most(largest, bound)
-            factor = apply_steps(FACTOR_STEPS, largest, largest)
-            tl.store(scale_out + row, apply_steps(SCALE_STEPS, largest, largest))
+                top = at_most(top, bound)
+            factor = apply_steps(FACTOR_STEPS, top, top)
+            tl.store(scale_out + row, apply_steps(SCALE_STEPS, top, top))
             for tile in tl.static_range(TILES):
                 columns = tile * COLUMNS + segment * BLOCK + element
                 mask = mask_of(columns, element, True, WIDTH, BLOCK, SEGMENT, TILES * COLUMNS != WIDTH, False)
@@ -372,10 +373,10 @@ def act_quant_kernel(
             if value_out is not None and maxima is None:
                 tl.store(value_out + at * BLOCK + element, y, mask=mask)
             if maxima_out is not None:
-                best = nan_max(best, tl.reduce(tl.reduce(size, 1, nan_max), 0, nan_max))
+                best = nan_max(best, largest_of(largest_of(size, 1, PTX), 0, PTX))
             else:
                 if GROUPED:
-                    top = tl.reduce(size, 1, nan_max).to(dtype_called(VALUE))[:, None]
+                    top = largest_of(size, 1, PTX).to(dtype_called(VALUE))[:, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
                 codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 tl.store(q + tl.max_contiguous(at * BLOCK + element, [1, RUN]), codes, mask=mask)

@@ -13,6 +13,7 @@ from .steps import (
     at_most,
     codes_of,
     dtype_called,
+    largest_of,
     mask_of,
     nan_max,
     scale_index,
@@ -452,7 +453,7 @@ def norm_quant_kernel(
                 if value_out is not None and maxima_out is not None:
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 size = tl.abs(y).to(tl.float32)
-                top = nan_max(top, tl.reduce(tl.reduce(size, 2, nan_max), 1, nan_max))
+                top = nan_max(top, largest_of(largest_of(size, 2, PTX), 1, PTX))
             if maxima_out is not None:
                 absent = (first + tl.arange(0, ROWS)) >= rows
                 best = nan_max(best, tl.reduce(tl.where(absent, 0.0, top), 0, nan_max))
@@ -525,7 +526,7 @@ def norm_quant_kernel(
                     tl.store(value_out + row * WIDTH + columns, y, mask=mask)
                 if GROUPED:
                     size = tl.abs(y).to(tl.float32)
-                    top = tl.reduce(size, 2, nan_max).to(dtype_called(VALUE))[:, :, None]
+                    top = largest_of(size, 2, PTX).to(dtype_called(VALUE))[:, :, None]
                     factor = apply_steps(FACTOR_STEPS, top, top)
                 codes = codes_of(y, VALUE_STEPS, factor, q.dtype.element_ty, PTX)
                 # How many elements a thread writes in a row is how many it should read: else they would change hands.

@@ -36,6 +36,17 @@ def nan_max(a, b):
 
 
 @triton.jit
+def largest_of(x, axis: tl.constexpr, PTX: tl.constexpr):
+    """The largest of absolute values in float32 along an axis, NaN if one is. Their bits order them as integers do, NaN
+    above infinity; that takes one instruction each where AMD's gfx942 takes three, since its maximum drops NaN."""
+    if PTX:
+        top = tl.reduce(x, axis, nan_max)
+    else:
+        top = tl.max(x.to(tl.int32, bitcast=True), axis).to(tl.float32, bitcast=True)
+    return top
+
+
+@triton.jit
 def at_most(maximum, bound):
     """A maximum in float32, or what a tensor says if that is less; NaN if either is."""
     return tl.minimum(maximum.to(tl.float32), tl.load(bound), propagate_nan=tl.PropagateNan.ALL)
@@ -90,7 +101,7 @@ def shared_division(x, s, PTX: tl.constexpr):
     r = reciprocal * (1.0 - 2.0**-21)
     error = tl.fma(near * -1.0, r, 1.0)
     rest = tl.where(error == error, tl.fma(error, error, error) * reciprocal, 2.0**-126)
-    if x.dtype == tl.bfloat16:  # a product with a power of two is exact, and two products are one instruction
+    if PTX and x.dtype == tl.bfloat16:  # a product with a power of two is exact, and two products are one instruction
         n = wide(x * c.to(tl.bfloat16), PTX)
     else:
         n = x.to(tl.float32) * c

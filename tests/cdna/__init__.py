@@ -1,0 +1,1 @@
+"""An emulator of CDNA's instructions, and what it shows about the kernels (README.md)."""
