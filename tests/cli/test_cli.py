@@ -167,7 +167,7 @@ def test_info_of_a_preference_that_does_not_exist(
         (["bench", "ops", "--from", "/no/such/file.json"], "No such file"),
         (["doctor", "--output", "report.html"], "'report.html' ends neither in .txt nor in .md"),
         (["doctor", "--output", "/no/such/folder/report.md"], "there is no folder /no/such/folder"),
-        (["doctor", "--only", "softmax"], "there are calls of rms_norm_quant, act_mul_quant, "),
+        (["doctor", "--only", "softmax"], "there are calls of rms_norm_quant, layer_norm_quant, "),
     ],
 )
 def test_bad_options(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
