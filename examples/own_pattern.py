@@ -1,4 +1,4 @@
-"""A fusion of your own, from outside the package: RMSNorm and int8 quantisation with one scale for each row.
+"""A fusion of your own, from outside the package: RMSNorm and int16 quantisation with one scale for each row.
 
     python examples/own_pattern.py
 
@@ -24,18 +24,18 @@ from aiter_fusion.stages.residual import INPUT, RESIDUAL
 
 
 def quantise(y: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (y.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-10)
-    return (y.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
+    scale = (y.abs().amax(-1, keepdim=True).float() / 32767).clamp(min=1e-10)
+    return (y.float() / scale).round().clamp(-32768, 32767).to(torch.int16), scale
 
 
 # 1. The form: what quantise() is in a graph. Every argument counts; a dtype is demanded where it decides the rounding.
 LARGEST = Call((aten.amax.default,), (Call((aten.abs.default,), (Var("x"),)), last_dim(), Const(True)))
-DIVIDED = Call((aten.div.Tensor,), (in_float32(LARGEST), Const(127)), dtype=torch.float32)
+DIVIDED = Call((aten.div.Tensor,), (in_float32(LARGEST), Const(32767)), dtype=torch.float32)
 SCALE = Named("scale", Call((aten.clamp_min.default,), (DIVIDED, Const(1e-10))))
 ROUNDED = Call((aten.round.default,), (Call((aten.div.Tensor,), (in_float32(Var("x")), SCALE)),))
-CLAMPED = Call((aten.clamp_max.default,), (Call((aten.clamp_min.default,), (ROUNDED, Const(-128))), Const(127)))
+CLAMPED = Call((aten.clamp_max.default,), (Call((aten.clamp_min.default,), (ROUNDED, Const(-32768))), Const(32767)))
 BRANCH = Branch("scale", source="scale", attribute="scale")  # the second output
-FORM = Form("int8_quant", "row", convert(CLAMPED, torch.int8), output="q", branches=(BRANCH,))
+FORM = Form("int16_quant", "row", convert(CLAMPED, torch.int16), output="q", branches=(BRANCH,))
 
 
 # 2. The stage: compute() repeats the graph's arithmetic on the value that the stage before hands on, spec() says what
@@ -46,18 +46,18 @@ def compute(value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def spec(value: Value) -> tuple[Value, dict[str, Spec]]:
-    return value, {"q": (value.sizes, torch.int8), "scale": ((*value.sizes[:-1], 1), torch.float32)}
+    return value, {"q": (value.sizes, torch.int16), "scale": ((*value.sizes[:-1], 1), torch.float32)}
 
 
 def samples(sample: Sample) -> Sequence[dict[str, Any]]:
     return [{}]
 
 
-INT8 = Stage("int8_quant", {}, compute, spec, samples, outputs=("q", "scale"), label=lambda attributes, sizes: "row")
+INT16 = Stage("int16_quant", {}, compute, spec, samples, outputs=("q", "scale"), label=lambda attributes, sizes: "row")
 
 # 3. The family: the stages in order. It makes every op: with and without the residual, with and without the norm's
 # value where something else reads that.
-FAMILY = Family("rms_norm_int8", (INPUT, maybe(RESIDUAL), RMS_NORM, INT8))
+FAMILY = Family("rms_norm_int16", (INPUT, maybe(RESIDUAL), RMS_NORM, INT16))
 
 aiter_fusion.register_form(FORM)
 aiter_fusion.register_family(FAMILY)

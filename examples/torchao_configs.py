@@ -1,4 +1,4 @@
-"""torchao's configurations, and what is fused of each: activations must be quantised too, to FP8.
+"""torchao's configurations, and what is fused of each: activations must be quantised too.
 
     python examples/torchao_configs.py
 

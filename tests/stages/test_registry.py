@@ -81,9 +81,9 @@ def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
             for rows in ("normal", "tiny", "huge", "zero"):
                 result.call(*cases.tensors(("x", "w"), sizes, dtype, rows))
         assert result.oracle.identical
-        assert result.report.replaced == {"rms_norm_int8": 1}
+        assert result.report.replaced == {"rms_norm_int16": 1}
         assert result.report.unaccounted == 0
-        assert result.variants == ["rms_norm_int8:" + ("offset+" if norm.name == "R3" else "") + "row"]
+        assert result.variants == ["rms_norm_int16:" + ("offset+" if norm.name == "R3" else "") + "row"]
     result = checked(site(own, norm.call), dynamic=None)
     with torch.no_grad():
         for rows in (6, 1, 9):
@@ -91,12 +91,12 @@ def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
             torch._dynamo.maybe_mark_dynamic(x, 0)
             result.call(x, w)
     assert result.oracle.identical
-    assert all(report.replaced == {"rms_norm_int8": 1} for report in result.reports)
+    assert all(report.replaced == {"rms_norm_int16": 1} for report in result.reports)
 
 
 def test_the_ops(own: ModuleType) -> None:
     """The generic tests of ops, on every overload of the family."""
-    ops = list(REGISTRY.overloads("rms_norm_int8").values())
+    ops = list(REGISTRY.overloads("rms_norm_int16").values())
     assert [op.overload_name for op in ops] == ["add", "add_value", "default", "value"]
     for op in ops:
         every_promise(op, "reference")
@@ -111,7 +111,7 @@ def test_overloads_follow_from_the_stages(own: ModuleType) -> None:
         return (*own.quantise(value), summed, value)
 
     result = fused(call, *cases.tensors(("x", "r", "w"), (4,), BF16, "normal"), verify=True)
-    assert result.variants == ["rms_norm_int8:add+row+value"]
+    assert result.variants == ["rms_norm_int16:add+row+value"]
     (plain,) = fused(call, *cases.tensors(("x", "r", "w"), (4,), BF16, "normal"), level=1).report.sites
     assert plain.reason == "level: needs level 2, this is level 1"
 
@@ -122,22 +122,22 @@ def test_reasons(own: ModuleType) -> None:
     def reason(fn: Callable[..., object], **options) -> str:
         return next(s.reason for s in fused(fn, *inputs, **options).report.sites if s.status != "replaced")
 
-    assert reason(site(own), disable="rms_norm_int8") == "disabled: rms_norm_int8 is in 'disable'"
+    assert reason(site(own), disable="rms_norm_int16") == "disabled: rms_norm_int16 is in 'disable'"
     assert reason(site(own), level=0, enable="act_mul_quant") == "level: needs level 1, this is level 0"
     assert reason(lambda x, w: own.quantise(x * 2)).startswith("producer: its input is aten.mul.Tensor")
 
     def in_half(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """The scale is rounded to bf16: another arithmetic, so it is not taken."""
         y = cases.llama(x, w)
-        scale = (y.abs().amax(-1, keepdim=True) / 127).float().clamp(min=1e-10)
-        return (y.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
+        scale = (y.abs().amax(-1, keepdim=True) / 32767).float().clamp(min=1e-10)
+        return (y.float() / scale).round().clamp(-32768, 32767).to(torch.int16), scale
 
     assert reason(in_half).startswith("unquantised: ")
 
 
 def test_compiled_and_cached(own: ModuleType) -> None:
     x, w = cases.tensors(("x", "w"), (4,), BF16, "normal")
-    backend = aiter_fusion.Backend(strict=True, expect={"rms_norm_int8": 1}, verify=True)
+    backend = aiter_fusion.Backend(strict=True, expect={"rms_norm_int16": 1}, verify=True)
     for cached in (False, True):
         torch._dynamo.reset()
         with torch.no_grad():
@@ -147,13 +147,13 @@ def test_compiled_and_cached(own: ModuleType) -> None:
         assert torch.equal(scale, eager[1])
         made = aiter_fusion.reports()[-1]
         assert made.from_cache == cached
-        assert made.replaced == {"rms_norm_int8": 1}
+        assert made.replaced == {"rms_norm_int16": 1}
 
 
 def test_a_provider(own: ModuleType) -> None:
     """A kernel for the op: asked for by name, chosen where it accepts, with its reason where it refuses."""
     before, calls = uuid(), []
-    plain = REGISTRY.ops["rms_norm_int8", frozenset()]
+    plain = REGISTRY.ops["rms_norm_int16", frozenset()]
     tensors, flag = Tensors((BF16,)), OneOf((True, False))
     mine_takes = Terms(
         {"x": tensors, "weight": tensors, "eps": Number(), "eps_tensor": OneOf((None,)), "offset": OneOf((None,))}
@@ -200,7 +200,7 @@ def test_a_provider(own: ModuleType) -> None:
 def test_what_processes_take_jointly(own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fusion from outside that all processes must take or none: what one has in its cache, it asks about again."""
     aiter_fusion.unregister(own.FAMILY)
-    collective = Family("rms_norm_int8", (INPUT, RMS_NORM, replace(own.INT8, collective=True)))
+    collective = Family("rms_norm_int16", (INPUT, RMS_NORM, replace(own.INT16, collective=True)))
     aiter_fusion.register_family(collective)
     x, w = cases.tensors(("x", "w"), (4,), BF16, "normal")
     for unlike, cached, status in (
@@ -232,9 +232,9 @@ def test_the_cache_key_knows_what_is_registered(own: ModuleType) -> None:
         Form("mine", "other", own.FORM.pattern, "q"),
         Form("mine", "other", ABS, "q"),
         Form("mine", "other", ABS, "q", complete=lambda root, found: "never"),
-        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT8)),
-        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT8), level=2),
-        Family("rms_norm_abs", (INPUT, RMS_NORM, replace(own.INT8, levels={"value": 3}))),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT16)),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, own.INT16), level=2),
+        Family("rms_norm_abs", (INPUT, RMS_NORM, replace(own.INT16, levels={"value": 3}))),
     ):
         aiter_fusion.register_form(changed) if isinstance(changed, Form) else aiter_fusion.register_family(changed)
         seen.append(uuid())
@@ -306,25 +306,25 @@ def test_the_key_is_the_same_in_every_process() -> None:
             "family 'nothing' has no op: declare one with aiter_fusion.fused_op first",
         ),
         (
-            lambda own: aiter_fusion.register_fusion(Fusion("rms_norm_int8", ("norm", "int8"), lambda *_: "")),
+            lambda own: aiter_fusion.register_fusion(Fusion("rms_norm_int16", ("norm", "int16"), lambda *_: "")),
             ValueError,
-            "no form is of kind 'norm': call aiter_fusion.register_form first; kinds are act_mul, ",
+            "no form is of kind 'norm': call aiter_fusion.register_form first; kinds are act, act_mul, ",
         ),
         (
             lambda own: aiter_fusion.register_fusion(
-                Fusion("rms_norm_int8", ("rms_norm", "int8_quant"), lambda *_: "")
+                Fusion("rms_norm_int16", ("rms_norm", "int16_quant"), lambda *_: "")
             ),
             ValueError,
-            "fusions: rms_norm_int8 rms_norm -> int8_quant rms_norm_int8 is registered already",
+            "fusions: rms_norm_int16 rms_norm -> int16_quant rms_norm_int16 is registered already",
         ),
         (
-            lambda own: aiter_fusion.fused_op(REGISTRY.ops["rms_norm_int8", frozenset()]),
+            lambda own: aiter_fusion.fused_op(REGISTRY.ops["rms_norm_int16", frozenset()]),
             ValueError,
-            "ops: rms_norm_int8 is registered already",
+            "ops: rms_norm_int16 is registered already",
         ),
         (
             lambda own: aiter_fusion.fused_op(
-                FusedOp("rms_norm_int8", frozenset(), {}, ("y",), dict, dict, lambda: iter(()))
+                FusedOp("rms_norm_int16", frozenset(), {}, ("y",), dict, dict, lambda: iter(()))
             ),
             ValueError,
             "which PyTorch cannot forget: choose another family or other features",
@@ -335,7 +335,7 @@ def test_the_key_is_the_same_in_every_process() -> None:
             "family norms: two of its stages have an argument cast_first, dtype, eps, eps_tensor, offset, weight",
         ),
         (
-            lambda own: aiter_fusion.register_family(Family("norms", (RMS_NORM, own.INT8))),
+            lambda own: aiter_fusion.register_family(Family("norms", (RMS_NORM, own.INT16))),
             ValueError,
             "family norms: its first stage, rms_norm, takes a value from a stage before it",
         ),
@@ -354,8 +354,8 @@ def test_mistakes(register: Callable, error: type, message: str, own: ModuleType
 
 
 def test_a_family_is_unknown_until_it_is_registered() -> None:
-    with pytest.raises(ValueError, match="no fusion is called 'rms_norm_int8'"):
-        aiter_fusion.Backend(expect={"rms_norm_int8": 1})
+    with pytest.raises(ValueError, match="no fusion is called 'rms_norm_int16'"):
+        aiter_fusion.Backend(expect={"rms_norm_int16": 1})
 
 
 def test_a_form_alone_changes_nothing() -> None:
