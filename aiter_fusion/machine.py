@@ -46,6 +46,13 @@ def why_untested(version: str = torch.__version__) -> str | None:
     )
 
 
+def build() -> str:
+    """What this PyTorch was built for: ``CUDA 13.0``, ``ROCm 7.0.51831``, or ``CPUs``."""
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda is not None else "CPUs"
+
+
 def architecture(device: int = 0) -> str | None:
     """The ROCm architecture of a GPU, e.g. ``gfx942``; None without ROCm or without a GPU.
 

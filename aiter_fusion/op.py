@@ -13,7 +13,7 @@ from .domains import Domain
 from .registry import REGISTRY, Registry
 
 if TYPE_CHECKING:
-    from .stage import Stage
+    from .stage import Setting, Stage
 
 NAMESPACE = "aiter_fusion"
 # One for each overload: PyTorch 2.11 to 2.13 abort at exit, taking down a library that has defined overloads of one op
@@ -63,6 +63,7 @@ class FusedOp:
     reference:  plain PyTorch, the oracle and the fallback. Takes the arguments by name, returns name -> tensor.
     shape:      sizes, dtype and, unless contiguous, layout of every output, which is on the first tensor's device.
     samples:    argument sets for tests, with hostile rows.
+    typical:    arguments as models give them, to time the op with, or to try it on a machine; None: nobody does.
     layouts:    arguments that say how outputs lie in memory, in the order in which the planner tries them: the last is
                 for contiguous outputs, each other for where the graph would transpose and copy them.
     order_free: arguments that are summed over processes, in an order that is a library's own: what verifies the op
@@ -88,6 +89,7 @@ class FusedOp:
     reference: Callable[..., dict[str, Tensor]]
     shape: Callable[..., dict[str, Spec]]
     samples: Callable[[], Iterator[dict[str, Any]]]
+    typical: Callable[[Setting], dict[str, Any]] | None = None
     layouts: tuple[Mapping[str, Any], ...] = ({},)
     tolerance: Tolerance = field(default_factory=Tolerance)
     order_free: frozenset[str] = frozenset()

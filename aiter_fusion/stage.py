@@ -62,7 +62,7 @@ SAMPLES = tuple(
 
 
 class Setting(NamedTuple):
-    """What a benchmark calls an op with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
+    """What ops are timed and tried with: ``rows`` of ``hidden`` bfloat16 values on a device, quantised as torchao does.
 
     granularity: of the scales, as a site's variant names it, e.g. ``group128``; format: of the quantised values; words:
     what else the benchmark calls the variant, such as the name of an activation.
@@ -248,6 +248,7 @@ class Family:
             reference=partial(compute, row),
             shape=partial(spec, row),
             samples=partial(samples, row),
+            typical=partial(typical, row),
             layouts=tuple({k: v for part in parts for k, v in part.items()} for parts in product(*layouts)),
             tolerance=self.tolerance,
             order_free=frozenset().union(*(stage.order_free for stage in row)),
@@ -317,3 +318,9 @@ def samples(row: Sequence[Stage]) -> Iterator[dict[str, Any]]:
             given = {name: value for choices in before for name, value in choices[index % len(choices)].items()}
             for more in last:
                 yield {name: {**given, **more}[name] for stage in row for name in stage.arguments}
+
+
+def typical(row: Sequence[Stage], setting: Setting) -> dict[str, Any]:
+    """Arguments as models give them, in order."""
+    given = {name: value for stage in row for name, value in stage.typical(setting).items()}
+    return {name: given[name] for stage in row for name in stage.arguments}

@@ -78,9 +78,9 @@ class Recognised:
 def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> Recognised:
     """All records of a graph.
 
-    Values are tried from the last to the first, so that a form is found before its own parts are: a node inside a
-    record, and read nowhere else, is never the root of another record of the same kind. Two records may share nodes
-    (two weights on one normalised tensor), never a root.
+    Values are tried from the last to the first, so that a form is found before its own parts are: a node inside
+    records of one kind, and read nowhere else, is never the root of another record (the product in a gated norm is no
+    activation). Two records may share nodes (two weights on one normalised tensor), never a root.
 
     An exception concerns the value at which it was raised, and is reported there; with ``strict`` it is raised.
     """
@@ -104,10 +104,11 @@ def recognise(graph: fx.Graph, forms: Sequence[Form], strict: bool = False) -> R
     inside: dict[str, set[fx.Node]] = defaultdict(set)  # kind -> nodes inside its records
     tried: set[tuple[fx.Node, str]] = set()
 
-    def candidates(node: fx.Node) -> list[Form]:
+    def candidates(node: fx.Node) -> Sequence[Form]:
         forms_here = anywhere.get(node.target, ())
-        read = readers(node) if forms_here else []
-        return [form for form in forms_here if node not in inside[form.kind] or not inside[form.kind].issuperset(read)]
+        around = [nodes for nodes in inside.values() if node in nodes] if forms_here else []
+        read = readers(node) if around else []
+        return [] if any(nodes.issuperset(read) for nodes in around) else forms_here
 
     def first(candidates: Sequence[Form], node: fx.Node) -> Record | None:
         try:

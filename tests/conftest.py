@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Two workers, and processes of theirs, share the cores; threads that wait for the next small tensor would take them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 import pytest
 import torch
 import torch.distributed as dist

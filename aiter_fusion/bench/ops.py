@@ -108,10 +108,10 @@ class Case:
         return next((format for format in FORMATS if format.word() in words), format_of(fp8))
 
     def arguments(self, device: str, fp8: torch.dtype = FP8[0]) -> dict[str, Any]:
-        """The op's arguments by name, in order, as its stages say that models give them."""
-        words = self.variant.split("+")
-        setting = Setting(self.rows, self.hidden, device, words[-1], self.format(fp8), frozenset(words))
-        return {name: value for stage in self.op.stages for name, value in stage.typical(setting).items()}
+        """The op's arguments by name, in order, as models give them."""
+        words, typical = self.variant.split("+"), self.op.typical
+        assert typical is not None
+        return typical(Setting(self.rows, self.hidden, device, words[-1], self.format(fp8), frozenset(words)))
 
     @property
     def bytes(self) -> int:

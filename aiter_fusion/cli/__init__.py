@@ -1,10 +1,10 @@
 """The command line: ``aiter-fusion <command>``, or ``python -m aiter_fusion <command>``.
 
 Compiles models with fused FP8 kernels and reports what was fused, what was not, and why. Results go to standard output,
-and everything else goes to standard error. The exit status is 0 on success; 1 if a
-comparison was refused, if --expect named other counts, or if --strict found a skipped site; 2 on an error, which is
-reported in one line (--debug shows the traceback). The command 'run' leaves standard output to the script and exits
-with the script's status. Colours appear on terminals only, unless NO_COLOR is set.
+and everything else goes to standard error. The exit status is 0 on success; 1 if a comparison was refused, if --expect
+named other counts, if --strict found a skipped site, or if doctor found that a call fails which graphs take; 2 on an
+error, which is reported in one line (--debug shows the traceback). The command 'run' leaves standard output to the
+script and exits with the script's status. Colours appear on terminals only, unless NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS = {
     "run": "run a Python script; every torch.compile in it that names no other backend uses aiter_fusion",
     "explain": "compile a model, call it once, and show what was fused, what was not, and why",
     "info": "show what this machine can run and what the environment variables prefer",
+    "doctor": "compile and run every fused op on this machine, and write a report of what works and what does not",
     "bench": "compare aiter_fusion with plain Inductor on this GPU",
     "tune": "measure how to launch the Triton kernels on this GPU, and keep the fastest launches in the user's cache",
 }

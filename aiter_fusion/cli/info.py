@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from ..reasons import Reason, Refusal
 from ..registry import REGISTRY
 from .parser import Parser, Run
 from .streams import show
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def fill(parser: Parser) -> Run:
@@ -56,6 +59,7 @@ def information() -> dict[str, Any]:
         "backend_by_name": bool(entry_points(group="torch_dynamo_backends", name="aiter_fusion")),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "build": machine.build(),
         "triton": machine.triton_version(),
         "device": torch.cuda.get_device_name(device) if gpu else None,
         "architecture": machine.architecture(device) or (f"sm_{capability}" if gpu else None),
@@ -121,20 +125,26 @@ def _preferences(chosen: config.Options) -> dict[str, dict[str, Any]]:
 
 def command(args: argparse.Namespace) -> None:
     """Print the information as a table or as JSON."""
-    from rich.text import Text  # here: JSON does without
-
-    from ..tables import table
-
     found = information()
     if args.json:
         show(json.dumps(found, indent=1), sys.stdout)
         return
+    from ..tables import table  # here: JSON does without rich
+
+    columns = ("name", "value")
+    show(table(columns, rows_of(found), left=columns, folds={"value": None}, header=False), sys.stdout)
+
+
+def rows_of(found: dict[str, Any]) -> list[list[str | Text]]:
+    """Name and value of everything in ``information``, as a person reads it."""
+    from rich.text import Text
+
     nothing = "none: PyTorch sees no GPU"
     can_run = Text.assemble(("can run", "green"))
     rows: list[list[str | Text]] = [
         ["aiter_fusion", found["aiter_fusion"]],
         ["python", found["python"]],
-        ["torch", found["torch"]],
+        ["torch", f"{found['torch']}, built for {found['build']}"],
         ["backend='aiter_fusion'", "works" if found["backend_by_name"] else "needs pip install; Backend() works"],
         ["triton", found["triton"] or "not installed"],
         ["device", found["device"] or nothing],
@@ -162,5 +172,4 @@ def command(args: argparse.Namespace) -> None:
         rows.append([f"fusion {family}", f"off: {why}" if why else f"on, by {', '.join(found['fused_by'][family])}"])
     if found["advice"]:
         rows.append(["note", found["advice"]])
-    columns = ("name", "value")
-    show(table(columns, rows, left=columns, folds={"value": None}, header=False), sys.stdout)
+    return rows

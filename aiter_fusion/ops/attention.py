@@ -13,6 +13,7 @@ from torch import Tensor
 from ..domains import FLAG, Number, Sizes, Tensors
 from ..op import FusedOp, Spec, Tolerance, define, dense
 from ..providers.choice import implementation
+from ..stage import Setting
 
 F32 = torch.float32
 FLOATS = (torch.bfloat16, torch.float16, F32)
@@ -208,6 +209,21 @@ def _mask(seed: int, batch: int, heads: int, queries: int, slots: int, dtype: to
     return None
 
 
+def _typical(setting: Setting) -> dict[str, Any]:
+    """One token of ``rows`` sequences over a cache of 1,024, all but the last filled; heads of 128, four of queries to
+    one of keys."""
+    heads, slots, dim = setting.hidden // 128, 1024, 128
+    given = operands(setting.rows, heads, heads // 4, 1, slots, dim)
+    return {name: tensor.to(setting.device) for name, tensor in given.items()} | {
+        "mask": None,
+        "position": torch.full((), slots - 1, device=setting.device),
+        "scale": dim**-0.5,
+        "window": 0,
+        "softcap": 0.0,
+        "by_tokens": True,
+    }
+
+
 ATTENTION = define(
     FusedOp(
         family="decode_attention",
@@ -227,6 +243,7 @@ ATTENTION = define(
         reference=reference,
         shape=shape,
         samples=samples,
+        typical=_typical,
         layouts=({"by_tokens": True}, {"by_tokens": False}),
         domains={
             **dict.fromkeys(("q", "k", "v"), Tensors(FLOATS)),

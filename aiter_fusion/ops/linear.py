@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..domains import FLAG, Each, OneOf, Tensors
 from ..formats import FP8
 from ..op import FusedOp, Spec, define
 from ..providers.choice import implementation
 from ..scaled_product import BLOCK, BLOCKS, MOST, ROWS, TENSORS, granularity, strided
+from ..stage import Setting
 
 F32 = torch.float32
 
@@ -121,6 +123,14 @@ def samples() -> Iterator[dict[str, Any]]:
             yield {**given, "biases": biases, "dtype": dtype, "fast_accum": bool(seed % 2)}
 
 
+def _typical(setting: Setting) -> dict[str, Any]:
+    """Queries, keys and values of a Llama, whose four heads of queries share one of keys; a scale for each row."""
+    widths = (setting.hidden, setting.hidden // 4, setting.hidden // 4)
+    given = operands(setting.rows, setting.hidden, widths, ROWS, setting.format.dtype)
+    placed = tree_map(lambda tensor: tensor.to(setting.device), given)
+    return {**placed, "biases": [None] * len(widths), "dtype": torch.bfloat16, "fast_accum": True}
+
+
 LINEAR = define(
     FusedOp(
         family="fp8_linear",
@@ -138,6 +148,7 @@ LINEAR = define(
         reference=reference,
         shape=shape,
         samples=samples,
+        typical=_typical,
         domains={
             "x": Tensors(FP8),
             "weights": Each(Tensors(FP8), MOST),

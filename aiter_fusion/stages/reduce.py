@@ -12,6 +12,9 @@ from ..domains import ANYTHING
 from ..op import Spec
 from ..stage import Sample, Stage, Value
 
+# PyTorch's name for the default group.
+_WORLD = "0"
+
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum of every rank's ``x``, in its dtype."""
@@ -30,9 +33,9 @@ def _spec(value: None, x: Tensor, other: Tensor | None, group: str) -> tuple[Val
 
 
 def _samples(sample: Sample) -> Sequence[dict[str, Any]]:
-    """For a process that is the only one of the group called 0."""
+    """For a process that is the only one of the default group."""
     x = sample.rows()
-    return [{"x": x, "other": other, "group": "0"} for other in (None, x.flip(0).contiguous())]
+    return [{"x": x, "other": other, "group": _WORLD} for other in (None, x.flip(0).contiguous())]
 
 
 # ``reduced = all_reduce(x)``, or ``all_reduce(x) + all_reduce(other)``; x and other ``[..., H]``, of as many rows. A
@@ -43,6 +46,7 @@ ALL_REDUCE = Stage(
     _compute,
     _spec,
     _samples,
+    lambda setting: {"x": setting.random(), "other": None, "group": _WORLD},
     traits=("pair",),
     returns="reduced",
     one=("group",),

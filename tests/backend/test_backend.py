@@ -406,6 +406,11 @@ def test_a_second_process_reports_the_same_from_the_cache(tmp_path: Path) -> Non
     assert line in first.stderr
     assert line + "from cache" in second.stderr
     assert first.stderr.count("good for checking, but slower") == 1
+
+
+@pytest.mark.slow  # test_uuid has the key of every option
+def test_a_second_process_with_another_option(tmp_path: Path) -> None:
+    run_script(SCRIPT, tmp_path)
     third = run_script(SCRIPT, tmp_path, AITER_FUSION_LEVEL="1")
     assert json.loads(third.stdout)["from_cache"] is False, "another option must not reuse the code"
     assert "WARNING" not in third.stderr

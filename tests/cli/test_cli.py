@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import aiter_fusion
-from aiter_fusion import cli
+from aiter_fusion import cli, machine
 from aiter_fusion.bench import model, ops, timing
 from aiter_fusion.bench.ops import Case, Result, Row
 from aiter_fusion.bench.timing import Conditions, Refused
@@ -87,7 +87,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in out
     rows = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
     rows = {name: value.strip() for name, value in rows.items()}
-    assert rows["torch"] == torch.__version__
+    assert rows["torch"] == f"{torch.__version__}, built for {machine.build()}"
     assert rows["device"] == rows["native FP8"] == "none: PyTorch sees no GPU"
     assert rows["provider reference"] == "can run"
     assert rows["preferred level"] == "3 (default)"
@@ -165,6 +165,9 @@ def test_info_of_a_preference_that_does_not_exist(
         (["bench", "model", "--decode", "--context", "64"], "--context 64: must be more than 96"),
         (["bench", "model", "--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["bench", "ops", "--from", "/no/such/file.json"], "No such file"),
+        (["doctor", "--output", "report.html"], "'report.html' ends neither in .txt nor in .md"),
+        (["doctor", "--output", "/no/such/folder/report.md"], "there is no folder /no/such/folder"),
+        (["doctor", "--only", "softmax"], "there are calls of rms_norm_quant, act_mul_quant, "),
     ],
 )
 def test_bad_options(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

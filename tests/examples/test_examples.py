@@ -132,6 +132,7 @@ def test_a_lower_count(run: Callable[..., str]) -> None:
         assert sign in part
 
 
+@pytest.mark.slow  # every test with an oracle compares the rewritten graphs' bits
 def test_accuracy(run: Callable[..., str]) -> None:
     models.need_scaled_rows()
     out = run("accuracy.py")

@@ -20,7 +20,7 @@ from support.mutations.operators import MUTATIONS, Inexecutable, Mutation
 
 pytestmark = pytest.mark.xdist_group("masks")  # every worker would capture the graphs for itself
 
-EXAMPLES = int(os.environ.get("AITER_FUSION_MUTATIONS", "120"))
+EXAMPLES = int(os.environ.get("AITER_FUSION_MUTATIONS", "80"))
 
 MUTATED = st.tuples(
     st.sampled_from(SOURCES),

@@ -21,7 +21,7 @@ from support.mutations.sources import SOURCES, Source, base
 
 pytestmark = pytest.mark.xdist_group("mutations")  # every worker would capture the graphs for itself
 
-EXAMPLES = int(os.environ.get("AITER_FUSION_MUTATIONS", "400"))
+EXAMPLES = int(os.environ.get("AITER_FUSION_MUTATIONS", "250"))
 
 MUTATED = st.tuples(
     st.sampled_from(SOURCES),
@@ -38,13 +38,14 @@ def test_unmutated(source: Source) -> None:
     assert not known.guards  # so that a dynamic graph was run with other sizes
 
 
+@pytest.mark.parametrize("seeds", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("function", [wider_groups, other_weight, other_summand], ids=lambda f: f.__name__)
-def test_what_a_pattern_cannot_express(function: Mutation) -> None:
+def test_what_a_pattern_cannot_express(function: Mutation, seeds: int) -> None:
     """These break a condition on the shapes and dtypes of a match that is otherwise complete, on every source."""
     tried = 0
     for source in SOURCES:
         seen = set()
-        for seed in range(10):
+        for seed in range(seeds):
             try:
                 graph, done, known = mutate(base(source), [(function, seed)])
                 if done and done[0] not in seen:
@@ -58,12 +59,13 @@ def test_what_a_pattern_cannot_express(function: Mutation) -> None:
     assert tried > 20
 
 
-def test_mutated_graphs_keep_their_bits(record_property: Callable[[str, object], None]) -> None:
+@pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(max(EXAMPLES, 1000), marks=pytest.mark.slow)])
+def test_mutated_graphs_keep_their_bits(examples: int, record_property: Callable[[str, object], None]) -> None:
     """Both kinds must be frequent: a pass that refuses everything is no evidence, nor are harmless mutations."""
     seen: Counter[str] = Counter()
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,

@@ -47,7 +47,7 @@ ORDER = (
     {"passes", "prepared"},
     {"extend"},
     {"backend"},
-    {"bench", "dumping", "run"},
+    {"bench", "doctor", "dumping", "run"},
     {"cli"},
     {"__main__"},
 )

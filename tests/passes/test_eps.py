@@ -40,8 +40,15 @@ def some_rows() -> Tensor:
     return cases.tensors(("x",), (4,), torch.bfloat16, "normal")[0]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("norm", [models.RoundFirstRMSNorm, models.WeighFirstRMSNorm])
+@pytest.mark.parametrize(
+    ("norm", "dynamic"),
+    [
+        (models.RoundFirstRMSNorm, None),
+        (models.WeighFirstRMSNorm, True),
+        pytest.param(models.RoundFirstRMSNorm, True, marks=pytest.mark.slow),
+        pytest.param(models.WeighFirstRMSNorm, None, marks=pytest.mark.slow),
+    ],
+)
 def test_modules_of_one_class(norm: type[nn.Module], dynamic: bool | None) -> None:
     """A second graph takes any eps, and is fused as the first is; each call has the bits of its own."""
     torch._dynamo.reset()

@@ -194,7 +194,7 @@ def run(fn: Callable[..., tuple[Tensor, ...]], sizes: str) -> FusionReport:
     return result.report
 
 
-@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+@pytest.mark.parametrize("sizes", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 @pytest.mark.parametrize("fn", TAKEN, ids=lambda fn: fn.__name__)
 def test_permuted(fn: Callable[..., tuple[Tensor, ...]], sizes: str) -> None:
     report = run(fn, sizes)

@@ -64,7 +64,7 @@ REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("repeat", REPEATS)
 def test_repeated_heads(repeat: str, queries: int) -> None:
     """The op reads the cache as it is, and no copy of it is left."""
@@ -140,8 +140,16 @@ DECOMPOSED: dict[str, tuple[Callable[..., Tensor], bool, float, float]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    ("queries", "dtype"),
+    [
+        (1, torch.bfloat16),
+        (3, torch.float32),
+        pytest.param(3, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("name", "masked"),
     [*((name, True) for name in DECOMPOSED), ("math", False)],  # Inductor has another softmax(a * b)
@@ -412,7 +420,7 @@ def test_a_position_is_proved(queries: int) -> None:
     assert left(targets) == set()
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_window_is_proved(queries: int) -> None:
     found, targets = by_mask(WINDOWED, queries, torch.tensor(0))
     for name, (variant, node) in found.items():
@@ -420,7 +428,7 @@ def test_a_window_is_proved(queries: int) -> None:
     assert left(targets) == set()
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_position_and_a_mask(queries: int) -> None:
     """The position bounds what is read; what is not understood stays a mask, boolean where the model's was."""
     found, targets = by_mask(WITH_MORE, queries, torch.tensor(0))
@@ -430,7 +438,7 @@ def test_a_position_and_a_mask(queries: int) -> None:
     assert not any("where" in target or "le." in target for target in targets)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_nothing_is_proved(queries: int) -> None:
     found, _ = by_mask(UNPROVED, queries, torch.tensor(0))
     for name, (variant, node) in found.items():

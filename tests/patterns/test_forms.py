@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from support.rows import Row, Rows
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTS = ("Q1r", "Q2", "Q3_tensor", "Q7_64")
 RANKS = ((6,), (2, 3), (2, 2, 3))
+slow = pytest.mark.slow
 
 
 def run(
@@ -47,17 +49,29 @@ def quants(*names: str) -> list[cases.QuantForm]:
     return [cases.QUANT[name] for name in names]
 
 
-@pytest.mark.parametrize("norm", cases.NORMS, ids=lambda n: n.name)
+def every(always: Sequence[Any], others: Sequence[Any]) -> Any:
+    """A parameter whose other values repeat what the first ones show, and are slow."""
+    return [*always, *(pytest.param(value, marks=slow) for value in others)]
+
+
+def test_every_norm() -> None:
+    """With a quantiser of each granularity."""
+    run([(cases.FUSION["norm"], norm, quant) for norm in cases.NORMS for quant in quants(*QUANTS)])
+
+
+@pytest.mark.parametrize("norm", every(cases.NORMS[:1], cases.NORMS[1:]), ids=lambda n: n.name)
 def test_every_norm_with_every_quantiser(norm: cases.NormForm) -> None:
     run([(cases.FUSION["norm"], norm, quant) for quant in cases.QUANTS])
 
 
-@pytest.mark.parametrize("quant", quants("Q1r", "Q2", "Q3_tensor", "Q7_128", "I1", "X1"), ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quant", every(quants("Q1r", "Q2", "I1"), quants("Q3_tensor", "Q7_128", "X1")), ids=lambda q: q.name
+)
 def test_every_activation(quant: cases.QuantForm) -> None:
     run([(cases.FUSION["act"], act, quant) for act in cases.ACTS])
 
 
-@pytest.mark.parametrize("quant", quants(*QUANTS), ids=lambda q: q.name)
+@pytest.mark.parametrize("quant", every(quants(*QUANTS[:2]), quants(*QUANTS[2:])), ids=lambda q: q.name)
 def test_every_producer(quant: cases.QuantForm) -> None:
     """And half of them with the value read elsewhere too; a sum with the residual stream always is."""
     rows = [(cases.PRODUCED, producer, quant) for producer in cases.PRODUCERS]
@@ -77,14 +91,20 @@ def test_every_producer_of_other_ranks(sizes: tuple[int, ...], dtype: torch.dtyp
     run(rows, sizes, dtype, ("normal", "nonfinite"))
 
 
-@pytest.mark.parametrize("quant", quants("Q1r", "Q1t", "Q1b", "Q2", "Q5"), ids=lambda q: q.name)
+@pytest.mark.parametrize("quant", every(quants("Q1r", "Q1b", "Q2"), quants("Q1t", "Q5")), ids=lambda q: q.name)
 def test_every_fusion(quant: cases.QuantForm) -> None:
     norms = [(case, cases.NORM["R1"], quant) for case in cases.NORM_FUSIONS]
     run([*norms, *((case, cases.ACT["S1"], quant) for case in cases.ACT_FUSIONS)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", RANKS, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [  # each once, with every quantiser; the other combinations are slow
+        pytest.param(sizes, dtype, marks=() if RANKS.index(sizes) == DTYPES.index(dtype) else slow)
+        for sizes, dtype in itertools.product(RANKS, DTYPES)
+    ],
+    ids=str,
+)
 def test_every_dtype_and_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     """Every norm that computes otherwise, with another quantiser in each of three combinations."""
     quant = quants("Q1r", "Q1t", "Q1b")[(DTYPES.index(dtype) + RANKS.index(sizes)) % 3]
@@ -106,8 +126,12 @@ def test_one_row() -> None:
 
 @pytest.mark.parametrize(
     ("quantisers", "sizes"),
-    [(quants("Q1r", "Q1t", "Q1b", "Q2", "Q7_64"), [(6,), (1,), (9,)]), (cases.QUANTS, [(2, 3), (3, 5), (4, 7)])],
-    ids=["one", "two"],
+    [
+        (quants("Q1r", "Q1t", "Q1b", "Q2", "Q7_64"), [(6,), (1,), (9,)]),
+        (quants("Q1r", "Q1t", "Q1b", "Q2", "Q7_64"), [(2, 3), (3, 5), (4, 7)]),
+        pytest.param(cases.QUANTS, [(2, 3), (3, 5), (4, 7)], marks=slow),
+    ],
+    ids=["one", "two", "two, all"],
 )
 def test_dynamic_rows(quantisers: Sequence[cases.QuantForm], sizes: list[tuple[int, ...]]) -> None:
     """One graph serves any number of rows, in one and in two symbolic dimensions."""
@@ -183,8 +207,7 @@ def test_no_rows() -> None:
     run([(cases.FUSION["add_norm"], cases.NORM["R1"], quant) for quant in of_rows], (0,), kinds=("normal",))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(
+COMBINATIONS = given(
     norm=st.sampled_from(cases.NORMS),
     act=st.sampled_from(cases.ACTS),
     case=st.sampled_from(cases.NORM_FUSIONS + cases.ACT_FUSIONS),
@@ -193,7 +216,9 @@ def test_no_rows() -> None:
     dtype=st.sampled_from(DTYPES),
     rows=st.sampled_from(cases.ROWS),
 )
-def test_any_combination(
+
+
+def one_combination(
     norm: cases.NormForm,
     act: cases.ActForm,
     case: cases.FusionCase,
@@ -202,8 +227,13 @@ def test_any_combination(
     dtype: torch.dtype,
     rows: str,
 ) -> None:
-    """Every part with every other: a form is always found, and the bits are the same."""
     run([(case, norm if case in cases.NORM_FUSIONS else act, quant)], sizes, dtype, (rows,))
+
+
+@pytest.mark.parametrize("examples", every([10], [100]))
+def test_any_combination(examples: int) -> None:
+    """Every part with every other: a form is always found, and the bits are the same."""
+    settings(max_examples=examples, deadline=None, derandomize=True, database=None)(COMBINATIONS(one_combination))()
 
 
 def test_no_mm_plus_residual_is_lost() -> None:

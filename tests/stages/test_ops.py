@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from aiter_fusion.scale_program import is_inverse, is_of_bytes, parse, run
 from support.op_contract import (
     agrees_with_the_reference,
     call,
+    chosen,
     fake_equals_real,
     passes_opcheck,
     sampled,
@@ -45,19 +45,6 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{store}")
     yield
     dist.destroy_process_group()
-
-
-def chosen(every: list[FusedOp]) -> list[Any]:
-    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow,
-    and so are those of two scales where there are some of three."""
-    made = []
-    for op in every:
-        many = REGISTRY.overloads(op.family)
-        fullest = max(many, key=len)
-        slow = len(many) > 8 and len(op.features) > 1 and op.features != fullest
-        slow = slow or any(feature.endswith("2") for feature in op.features)
-        made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
-    return made
 
 
 def _named(op: FusedOp) -> str:

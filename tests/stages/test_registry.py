@@ -68,7 +68,11 @@ def site(own: ModuleType, norm: Callable[..., Tensor] = cases.llama) -> Callable
     return lambda x, w: own.quantise(norm(x, w))
 
 
-@pytest.mark.parametrize("norm", cases.NORMS, ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "norm",
+    [pytest.param(norm, marks=() if norm.name in ("R1", "R3") else pytest.mark.slow) for norm in cases.NORMS],
+    ids=lambda n: n.name,
+)
 def test_every_norm(norm: cases.NormForm, own: ModuleType) -> None:
     """Bit-equal on hostile rows, of every rank, and one graph serves any number of rows."""
     for dtype, sizes in ((BF16, (2, 3)), (torch.float32, (6,))):

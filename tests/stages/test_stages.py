@@ -6,6 +6,7 @@ sample, count, reason, report and place in the cache key that a family of the pa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -103,13 +104,19 @@ def test_every_overload(overload: str) -> None:
     every_promise(op, "reference")
 
 
-@pytest.mark.parametrize("quant", cases.QUANTS, ids=lambda quant: quant.name)
-def test_every_quantiser_after_it(quant: cases.QuantForm) -> None:
+@pytest.mark.parametrize("returned", [False, True])
+def test_every_quantiser_after_it(returned: bool) -> None:
     """Counts, variants and bits, with the value read elsewhere and without."""
-    for returned in (False, True):
-        names = ("x", "scale") if quant.static else ("x",)
-        result = fused(site(quant.call, returned), *cases.tensors(names, (4,), BF16, "normal"))
-        assert result.variants == [f"softsign_quant:{quant.granularity}" + ("+value" if returned else "")]
+    names = [("x", "scale") if quant.static else ("x",) for quant in cases.QUANTS]
+    calls = [site(quant.call, returned) for quant in cases.QUANTS]
+
+    def each(*inputs: Tensor) -> list[tuple[Tensor, ...]]:
+        left = iter(inputs)
+        return [call(*itertools.islice(left, len(of))) for call, of in zip(calls, names, strict=True)]
+
+    result = fused(each, *(x for of in names for x in cases.tensors(of, (4,), BF16, "normal")))
+    after = "+value" if returned else ""
+    assert sorted(result.variants) == sorted(f"softsign_quant:{quant.granularity}{after}" for quant in cases.QUANTS)
 
 
 def test_hostile_rows_and_any_number_of_them() -> None:

@@ -48,11 +48,11 @@ def all_reduces(graph: torch.fx.GraphModule) -> int:
 
 
 def family(name: str, quantisation: str) -> dict[str, Any]:
-    """A model of Hugging Face, split and compiled: what of it is fused, and how far it is from the whole one."""
+    """A layer of a model of Hugging Face, split and compiled: what of it is fused, and how far it is from the whole."""
     tokens = models.tokens(2)
     with torch.no_grad():
-        whole = models.build(name)(tokens, use_cache=False).logits.float()
-        model = models.build(name)
+        whole = models.build(name, num_hidden_layers=1)(tokens, use_cache=False).logits.float()
+        model = models.build(name, num_hidden_layers=1)
         reduced = shard(model)
         split = model(tokens, use_cache=False).logits.float()
         if quantisation:

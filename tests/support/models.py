@@ -43,13 +43,13 @@ def _hugging_face(name: str, **changes: Any) -> Callable[..., nn.Module]:
     return make
 
 
-def _t5_encoder() -> nn.Module:
+def _t5_encoder(num_hidden_layers: int = LAYERS) -> nn.Module:
     """The encoder of T5 1.1, as diffusion models use it for text: GELU by ``gelu_new``, gated."""
     config = transformers.T5Config(
         d_model=HIDDEN,
         d_kv=64,
         d_ff=512,
-        num_layers=LAYERS,
+        num_layers=num_hidden_layers,
         num_heads=4,
         vocab_size=VOCABULARY,
         feed_forward_proj="gated-gelu",
@@ -115,10 +115,10 @@ class EngineBlock(nn.Module):
 class Engine(nn.Module):
     """Blocks in the style of inference engines over an embedding."""
 
-    def __init__(self, norm: type[RoundFirstRMSNorm]) -> None:
+    def __init__(self, norm: type[RoundFirstRMSNorm], num_hidden_layers: int = LAYERS) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(EngineBlock(norm) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(EngineBlock(norm) for _ in range(num_hidden_layers))
         self.norm, self.head = norm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
@@ -152,10 +152,10 @@ class TorchBlock(nn.Module):
 class TorchModel(nn.Module):
     """Blocks of ``torch.nn`` modules over an embedding."""
 
-    def __init__(self, modulated: bool) -> None:
+    def __init__(self, modulated: bool, num_hidden_layers: int = LAYERS) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.Sequential(*(TorchBlock(modulated) for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(TorchBlock(modulated) for _ in range(num_hidden_layers)))
 
     def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
         return self.blocks(self.embed(tokens))
@@ -201,10 +201,10 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         layer_types=["linear_attention", "full_attention"],
         **MOE,
     ),
-    "vLLM": lambda: Engine(RoundFirstRMSNorm),
-    "SGLang": lambda: Engine(WeighFirstRMSNorm),
-    "torch.nn": lambda: TorchModel(modulated=False),
-    "modulated": lambda: TorchModel(modulated=True),
+    "vLLM": functools.partial(Engine, RoundFirstRMSNorm),
+    "SGLang": functools.partial(Engine, WeighFirstRMSNorm),
+    "torch.nn": functools.partial(TorchModel, modulated=False),
+    "modulated": functools.partial(TorchModel, modulated=True),
     "T5": _t5_encoder,
 }
 
@@ -216,7 +216,7 @@ BY_HAND = ("Gemma2",)
 
 def build(family: str, **changes: Any) -> nn.Module:
     """A random bf16 model in eval mode; weights do not depend on global random state. ``changes`` are to a Hugging Face
-    model's configuration."""
+    model's configuration; the number of layers changes that of any."""
     model = FAMILIES[family](**changes).to(torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -12,6 +13,18 @@ from torch._subclasses import FakeTensorMode
 from aiter_fusion.op import FusedOp
 from aiter_fusion.passes.verify import difference, same_bits
 from aiter_fusion.providers import PROVIDERS
+from aiter_fusion.registry import REGISTRY
+
+
+def chosen(every: list[FusedOp]) -> list[Any]:
+    """Of a family of many overloads those that differ in one stage from the least, and the fullest; others are slow."""
+    made = []
+    for op in every:
+        many = REGISTRY.overloads(op.family)
+        fullest = max(many, key=len)
+        slow = len(many) > 4 and len(op.features) > 1 and op.features != fullest
+        made.append(pytest.param(op, marks=pytest.mark.slow if slow else ()))
+    return made
 
 
 def sampled(op: FusedOp, provider: str) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,16 @@ def native_fp8(device: int) -> torch.dtype | None:
     return torch.float8_e4m3fn if torch.cuda.get_device_capability(device) >= (8, 9) else None
 
 
+def target() -> str:
+    """What Triton compiles kernels for on this machine, e.g. ``hip gfx942, 64 threads a warp``. Imports Triton.
+
+    Raises:
+        RuntimeError: it has no driver for a GPU of this machine.
+    """
+    found = import_module("triton.runtime").driver.active.get_current_target()
+    return f"{found.backend} {found.arch}, {found.warp_size} threads a warp"
+
+
 def kernel(name: str) -> Any:
     """The JIT function ``<name>_kernel`` of ``kernels/<name>.py``. Imports Triton."""
     return getattr(import_module(f".kernels.{name}", __package__), f"{name}_kernel")

@@ -783,7 +783,10 @@ def test_binding_table(record_property: Callable[[str, object], None]) -> None:
     assert called == BINDS | CALLED
 
 
-@pytest.mark.parametrize("version", ["v0.1.3", "v0.1.5", "v0.1.10", "v0.1.16.post6"])
+@pytest.mark.parametrize(
+    "version",
+    ["v0.1.5", "v0.1.16.post6", *(pytest.param(version, marks=pytest.mark.slow) for version in ("v0.1.3", "v0.1.10"))],
+)
 def test_an_older_version(version: str, make: Callable[..., Double]) -> None:
     double = make(version)
     for family, op in SINGLE.items():

@@ -160,7 +160,7 @@ def test_nobody_looks_for_its_ops_without_aiter() -> None:
 
 def test_a_quantised_llama(double: Double) -> None:
     """torchao's layers: every norm, every activation and every linear layer."""
-    model = models.build("Llama")
+    model = models.build("Llama", num_hidden_layers=1)
     models.QUANTISATIONS["PerRow"](model)
     tokens = models.tokens(2)
     layers = sum(type(m.weight).__name__ == "Float8Tensor" for m in model.modules() if isinstance(m, nn.Linear))

@@ -127,9 +127,9 @@ ONE, TWO = ("one_shot", 1), ("two_shot", 1)
         (2, (("one_shot", 2), ("two_shot", 3), ONE, ("one_shot", 2), TWO, ("two_shot", 2))),
         (2, (("two_shot", 4), ("one_shot", 3), ("one_shot", 3), TWO)),
         (3, (("one_shot", 2), ONE, ("two_shot", 2), ONE)),
-        (3, (TWO, ("two_shot", 3), TWO, TWO, ONE)),
-        (4, (TWO, ("two_shot", 2), TWO, TWO)),
         (4, (ONE, TWO, ONE)),
+        pytest.param(3, (TWO, ("two_shot", 3), TWO, TWO, ONE), marks=pytest.mark.slow),
+        pytest.param(4, (TWO, ("two_shot", 2), TWO, TWO), marks=pytest.mark.slow),
     ],
     ids=str,
 )

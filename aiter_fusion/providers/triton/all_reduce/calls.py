@@ -24,7 +24,7 @@ from .symmetric import Channel, Communicator, communicator
 def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel can take a call, from facts that are the same on all ranks; called after ``provider.refuse``."""
     if torch.version.hip is not None:
-        return "its all-reduces have not been run on AMD GPUs"
+        return "its all-reduces are for NVIDIA GPUs: on AMD's, provider 'aiter' has them"
     return refuse_group(arguments["group"])
 
 
