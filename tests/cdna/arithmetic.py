@@ -647,6 +647,7 @@ SCALAR: dict[str, Scalar] = {
         for by in (1, 2, 3, 4)
     },
     "S_BFE_U32": Scalar("u32", ("u32", "u32"), lambda a, b: bit_field_of_seven(a, b), "nonzero"),
+    "S_BFE_I32": Scalar("i32", ("i32", "u32"), lambda a, b: signed_bit_field_of_seven(a, b), "nonzero"),
     "S_PACK_LL_B32_B16": Scalar("u32", ("u32", "u32"), lambda a, b: a & 0xFFFF | b << 16),
     "S_PACK_LH_B32_B16": Scalar("u32", ("u32", "u32"), lambda a, b: a & 0xFFFF | b & U32(0xFFFF0000)),
     "S_CSELECT_B32": Scalar("u32", ("u32", "u32", "scc"), lambda a, b, c: np.where(c, a, b)),
@@ -669,6 +670,14 @@ def bit_field_of_seven(a: Array, b: Array) -> Array:
     """S_BFE_U32, whose width has seven bits."""
     width = np.minimum((b >> 16) & 0x7F, 32).astype(U64)
     return (a >> (b & 31)) & ((U64(1) << width) - U64(1)).astype(U32)
+
+
+def signed_bit_field_of_seven(a: Array, b: Array) -> Array:
+    """S_BFE_I32."""
+    width = np.minimum((b >> 16) & 0x7F, 32).astype(I64)
+    taken = (a >> (b & 31).astype(I32)).astype(I64) & ((I64(1) << width) - 1)
+    sign = I64(1) << np.maximum(width, 1) - 1
+    return np.where(width == 0, 0, (taken ^ sign) - sign).astype(I32)
 
 
 # EXEC becomes the result, and the destination what EXEC was.

@@ -281,8 +281,11 @@ def explained(call: Call) -> dict[str, str]:
     for name, value in have.items():
         if not found[name] and any(same_bits(_unsigned(value), _unsigned(want[name])) for want in references.values()):
             found[name] = ZERO
-        if not found[name] and any(_overflows(call, name, value, want) for want in references.values()):
-            found[name] = OVERFLOW
+        lost = _lost(call, value, references[SAME])
+        if not found[name] and lost is not None:
+            kept = ~lost
+            agrees = any(same_bits(value[kept], want[name][kept]) for want in references.values())
+            found[name] = OVERFLOW if agrees else ""
     norm = any(stage.kind in launches.NORMS for stage in op.stages)
     if norm and not all(found.values()):
         for ulps in (-1, 1):
@@ -294,7 +297,9 @@ def explained(call: Call) -> dict[str, str]:
     reasons |= {FUNCTION: FUNCTIONS} if ACTS & set(op.arguments) else {}
     for name, value in have.items():
         if not found[name]:
-            want = references[RECIPROCAL][name]
+            want, lost = references[RECIPROCAL][name], _lost(call, value, references[SAME])
+            if lost is not None:
+                value, want = value[~lost], want[~lost]
             found[name] = next((how for how, limit in reasons.items() if _is_near(op, name, value, want, limit)), "")
             assert found[name], f"{name} of {op.name}"
     return found
@@ -305,19 +310,17 @@ def _unsigned(x: Tensor) -> Tensor:
     return x.float() + 0.0
 
 
-def _overflows(call: Call, name: str, value: Tensor, want: Mapping[str, Tensor]) -> bool:
-    """Whether an output is as wanted, but for rows with a value in float16 that is infinite or NaN, or whose sum in
-    float32 is, of a LayerNorm."""
+def _lost(call: Call, value: Tensor, want: Mapping[str, Tensor]) -> Tensor | None:
+    """The elements of an output in rows with a value in float16 that is infinite or NaN, or whose sum in float32 is, of
+    a LayerNorm; None if there are none."""
     lost = [~tensor.isfinite() for tensor in want.values() if tensor.dtype is torch.float16 and tensor.dim()]
     if call.op.stage("layer_norm"):
         lost.append(~want.get("residual_out", call.known["x"]).float().sum(-1, keepdim=True).isfinite())
     if not lost:
-        return False
+        return None
     rows = torch.stack([each.any(-1, keepdim=True) for each in lost]).any(0)
-    if value.dim() != rows.dim():  # one scale for all rows
-        return bool(rows.any())
-    rows = rows.expand_as(value)
-    return bool(rows.any()) and same_bits(value[~rows], want[name][~rows])
+    rows = rows.expand_as(value) if value.dim() == rows.dim() else rows.any().expand_as(value)
+    return rows if rows.any() else None
 
 
 def _is_near(op: FusedOp, name: str, value: Tensor, want: Tensor, limit: float) -> bool:

@@ -712,7 +712,7 @@ class Decoder:
             halves = [self.half_of_pair(codes[i], low >> i & 1, "u32") for i in range(2)]
 
             def move(waves: Waves) -> None:
-                values, active = [half(waves) for half in halves], waves.active()
+                values, active = [half(waves).copy() for half in halves], waves.active()
                 for i, value in enumerate(values):
                     waves.set_vector(out + i, value, active)
 

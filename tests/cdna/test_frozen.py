@@ -15,8 +15,8 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "3a4d51821e547d68",
-    "machine": "5ac78a4474cbe222",
+    "arithmetic": "5825d5ee31e75d49",
+    "machine": "707207c12e78d1d3",
     "memory": "0f6f8315d4d3e53a",
 }
 

@@ -428,24 +428,27 @@ def test_mixed(name: str) -> None:
                 assert have >> (16 - shift) & 0xFFFF == int(old[lane]) >> (16 - shift) & 0xFFFF
 
 
-def test_pk_mov() -> None:
+@pytest.mark.parametrize(("out", "second"), [(6, 2), (0, 0), (0, 2), (2, 2)])
+def test_pk_mov(out: int, second: int) -> None:
+    """Both halves are read before one is written, where the destination is a source."""
     text = pseudocode.text_of("V_PK_MOV_B32")
     given = [operands("u64", f"pk_mov {i}", LANES) for i in range(2)]
     for select in range(4):
-        inst = make("VOP3P", ops.VOP3POp.V_PK_MOV_B32, vdst=Reg(262, 2), src0=Reg(256, 2), src1=Reg(258, 2))
+        fields = {"vdst": Reg(256 + out, 2), "src0": Reg(256, 2), "src1": Reg(256 + second, 2)}
+        inst = make("VOP3P", ops.VOP3POp.V_PK_MOV_B32, **fields)
         inst.opsel = select
         waves = machine(1)
         for i, bits in enumerate(given):
             fill(waves, 2 * i, bits)
         Decoder(GFX942).step(inst)(waves)
         for lane in range(LANES):
-            registers = {"S0": int(given[0][lane]), "S1": int(given[1][lane]), "OPSEL": select, "D0": 0}
+            registers = {"S0": int(given[0][lane]), "S1": int(given[second // 2][lane]), "OPSEL": select, "D0": 0}
             # the suffix of the sources there is that of half a pair
             pseudocode.run(
                 text.replace("S0.u32", "S0.u64").replace("S1.u32", "S1.u64").replace("D0.u32", "D0.u64"),
                 Lane(registers),
             )
-            assert int(waves.v[6, 0, lane]) | int(waves.v[7, 0, lane]) << 32 == registers["D0"]
+            assert int(waves.v[out, 0, lane]) | int(waves.v[out + 1, 0, lane]) << 32 == registers["D0"]
 
 
 @pytest.mark.parametrize(("form", "fnuz"), [(E4M3FNUZ, True), (E4M3FN, False)], ids=["e4m3fnuz", "e4m3fn"])

@@ -40,7 +40,7 @@ def samples(op: FusedOp, target: str) -> list[dict[str, Any]]:
     own, found = TARGETS[target][1], []
     for given in op.samples():
         known = {name: given[name] for name in op.arguments}
-        if known["quant_dtype"] in FP8 and not is_of_bytes(known.get("scale_steps", "")):
+        if known["quant_dtype"] in FP8 and not is_of_bytes(known["factor_steps"]):
             known["quant_dtype"] = own
         if known["quant_dtype"] in (own, torch.int8):
             found.append(known)
