@@ -49,7 +49,7 @@ def refuse(op: FusedOp, arguments: Mapping[str, Any]) -> str | None:
             continue
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, {next(iter(tensors))} on {first.device}"
-        if name in ("scale", "eps_tensor"):
+        if name in ("scale", "eps_tensor") or tensor.dim() == 0:  # one number, which has no rows
             continue
         if not isinstance(tensor.shape[-1], int):
             return f"the hidden size of {name} is known only at run time"
