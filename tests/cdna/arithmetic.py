@@ -380,6 +380,17 @@ def high_half(a: Array, b: Array) -> Array:
     return (a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32)
 
 
+def is_of_class(x: Array, classes: Array) -> Array:
+    """Whether a float32 is of one of these classes, a bit each: signalling and quiet NaN; -infinity, negative normal
+    and subnormal numbers, -0; 0, positive subnormal and normal numbers, infinity."""
+    word = bits(x)
+    magnitude, negative = word & U32(0x7FFFFFFF), word >> U32(31)
+    size = (magnitude > 0).astype(U32) + (magnitude >= 0x00800000) + (magnitude >= 0x7F800000)
+    number = np.where(negative == 1, 5 - size, 6 + size)
+    number = np.where(magnitude > 0x7F800000, magnitude >> U32(22) & U32(1), number)
+    return classes >> number.astype(U32) & 1 == 1
+
+
 def table_of_three(context_bits: int) -> Callable[..., Array]:
     """V_BITOP3_B32 with its truth table."""
 
@@ -498,6 +509,7 @@ VECTOR: dict[str, Operation] = {
     "V_SUBB_CO_U32": Operation("u32", ("u32", "u32", "carry"), subtract_carry, carries=True),
     "V_MUL_LO_U32": _two("u32", np.multiply),
     "V_MUL_HI_U32": _two("u32", high_half),
+    "V_MUL_HI_I32": _two("i32", lambda a, b: (a.astype(I64) * b.astype(I64) >> 32).astype(I32)),
     "V_MUL_I32_I24": _two("i32", lambda a, b: (a << 8 >> 8) * (b << 8 >> 8)),
     "V_MAD_I64_I32": Operation("i64", ("i32", "i32", "i64"), multiply_add_64(I64), carries=True),
     "V_MAD_U64_U32": Operation("u64", ("u32", "u32", "u64"), multiply_add_64(U64), carries=True),
@@ -535,6 +547,7 @@ VECTOR: dict[str, Operation] = {
     "V_LSHL_ADD_U64": Operation("u64", ("u64", "u32", "u64"), lambda a, b, c: (a << (b & 7).astype(U64)) + c),
     "V_LSHL_OR_B32": Operation("u32", ("u32",) * 3, lambda a, b, c: shift_left(a, b) | c),
     "V_CNDMASK_B32": Operation("u32", ("u32", "u32", "carry"), lambda a, b, c: np.where(c, b, a)),
+    "V_CMP_CLASS_F32": Operation("mask", ("f32", "u32"), is_of_class),
     **_comparisons(),
 }
 

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "5825d5ee31e75d49",
+    "arithmetic": "b98f1c7c651bd050",
     "machine": "707207c12e78d1d3",
     "memory": "0f6f8315d4d3e53a",
 }
