@@ -288,14 +288,14 @@ def div_fixup(a: Array, b: Array, c: Array) -> Array:
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     """V_PERM_B32: each byte of the selector names one of the eight of a and b, the sign of one, 0 or 255."""
     data = a.astype(U64) << U64(32) | b.astype(U64)
-    result = np.zeros(a.shape, U32)
+    result: Array = np.zeros((), U32)
     for byte in range(4):
         chosen = (selector >> (8 * byte)) & 0xFF
         value = (data >> (U64(8) * np.minimum(chosen, 7).astype(U64)) & U64(0xFF)).astype(U32)
         sign_of = np.clip((chosen.astype(I32) - 8) * 2 + 1, 0, 7).astype(U64)
         sign = (data >> (U64(8) * sign_of + U64(7)) & U64(1)).astype(U32) * 0xFF
         value = np.where(chosen >= 8, np.where(chosen >= 12, np.where(chosen >= 13, U32(0xFF), U32(0)), sign), value)
-        result |= value << (8 * byte)
+        result = result | value << (8 * byte)
     return result
 
 

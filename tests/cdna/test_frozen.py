@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.cdna
 
 FROZEN = {
-    "arithmetic": "b98f1c7c651bd050",
+    "arithmetic": "c46d618b2a765148",
     "machine": "707207c12e78d1d3",
     "memory": "0f6f8315d4d3e53a",
 }

@@ -22,7 +22,7 @@ from tinygrad.runtime.autogen.amd.cdna import enum as ops
 from tinygrad.runtime.autogen.amd.cdna import ins as encodings
 
 from cdna import arithmetic, pseudocode
-from cdna.arithmetic import F16, F32, MIXED, PACKED, SAVE_EXEC, SCALAR, U32, U64, VECTOR
+from cdna.arithmetic import F16, F32, MIXED, PACKED, SAVE_EXEC, SCALAR, U32, U64, VECTOR, Operation
 from cdna.formats import BF16, E4M3FN, E4M3FNUZ
 from cdna.formats import F16 as F16_FORMAT
 from cdna.formats import F32 as F32_FORMAT
@@ -38,6 +38,7 @@ from cdna.machine import (
     Target,
     UnknownInstructionError,
     Waves,
+    typed,
 )
 from cdna.memory import FaultError, Lds, Memory
 from cdna.pseudocode import Lane
@@ -63,6 +64,8 @@ INTEGERS = (
 )  # fmt: skip
 # Hardware is documented to one unit in the last place.
 APPROXIMATE = {"V_RCP_F32", "V_RSQ_F32", "V_SQRT_F32", "V_EXP_F32", "V_LOG_F32"}
+# Sources that are float32 by another name.
+STILL = ("literal", "old")
 # What the published pseudocode is known not to say: test_division.
 DIVISION = {"V_DIV_SCALE_F32", "V_DIV_FMAS_F32"}
 
@@ -273,6 +276,27 @@ def run_one(
     else:
         pseudocode.run(text, state)
     return registers
+
+
+def test_one_number_for_all_lanes() -> None:
+    """In every place of an instruction an operand may be a scalar register, or a constant: as in all lanes alike."""
+    context = arithmetic.Context(np.array(True), fnuz=True)
+
+    def results(row: Operation, sources: list[np.ndarray]) -> list[bytes]:
+        with np.errstate(all="ignore"):
+            made = row.compute(context, *sources) if row.wants_context else row.compute(*sources)
+        return [np.broadcast_to(each, (2, LANES)).tobytes() for each in (made if isinstance(made, tuple) else (made,))]
+
+    for name, row in VECTOR.items():
+        given: list[np.ndarray] = []
+        for i, kind in enumerate(row.sources):
+            drawn = operands(kind, f"{name} {i}", 2 * LANES).reshape(2, LANES)
+            given.append(drawn % 3 == 0 if kind == "carry" else typed(drawn, "f32" if kind in STILL else kind))
+        for place, kind in enumerate(row.sources):
+            if kind not in ("carry", "old"):
+                one = [*given[:place], given[place][:, :1], *given[place + 1 :]]
+                whole = [*given[:place], np.repeat(one[place], LANES, 1), *given[place + 1 :]]
+                assert results(row, one) == results(row, whole), (name, place)
 
 
 @pytest.mark.parametrize("table", range(0, 256, 15))
